@@ -1,0 +1,1 @@
+"""What is trained: each module has a frozen config, `init` and `update`."""

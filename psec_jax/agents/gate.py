@@ -1,0 +1,120 @@
+"""The gate's head, trained through the composed policy; base and skills frozen."""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from psec_jax.agents.common import (
+    Metrics,
+    OptimiserConfig,
+    TrainData,
+    descend,
+    draw,
+    init_state,
+)
+from psec_jax.composition import DENOISERS, LEVELS, PolicyConfig, members
+from psec_jax.diffusion import make_schedule
+from psec_jax.errors import InputError, lookup
+from psec_jax.gating import gate_alpha
+from psec_jax.losses import cloning_loss, diffusion_loss, released_regulariser
+from psec_jax.networks.denoiser import COMPATS, Denoiser
+from psec_jax.types import Params, TrainState
+
+
+def _diffusion(config: PolicyConfig, params, alpha, key, obs, action):
+    net = Denoiser(config.network, config.action_dim)
+    library, strength = members(config, params)
+    compose = lookup(DENOISERS, config.level, "level for the gate loss 'diffusion'")
+    denoise = compose(net, params.base, library, strength, alpha)
+    schedule = make_schedule(config.diffusion)
+    return diffusion_loss(denoise, schedule, key, obs, action)
+
+
+def _cloning(config: PolicyConfig, params, alpha, key, obs, action):
+    net = Denoiser(config.network, config.action_dim)
+    library, strength = members(config, params)
+    sampled = LEVELS[config.level](
+        net, config.diffusion, params.base, library, strength, alpha, key, obs
+    )
+    return cloning_loss(sampled, action)
+
+
+# "diffusion" is the paper's form; "cloning" is how the authors' code trains the weights
+# of the noise and action levels, and the only one the action level admits.
+GATE_LOSSES = {"diffusion": _diffusion, "cloning": _cloning}
+
+
+@dataclass(frozen=True)
+class GateTrainConfig:
+    """What the gate weighs and how its head is trained.
+
+    Attributes:
+      policy: the composed policy, with the gate's form.
+      loss: a key of `GATE_LOSSES`.
+      optimiser: of the head; plain Adam without averaging, as in the authors' code.
+      batch_size: transitions a step.
+      compat: "paper"; "released" adds the authors' regulariser and draws the same
+        noise and steps at every update, as their code does.
+      strength: of the regulariser.
+    """
+
+    policy: PolicyConfig
+    loss: str = "diffusion"
+    optimiser: OptimiserConfig = field(
+        default_factory=lambda: OptimiserConfig(weight_decay=0.0, ema=1.0)
+    )
+    batch_size: int = 2048
+    compat: str = "paper"
+    strength: float = 16.0
+
+    def __post_init__(self) -> None:
+        lookup(GATE_LOSSES, self.loss, "gate.loss")
+        if self.policy.gate is None:
+            raise InputError("a policy without a gate has no gate to train")
+        if self.compat not in COMPATS:
+            raise InputError(f"gate.compat: got {self.compat!r}, expected {COMPATS}")
+        if self.loss == "diffusion":
+            lookup(DENOISERS, self.policy.level, "level for the gate loss 'diffusion'")
+
+
+def init(config: GateTrainConfig, gate: Params) -> TrainState:
+    """Start from a gate made by `gating.init_gate`; only its head is trained."""
+    return init_state(config.optimiser, gate["head"])
+
+
+def update(
+    config: GateTrainConfig, state: TrainState, data: TrainData, key: Key[Array, ""]
+) -> tuple[TrainState, Metrics]:
+    """One step; `data.frozen` is a `PolicyParams` whose gate holds the support, if any.
+
+    The observations of `data` are normalised already.
+    """
+    batch_key, loss_key = jax.random.split(key)
+    if config.compat == "released":
+        loss_key = jax.random.key(0)
+    obs, action = draw(batch_key, data, config.batch_size)
+    policy, frozen = config.policy, data.frozen
+
+    def example_loss(gate: Params, key: Array, obs: Array, action: Array):
+        alpha = gate_alpha(policy.gate, gate, obs)
+        loss = GATE_LOSSES[config.loss](policy, frozen, alpha, key, obs, action)
+        return loss, alpha
+
+    def loss_fn(head: Params) -> tuple[Array, Metrics]:
+        gate = frozen.gate | {"head": head}
+        keys = jax.random.split(loss_key, config.batch_size)
+        losses, alpha = jax.vmap(example_loss, (None, 0, 0, 0))(gate, keys, obs, action)
+        loss = jnp.mean(losses)
+        metrics = {
+            "loss/gate": loss,
+            "alpha/mean": jnp.mean(alpha),
+            "alpha/std": jnp.mean(jnp.std(alpha, axis=0)),
+        }
+        if config.compat == "released":
+            metrics["loss/regulariser"] = released_regulariser(alpha, config.strength)
+            loss = loss + metrics["loss/regulariser"]
+        return loss, metrics
+
+    return descend(config.optimiser, state, loss_fn)

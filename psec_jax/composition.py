@@ -1,0 +1,194 @@
+"""Three levels at which skills are composed, and the policy they make.
+
+Each level is `(net, diffusion, base, library, strength, alpha, key, obs) -> action` for
+one example with normalised observation; the caller vmaps. With one-hot alpha and
+strength 1 all three give the same action from the same key.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from psec_jax import tree
+from psec_jax.diffusion import DiffusionConfig, sample
+from psec_jax.errors import InputError, lookup
+from psec_jax.gating import GateConfig, gate_alpha
+from psec_jax.lora import zero_skill
+from psec_jax.networks.denoiser import (
+    Denoise,
+    Denoiser,
+    NetworkConfig,
+    make_denoise,
+)
+from psec_jax.types import Normaliser, Params
+
+
+def parameter_denoise(
+    net: Denoiser,
+    base: Params,
+    library: Params,
+    strength: Float[Array, " K"],
+    alpha: Float[Array, " K"],
+) -> Denoise:
+    """PSEC: W(s) = W0 + sum_k alpha_k(s) B_k A_k; alpha is the whole multiplier."""
+    del strength
+    return make_denoise(net, base, library, alpha)
+
+
+def noise_denoise(
+    net: Denoiser,
+    base: Params,
+    library: Params,
+    strength: Float[Array, " K"],
+    alpha: Float[Array, " K"],
+) -> Denoise:
+    """NSEC: eps = sum_k alpha_k(s) eps_k, each eps_k the net with skill k alone."""
+
+    def denoise(obs: Array, a_t: Array, t: Array) -> Array:
+        def one(skill: Params, strength: Array) -> Array:
+            alone = make_denoise(net, base, tree.stack([skill]), strength[None])
+            return alone(obs, a_t, t)
+
+        return jnp.einsum("k,ka->a", alpha, jax.vmap(one)(library, strength))
+
+    return denoise
+
+
+DENOISERS = {"parameter": parameter_denoise, "noise": noise_denoise}
+
+
+def parameter_level(
+    net: Denoiser,
+    diffusion: DiffusionConfig,
+    base: Params,
+    library: Params,
+    strength: Float[Array, " K"],
+    alpha: Float[Array, " K"],
+    key: Key[Array, ""],
+    obs: Float[Array, " S"],
+) -> Float[Array, " A"]:
+    """One chain of the network with composed weights (`parameter_denoise`)."""
+    denoise = parameter_denoise(net, base, library, strength, alpha)
+    return sample(denoise, diffusion, key, obs, net.action_dim)
+
+
+def noise_level(
+    net: Denoiser,
+    diffusion: DiffusionConfig,
+    base: Params,
+    library: Params,
+    strength: Float[Array, " K"],
+    alpha: Float[Array, " K"],
+    key: Key[Array, ""],
+    obs: Float[Array, " S"],
+) -> Float[Array, " A"]:
+    """One chain on the mixed noise (`noise_denoise`)."""
+    denoise = noise_denoise(net, base, library, strength, alpha)
+    return sample(denoise, diffusion, key, obs, net.action_dim)
+
+
+def action_level(
+    net: Denoiser,
+    diffusion: DiffusionConfig,
+    base: Params,
+    library: Params,
+    strength: Float[Array, " K"],
+    alpha: Float[Array, " K"],
+    key: Key[Array, ""],
+    obs: Float[Array, " S"],
+) -> Float[Array, " A"]:
+    """ASEC: a = sum_k alpha_k(s) a_k, each a_k from its own chain on the same noise."""
+
+    def one(skill: Params, strength: Array) -> Array:
+        denoise = make_denoise(net, base, tree.stack([skill]), strength[None])
+        return sample(denoise, diffusion, key, obs, net.action_dim)
+
+    return jnp.einsum("k,ka->a", alpha, jax.vmap(one)(library, strength))
+
+
+LEVELS = {"parameter": parameter_level, "noise": noise_level, "action": action_level}
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Everything static about a policy.
+
+    Attributes:
+      network: the denoiser's sizes.
+      diffusion: the process and its sampler.
+      action_dim: A.
+      level: a key of `LEVELS`.
+      gate: the gate's form; None is the base alone.
+    """
+
+    network: NetworkConfig
+    diffusion: DiffusionConfig
+    action_dim: int
+    level: str = "parameter"
+    gate: GateConfig | None = None
+
+    def __post_init__(self) -> None:
+        lookup(LEVELS, self.level, "level")
+        if self.gate and self.gate.base_member and self.level == "parameter":
+            raise InputError(
+                "gate.base_member: the base is always part of the parameter level; "
+                "it is a member of the noise and action levels only"
+            )
+
+
+class PolicyParams(NamedTuple):
+    """The arrays of a policy.
+
+    Attributes:
+      base: the base's parameters.
+      normaliser: of observations.
+      library: K skills, leaves [K, ...]; None is the base alone.
+      strength: [K], the alpha each skill was trained at.
+      gate: the gate's parameters.
+    """
+
+    base: Params
+    normaliser: Normaliser
+    library: Params | None = None
+    strength: Array | None = None
+    gate: Params | None = None
+
+
+def members(config: PolicyConfig, params: PolicyParams) -> tuple[Params, Array]:
+    """Library and strengths with the base in front, where the gate weighs it too."""
+    if not config.gate.base_member:
+        return params.library, params.strength
+    library = jax.tree.map(
+        lambda zero, skills: jnp.concatenate([zero[:1], skills]),
+        zero_skill(params.library),
+        params.library,
+    )
+    return library, jnp.concatenate([jnp.zeros(1), params.strength])
+
+
+def weights(
+    config: PolicyConfig, params: PolicyParams, obs: Float[Array, " S"]
+) -> Float[Array, " K"]:
+    """alpha(s) of one raw observation."""
+    return gate_alpha(config.gate, params.gate, params.normaliser(obs))
+
+
+def act(
+    config: PolicyConfig,
+    params: PolicyParams,
+    key: Key[Array, ""],
+    obs: Float[Array, " S"],
+) -> Float[Array, " A"]:
+    """One action from one raw observation; alpha(s) is computed once per action."""
+    net = Denoiser(config.network, config.action_dim)
+    obs = params.normaliser(obs)
+    if config.gate is None:
+        denoise = make_denoise(net, params.base)
+        return sample(denoise, config.diffusion, key, obs, config.action_dim)
+    alpha = gate_alpha(config.gate, params.gate, obs)
+    library, strength = members(config, params)
+    level = LEVELS[config.level]
+    return level(net, config.diffusion, params.base, library, strength, alpha, key, obs)

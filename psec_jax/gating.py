@@ -1,0 +1,230 @@
+"""Gates: which skill acts how strongly in a state, `(params, obs) -> alpha [K]`.
+
+A gate is a head times a support: alpha_k(s) = head_k(s) * support_k(s). The head is the
+part that is tuned or learned; the support, in [0, 1], says whether skill k's
+demonstrations reach the state s, and lets the base act where they do not.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from psec_jax.errors import InputError, lookup
+from psec_jax.networks.mlp import MLP
+from psec_jax.types import Params
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """The form of a gate.
+
+    Attributes:
+      head: a key of `HEADS`; "linear" is the paper's.
+      support: a key of `SUPPORTS`; "none" is the paper's.
+      priority: with a support, a skill gets only what the skills before it left over
+        (stick-breaking in the order of the skills), so that strengths never add up.
+      base_member: weight 0 is the base's own, as the noise and action levels need;
+        what a support takes from the skills then goes to the base.
+      widths: hidden widths of learned heads.
+      top_k: skills kept by the "topk" head.
+    """
+
+    head: str = "linear"
+    support: str = "none"
+    priority: bool = True
+    base_member: bool = False
+    widths: tuple[int, ...] = (256, 256)
+    top_k: int = 1
+
+    def __post_init__(self) -> None:
+        lookup(HEADS, self.head, "gate.head")
+        lookup(SUPPORTS, self.support, "gate.support")
+        if self.top_k < 1:
+            raise InputError(f"gate.top_k: got {self.top_k}, expected 1 or more")
+
+
+class Head(NamedTuple):
+    """`init(config, key, obs_dim, start [K]) -> params`, `apply(config, params, obs)`."""
+
+    init: Callable[[GateConfig, Array, int, Array], Params]
+    apply: Callable[[GateConfig, Params, Array], Array]
+
+
+def _init_constant(config, key, obs_dim, start):
+    return {"alpha": start}
+
+
+def _constant(config, params, obs):
+    return params["alpha"]
+
+
+def _init_linear(config, key, obs_dim, start):
+    net = MLP(config.widths, start.shape[0])
+    params = net.init(key, jnp.zeros(obs_dim))["params"]
+    params["output"]["bias"] = start
+    return params
+
+
+def _linear(config, params, obs):
+    outputs = params["output"]["bias"].shape[-1]
+    return MLP(config.widths, outputs).apply({"params": params}, obs)
+
+
+def _init_bounded(config, key, obs_dim, start):
+    return {
+        "strength": start,
+        "mlp": _init_linear(config, key, obs_dim, jnp.zeros_like(start)),
+    }
+
+
+def _softmax(config, params, obs):
+    share = jax.nn.softmax(_linear(config, params["mlp"], obs))
+    return jax.lax.stop_gradient(params["strength"]) * share
+
+
+def _sigmoid(config, params, obs):
+    share = jax.nn.sigmoid(_linear(config, params["mlp"], obs))
+    return jax.lax.stop_gradient(params["strength"]) * share
+
+
+def _topk(config, params, obs):
+    logits = _linear(config, params["mlp"], obs)
+    if config.top_k > logits.shape[-1]:
+        raise ValueError(f"top_k {config.top_k} of {logits.shape[-1]} skills")
+    least = jax.lax.top_k(logits, config.top_k)[0][-1]
+    share = jax.nn.softmax(jnp.where(logits >= least, logits, -jnp.inf))
+    return jax.lax.stop_gradient(params["strength"]) * share
+
+
+HEADS = {
+    "constant": Head(_init_constant, _constant),
+    "linear": Head(_init_linear, _linear),
+    "softmax": Head(_init_bounded, _softmax),
+    "sigmoid": Head(_init_bounded, _sigmoid),
+    "topk": Head(_init_bounded, _topk),
+}
+
+
+def neighbour_distance(params: Params, obs: Float[Array, " S"]) -> Float[Array, " K"]:
+    """Distance from a state to the nearest demonstration state of each skill.
+
+    Args:
+      params: "demos" [K, M, S] in units of "scale" [S], "valid" [K, M] bool.
+      obs: normalised observation.
+    """
+    x = obs / params["scale"]
+    square = jnp.sum((params["demos"] - x) ** 2, axis=-1)
+    return jnp.sqrt(jnp.min(jnp.where(params["valid"], square, jnp.inf), axis=-1))
+
+
+def learned_distance(params: Params, obs: Float[Array, " S"]) -> Float[Array, " K"]:
+    """The same distance as a small network per skill predicts it: no search.
+
+    Args:
+      params: "net", an MLP's parameters with a leading axis of K, and "scale" [S].
+      obs: normalised observation.
+    """
+    net = MLP(DISTANCE_WIDTHS, 1)
+    x = jnp.clip(obs / params["scale"], -DISTANCE_CLIP, DISTANCE_CLIP)
+    raw = jax.vmap(lambda net_params: net.apply({"params": net_params}, x)[0])
+    return jax.nn.softplus(raw(params["net"]))
+
+
+DISTANCE_WIDTHS = (256, 256)
+DISTANCE_CLIP = 20.0
+
+
+def _falloff(distance: Array, tau: Array) -> Array:
+    """exp(-(d / tau)^4): flat inside the demonstrations, steep at their edge."""
+    return jnp.exp(-((distance / tau) ** 4))
+
+
+SUPPORTS: dict[str, Callable[[Params, Array], Array] | None] = {
+    "none": None,
+    "neighbour": lambda p, obs: _falloff(neighbour_distance(p, obs), p["tau"]),
+    "learned": lambda p, obs: _falloff(learned_distance(p, obs), p["tau"]),
+}
+
+
+def init_gate(
+    config: GateConfig,
+    key: Key[Array, ""],
+    obs_dim: int,
+    start: Float[Array, " K"],
+    support: Params | None = None,
+) -> dict[str, Any]:
+    """Parameters of a gate: {"head": ..., "support": ... or absent}.
+
+    Args:
+      config: the gate's form.
+      key: for a learned head.
+      obs_dim: S.
+      start: the weights the head starts from (a constant head stays there; bounded
+        heads take them as their largest values).
+      support: made by `fit_neighbour_support` or its learned twin.
+
+    Raises:
+      InputError: a support is configured and not given, or the reverse.
+    """
+    if (support is not None) != (config.support != "none"):
+        raise InputError(
+            f"gate.support is {config.support!r} but the support's parameters are "
+            f"{'given' if support is not None else 'missing'}"
+        )
+    params = {"head": HEADS[config.head].init(config, key, obs_dim, jnp.asarray(start))}
+    return params if support is None else params | {"support": support}
+
+
+def gate_alpha(
+    config: GateConfig, params: Params, obs: Float[Array, " S"]
+) -> Float[Array, " K"]:
+    """alpha(s) of one normalised observation."""
+    alpha = HEADS[config.head].apply(config, params["head"], obs)
+    if config.support == "none":
+        return alpha
+    share = SUPPORTS[config.support](params["support"], obs)
+    if config.priority:
+        left = jnp.cumprod(1 - share)
+        share = share * jnp.concatenate([jnp.ones(1), left[:-1]])
+    if not config.base_member:
+        return alpha * share
+    skills = alpha[1:] * share
+    return jnp.concatenate(
+        [alpha[:1] + jnp.sum(alpha[1:] - skills, keepdims=True), skills]
+    )
+
+
+def nearest(queries: np.ndarray, demos: np.ndarray, chunk: int = 512) -> np.ndarray:
+    """Euclidean distance [Q] of each query [Q, S] to the nearest of demos [M, S]."""
+    square = np.sum(demos**2, axis=1)
+    least = [
+        np.min(square - 2 * q @ demos.T, axis=1) + np.sum(q**2, axis=1)
+        for q in np.split(queries, range(chunk, len(queries), chunk))
+    ]
+    return np.sqrt(np.maximum(np.concatenate(least), 0))
+
+
+def leave_one_out_distances(episodes: Sequence[np.ndarray]) -> np.ndarray:
+    """Distance of each demonstration state to the other demonstrations' states.
+
+    Args:
+      episodes: E arrays [n_e, S].
+
+    Raises:
+      InputError: fewer than two demonstrations.
+    """
+    if len(episodes) < 2:
+        raise InputError(
+            f"a support's scale needs at least 2 demonstrations, got {len(episodes)}"
+        )
+    return np.concatenate(
+        [
+            nearest(episode, np.concatenate([*episodes[:i], *episodes[i + 1 :]]))
+            for i, episode in enumerate(episodes)
+        ]
+    )

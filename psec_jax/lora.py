@@ -1,0 +1,204 @@
+"""Low-rank skills as pure functions on pytrees.
+
+A skill mirrors the base's dense layers, {layer: {"a": [d, r], "b": [r, o]}}; a library
+is the same tree with a leading axis of K skills. `alpha` is the whole multiplier: there
+is no hidden alpha / rank.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from psec_jax import tree
+from psec_jax.errors import InputError, lookup
+from psec_jax.types import Params
+
+_LECUN = jax.nn.initializers.lecun_normal()
+
+
+def _lora(key: Key[Array, ""], d: int, o: int, rank: int) -> dict[str, Array]:
+    return {"a": _LECUN(key, (d, rank)), "b": jnp.zeros((rank, o))}
+
+
+def _mlp(key: Key[Array, ""], d: int, o: int, rank: int) -> dict[str, Array]:
+    return _lora(key, d, o, rank) | {"c": jnp.zeros(rank)}
+
+
+# "mlp" is the control of the paper's PSEC (MLP) row: a bottleneck MLP in the place of
+# each low-rank pair, of the same width and so of like size.
+ADAPTERS = {"lora": _lora, "mlp": _mlp}
+
+
+def dense_layers(base: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """The layers a skill adapts: path -> (inputs, outputs).
+
+    These are the dense layers, the nodes with both a kernel and a bias; biases,
+    LayerNorm and Fourier kernels stay frozen without an adapter.
+    """
+    flat = tree.flatten(base)
+    return {
+        path.removesuffix("/kernel"): leaf.shape
+        for path, leaf in flat.items()
+        if path.endswith("/kernel") and f"{path.removesuffix('kernel')}bias" in flat
+    }
+
+
+def init_skill(
+    key: Key[Array, ""], base: Params, rank: int, adapter: str = "lora"
+) -> Params:
+    """A new skill for `base`: down matrices LeCun normal, up matrices zero.
+
+    With the up matrices zero the skill's policy is the base's policy.
+
+    Raises:
+      InputError: rank below 1 or an unknown adapter.
+    """
+    if rank < 1:
+        raise InputError(f"skill rank: got {rank}, expected 1 or more")
+    init = lookup(ADAPTERS, adapter, "adapter")
+    layers = dense_layers(base)
+    keys = jax.random.split(key, len(layers))
+    flat = {}
+    for layer_key, (path, (d, o)) in zip(keys, layers.items(), strict=True):
+        for leaf, value in init(layer_key, d, o, rank).items():
+            flat[f"{path}/{leaf}"] = value
+    return tree.unflatten(flat)
+
+
+def adapter_delta(
+    x: Float[Array, "*b d"],
+    adapter: Mapping[str, Array],
+    alpha: Float[Array, "*b k"],
+    activation: Callable[[Array], Array],
+) -> Float[Array, "*b o"]:
+    """sum_k alpha_k (x A_k) B_k, all K skills in two products.
+
+    Args:
+      x: layer input; its dtype is the one the products are made in.
+      adapter: "a" [K, d, r], "b" [K, r, o] and, for an MLP adapter, "c" [K, r]: then
+        the term is alpha_k f(x A_k + c_k) B_k with f = `activation`.
+      alpha: weight of each skill.
+      activation: f of the MLP adapters.
+
+    Raises:
+      ValueError: the number of weights is not the number of skills. Width 1 would
+        otherwise be broadcast over all skills without a word.
+    """
+    a, b = adapter["a"], adapter["b"]
+    if alpha.shape[-1] != a.shape[0]:
+        raise ValueError(
+            f"{a.shape[0]} skills but {alpha.shape[-1]} weights (alpha {alpha.shape})"
+        )
+    h = jnp.einsum(
+        "...d,kdr->...kr",
+        x,
+        a.astype(x.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    if "c" in adapter:
+        h = activation(h + adapter["c"])
+    h = (h * alpha[..., None]).astype(x.dtype)
+    return jnp.einsum(
+        "...kr,kro->...o", h, b.astype(x.dtype), preferred_element_type=jnp.float32
+    )
+
+
+def adapter_of(skill: Params) -> str:
+    """ "lora" or "mlp", by the skill's leaves."""
+    return "mlp" if any(p.endswith("/c") for p in tree.flatten(skill)) else "lora"
+
+
+def rank_of(skill: Params) -> int:
+    """The largest rank over the skill's layers (all equal in skills made here)."""
+    flat = tree.flatten(skill)
+    return max(leaf.shape[-1] for path, leaf in flat.items() if path.endswith("/a"))
+
+
+def check_skill(base: Params, skill: Params, name: str = "skill") -> None:
+    """Refuse a skill whose layers are not the base's.
+
+    Flax would silently ignore an adapter under a name that the network lacks.
+
+    Raises:
+      InputError: a layer or matrix is missing, unknown or of another shape.
+    """
+    layers = dense_layers(base)
+    flat = tree.flatten(skill)
+    found = {path.rpartition("/")[0] for path in flat}
+    if missing := sorted(set(layers) - found):
+        raise InputError(f"{name}: no adapter for layer {missing[0]!r} of the base")
+    if unknown := sorted(found - set(layers)):
+        raise InputError(
+            f"{name}: layer {unknown[0]!r} is not in the base; expected {sorted(layers)}"
+        )
+    for path, (d, o) in layers.items():
+        for leaf in ("a", "b"):
+            if f"{path}/{leaf}" not in flat:
+                raise InputError(f"{name}: layer {path!r} has no matrix {leaf!r}")
+        a, b = flat[f"{path}/a"], flat[f"{path}/b"]
+        if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
+            raise InputError(
+                f"{name}: layer {path!r} has a {a.shape} and b {b.shape}, "
+                f"expected ({d}, rank) and (rank, {o})"
+            )
+        if (a.shape[0], b.shape[1]) != (d, o):
+            raise InputError(
+                f"{name}: layer {path!r} maps {a.shape[0]} -> {b.shape[1]}, "
+                f"the base's maps {d} -> {o}"
+            )
+
+
+def pad(skill: Params, rank: int) -> Params:
+    """Zero-pad one skill to a larger rank; the function it computes is unchanged."""
+
+    def leaf(path: str, x: Array) -> Array:
+        extra = rank - x.shape[0 if path.endswith("/b") else -1]
+        if extra < 0:
+            raise InputError(f"cannot pad {path!r} {x.shape} down to rank {rank}")
+        widths = [(0, 0)] * x.ndim
+        widths[0 if path.endswith("/b") else -1] = (0, extra)
+        return jnp.pad(x, widths)
+
+    return tree.unflatten({p: leaf(p, x) for p, x in tree.flatten(skill).items()})
+
+
+def stack_skills(skills: Sequence[Params]) -> Params:
+    """Skills of any ranks to one library with leaves [K, ...] at the largest rank.
+
+    Raises:
+      InputError: no skill, or low-rank and MLP adapters together.
+    """
+    if not skills:
+        raise InputError("a library needs at least one skill, got none")
+    adapters = {adapter_of(skill) for skill in skills}
+    if len(adapters) > 1:
+        raise InputError("cannot compose lora and mlp skills in one library")
+    rank = max(rank_of(skill) for skill in skills)
+    return tree.stack([pad(skill, rank) for skill in skills])
+
+
+def zero_skill(skill: Params) -> Params:
+    """The skill that changes nothing: the base itself as a member of a library."""
+    return jax.tree.map(jnp.zeros_like, skill)
+
+
+def merge(base: Params, library: Params, alpha: Float[Array, " k"]) -> Params:
+    """Base parameters with W0 + sum_k alpha_k A_k B_k folded in.
+
+    Only for weights that do not depend on the state.
+
+    Raises:
+      InputError: the library holds MLP adapters, which cannot be folded.
+    """
+    if adapter_of(library) != "lora":
+        raise InputError("only lora skills can be merged into the base's weights")
+    flat, low_rank = tree.flatten(base), tree.flatten(library)
+    for path in dense_layers(base):
+        delta = jnp.einsum(
+            "k,kdr,kro->do", alpha, low_rank[f"{path}/a"], low_rank[f"{path}/b"]
+        )
+        flat[f"{path}/kernel"] = flat[f"{path}/kernel"] + delta
+    return tree.unflatten(flat)

@@ -1,0 +1,1 @@
+"""The networks: the only users of flax.linen."""
