@@ -5,14 +5,13 @@ part that is tuned or learned; the support, in [0, 1], says whether skill k's
 demonstrations reach the state s, and lets the base act where they do not.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from psec_jax.errors import InputError, lookup
 from psec_jax.networks.mlp import MLP
@@ -110,33 +109,34 @@ HEADS = {
 }
 
 
-def neighbour_distance(params: Params, obs: Float[Array, " S"]) -> Float[Array, " K"]:
-    """Distance from a state to the nearest demonstration state of each skill.
+def neighbour_distance(
+    demos: Float[Array, "M S"], valid: Bool[Array, " M"], x: Float[Array, " S"]
+) -> Float[Array, ""]:
+    """Distance from a state to the nearest of a skill's demonstration states.
 
     Args:
-      params: "demos" [K, M, S] in units of "scale" [S], "valid" [K, M] bool.
-      obs: normalised observation.
+      demos: states in units of the skill's scale.
+      valid: which rows are states, not padding.
+      x: the state in the same units.
     """
-    x = obs / params["scale"]
-    square = jnp.sum((params["demos"] - x) ** 2, axis=-1)
-    return jnp.sqrt(jnp.min(jnp.where(params["valid"], square, jnp.inf), axis=-1))
+    square = jnp.sum(demos**2, axis=-1) - 2 * demos @ x + jnp.sum(x**2)
+    return jnp.sqrt(jnp.maximum(jnp.min(jnp.where(valid, square, jnp.inf)), 0.0))
 
 
-def learned_distance(params: Params, obs: Float[Array, " S"]) -> Float[Array, " K"]:
-    """The same distance as a small network per skill predicts it: no search.
-
-    Args:
-      params: "net", an MLP's parameters with a leading axis of K, and "scale" [S].
-      obs: normalised observation.
-    """
-    net = MLP(DISTANCE_WIDTHS, 1)
-    x = jnp.clip(obs / params["scale"], -DISTANCE_CLIP, DISTANCE_CLIP)
-    raw = jax.vmap(lambda net_params: net.apply({"params": net_params}, x)[0])
-    return jax.nn.softplus(raw(params["net"]))
+_DISTANCE_NET = MLP((256, 256), 1)
+_DISTANCE_CLIP = 20.0  # keeps the network's inputs where it was fitted
+DISTANCE_CAP = 4.0  # in units of tau: beyond it every support is zero anyway
 
 
-DISTANCE_WIDTHS = (256, 256)
-DISTANCE_CLIP = 20.0
+def init_distance(key: Key[Array, ""], obs_dim: int) -> Params:
+    """Parameters of the network behind `learned_distance`."""
+    return _DISTANCE_NET.init(key, jnp.zeros(obs_dim))["params"]
+
+
+def learned_distance(net: Params, x: Float[Array, " S"]) -> Float[Array, ""]:
+    """The same distance as a small network predicts it: no search at run time."""
+    x = jnp.clip(x, -_DISTANCE_CLIP, _DISTANCE_CLIP)
+    return jax.nn.softplus(_DISTANCE_NET.apply({"params": net}, x)[0])
 
 
 def _falloff(distance: Array, tau: Array) -> Array:
@@ -144,10 +144,22 @@ def _falloff(distance: Array, tau: Array) -> Array:
     return jnp.exp(-((distance / tau) ** 4))
 
 
+def _neighbour(params: Params, obs: Float[Array, " S"]) -> Float[Array, " K"]:
+    distance = jax.vmap(neighbour_distance)(
+        params["demos"], params["valid"], obs / params["scale"]
+    )
+    return _falloff(distance, params["tau"])
+
+
+def _learned(params: Params, obs: Float[Array, " S"]) -> Float[Array, " K"]:
+    distance = jax.vmap(learned_distance)(params["net"], obs / params["scale"])
+    return _falloff(distance, params["tau"])
+
+
 SUPPORTS: dict[str, Callable[[Params, Array], Array] | None] = {
     "none": None,
-    "neighbour": lambda p, obs: _falloff(neighbour_distance(p, obs), p["tau"]),
-    "learned": lambda p, obs: _falloff(learned_distance(p, obs), p["tau"]),
+    "neighbour": _neighbour,
+    "learned": _learned,
 }
 
 
@@ -196,35 +208,4 @@ def gate_alpha(
     skills = alpha[1:] * share
     return jnp.concatenate(
         [alpha[:1] + jnp.sum(alpha[1:] - skills, keepdims=True), skills]
-    )
-
-
-def nearest(queries: np.ndarray, demos: np.ndarray, chunk: int = 512) -> np.ndarray:
-    """Euclidean distance [Q] of each query [Q, S] to the nearest of demos [M, S]."""
-    square = np.sum(demos**2, axis=1)
-    least = [
-        np.min(square - 2 * q @ demos.T, axis=1) + np.sum(q**2, axis=1)
-        for q in np.split(queries, range(chunk, len(queries), chunk))
-    ]
-    return np.sqrt(np.maximum(np.concatenate(least), 0))
-
-
-def leave_one_out_distances(episodes: Sequence[np.ndarray]) -> np.ndarray:
-    """Distance of each demonstration state to the other demonstrations' states.
-
-    Args:
-      episodes: E arrays [n_e, S].
-
-    Raises:
-      InputError: fewer than two demonstrations.
-    """
-    if len(episodes) < 2:
-        raise InputError(
-            f"a support's scale needs at least 2 demonstrations, got {len(episodes)}"
-        )
-    return np.concatenate(
-        [
-            nearest(episode, np.concatenate([*episodes[:i], *episodes[i + 1 :]]))
-            for i, episode in enumerate(episodes)
-        ]
     )

@@ -1,0 +1,53 @@
+# make test    set-up, lint, tests
+# make demo    set-up, the main job at the quick preset
+# make bench   set-up, speed of this machine and of every stage
+# make lint    set-up, formatting and lint only
+# make clean   remove .venv and caches; results, runs and data stay
+.POSIX:
+.PHONY: test demo bench lint install clean
+
+# The first of these that is 3.11 or newer makes the environment.
+PYTHON = python3.11 python3 python3.12 python3.13
+VENV = .venv
+STAMP = $(VENV)/.installed
+PIP_ARGS = --disable-pip-version-check -qq
+# Test processes: two, so that compilation, most of the time, uses both cores.
+JOBS = 2
+
+test: lint
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+demo: install
+	$(VENV)/bin/python -m experiments.demo
+
+bench: install
+	$(VENV)/bin/python -m experiments.benchmark
+
+lint: install
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+
+install: $(STAMP)
+
+# The stamp is written last: a set-up that was interrupted starts again. Candidates are
+# run, not looked up: the shim of a version manager may exist and not work.
+$(STAMP): requirements.txt setup.py pyproject.toml
+	@for python in $(PYTHON) ""; do \
+	  [ -n "$$python" ] || break; \
+	  $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    >/dev/null 2>&1 && break; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "psec_jax needs Python 3.11 or newer: tried $(PYTHON);" \
+	    "say make PYTHON=/path/to/python3.11" >&2; \
+	  exit 2; \
+	fi; \
+	$(VENV)/bin/python -m pip --version >/dev/null 2>&1 \
+	  || $$python -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip install $(PIP_ARGS) -r requirements.txt
+	$(VENV)/bin/python -m pip install $(PIP_ARGS) --no-deps --editable .
+	@touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

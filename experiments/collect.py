@@ -1,0 +1,239 @@
+"""Roll a policy out in a real simulator and keep the transitions.
+
+    python -m experiments.collect --env=dm_control:walker-walk --policy=expert \
+        --episodes=10 --seed=0
+
+writes one HDF5 file in the D4RL layout into `$PSEC_DATA_DIR` (or --out) and prints a
+line with its path and the returns. The same arguments give the same content whatever
+the number of processes: an episode depends on the seed and its own number only. Use
+different seeds for different tasks, or their initial poses coincide.
+"""
+
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Sequence
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from psec_jax import envs
+from psec_jax.data import d4rl, dataset
+from psec_jax.data.paths import data_dir
+from psec_jax.envs.experts import expert_path, make_policy
+from psec_jax.envs.workers import Worker, default_workers
+from psec_jax.errors import InputError
+from psec_jax.types import Dataset
+
+SIMULATORS = {
+    "dm_control": ("dm_control", "mujoco"),
+    "gymnasium": ("gymnasium", "mujoco"),
+}
+
+
+def collect(
+    env: str,
+    policy: str,
+    episodes: int,
+    seed: int,
+    action_noise: float = 0.0,
+    workers: int | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Collect `episodes` whole episodes into one file.
+
+    A file that is already there with the same environment, policy, seed, noise and
+    number of episodes is kept as it is.
+
+    Args:
+      env: "dm_control:walker-walk", "gymnasium:ID".
+      policy: "expert", "medium", "random" or the path of an expert file.
+      episodes: how many.
+      seed: with the episode's number it sets the initial state and the noise.
+      action_noise: standard deviation of Gaussian noise on every action.
+      workers: processes; by default one for every core.
+      out: the file to write; by default a name made of the arguments, in `data_dir()`.
+      overwrite: collect again, and replace the file.
+
+    Returns:
+      The file's path.
+
+    Raises:
+      InputError: bad arguments, or the file holds another collection.
+    """
+    if episodes < 1:
+        raise InputError(f"episodes is {episodes}, expected 1 or more")
+    if seed < 0:
+        raise InputError(f"seed is {seed}, expected 0 or more")
+    if workers is not None and workers < 1:
+        raise InputError(f"workers is {workers}, expected 1 or more")
+    identity = {
+        "environment": env,
+        "policy": policy,
+        "policy_sha256": _policy_hash(policy, env),
+        "episodes": episodes,
+        "seed": seed,
+        "action_noise": float(action_noise),
+    }
+    path = Path(out) if out else data_dir() / default_name(identity)
+    if path.exists() and not overwrite:
+        _check_same(path, identity)
+        return path
+    parts = _rollouts(env, policy, episodes, seed, action_noise, workers)
+    ds = dataset.check(dataset.concatenate(parts), str(path))
+    attrs = identity | {
+        "versions": json.dumps(_versions(env), sort_keys=True),
+        "returns": dataset.episode_returns(ds),
+        "costs": dataset.episode_costs(ds),
+    }
+    return d4rl.save(path, ds, attrs)
+
+
+def default_name(identity: dict[str, Any]) -> str:
+    """The file name of a collection, such as dm_control_walker-walk_expert_10_seed0."""
+    policy = identity["policy"]
+    if policy.endswith(".npz"):
+        policy = f"{Path(policy).stem}-{identity['policy_sha256'][:8]}"
+    noise = identity["action_noise"]
+    name = (
+        f"{identity['environment']}_{policy}_{identity['episodes']}"
+        f"_seed{identity['seed']}{f'_noise{noise:g}' if noise else ''}.hdf5"
+    )
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name)
+
+
+def _policy_hash(policy: str, env: str) -> str:
+    if policy == "random":
+        return ""
+    path = Path(policy) if policy.endswith(".npz") else None
+    if path is None and policy in ("expert", "medium"):
+        path = expert_path(env)
+    if path is None or not path.is_file():
+        return ""  # refused by name where the policy is made
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _check_same(path: Path, identity: dict[str, Any]) -> None:
+    _, attrs = d4rl.load(path)
+    differing = [
+        f"{name} {attrs.get(name)!r} (asked for {value!r})"
+        for name, value in identity.items()
+        if attrs.get(name) != value
+    ]
+    if differing:
+        raise InputError(
+            f"{path}: holds another collection, with {', '.join(differing)}; give "
+            "another file, or ask to overwrite it"
+        )
+
+
+def _versions(env: str) -> dict[str, str]:
+    packages = ("numpy", *SIMULATORS[env.partition(":")[0]])
+    return {"python": platform.python_version()} | {p: version(p) for p in packages}
+
+
+def _rollouts(
+    env: str,
+    policy: str,
+    episodes: int,
+    seed: int,
+    action_noise: float,
+    workers: int | None,
+) -> list[Dataset]:
+    count = min(workers or default_workers(episodes), episodes)
+    pool = []
+    try:
+        for i in range(count):
+            args = (env, policy, seed, action_noise, list(range(i, episodes, count)))
+            name = f"collection worker {i + 1} of {count}"
+            pool.append(Worker("experiments.collect:serve", *args, name=name))
+        return [pool[e % count].recv() for e in range(episodes)]
+    finally:
+        for worker in pool:
+            worker.close()
+
+
+def serve(
+    pipe: Connection,
+    spec: str,
+    policy: str,
+    seed: int,
+    action_noise: float,
+    episodes: list[int],
+) -> None:
+    """A worker's job: roll the episodes of these numbers out, one message each."""
+    env = envs.make(spec)
+    act = make_policy(policy, spec, env.obs_dim, env.action_dim, action_noise)
+    for episode in episodes:
+        pipe.send(rollout(env, act, seed, episode))
+    env.close()
+
+
+def rollout(env: envs.Env, act: Any, seed: int, episode: int) -> Dataset:
+    """One whole episode; it depends on (seed, episode) alone."""
+    env_seed, noise_seed = np.random.SeedSequence((seed, episode)).spawn(2)
+    generator = np.random.default_rng(noise_seed)
+    obs = env.reset(int(env_seed.generate_state(1)[0]))
+    rows = []
+    ended = False
+    while not ended:
+        action = act(obs, generator)
+        step = env.step(action)
+        row = (obs, action, step.reward, step.cost, step.obs)
+        rows.append((*row, step.terminal, step.timeout))
+        obs = step.obs
+        ended = step.terminal or step.timeout
+    types = (np.float32,) * 5 + (bool,) * 2
+    columns = zip(*rows, strict=True)
+    return Dataset(*(np.array(c, dtype=t) for c, t in zip(columns, types, strict=True)))
+
+
+def main(argv: Sequence[str]) -> None:
+    """Collect what the flags ask for, and print one line about it."""
+    if len(argv) > 1:
+        raise InputError(f"unexpected argument {argv[1]!r}; every option is a --flag")
+    path = collect(**{name: flag.value for name, flag in FLAGS.items()})
+    _, attrs = d4rl.load(path)
+    returns = attrs["returns"]
+    print(
+        f"{path}: {len(returns)} episodes, return mean {returns.mean():.1f} "
+        f"min {returns.min():.1f} max {returns.max():.1f}"
+    )
+
+
+def _define_flags() -> dict[str, flags.FlagHolder]:
+    return {
+        "env": flags.DEFINE_string(
+            "env", None, "dm_control:DOMAIN-TASK or gymnasium:ID.", required=True
+        ),
+        "policy": flags.DEFINE_string(
+            "policy", "expert", "expert, medium, random, or an expert file (.npz)."
+        ),
+        "episodes": flags.DEFINE_integer("episodes", 10, "Whole episodes to collect."),
+        "seed": flags.DEFINE_integer("seed", 0, "Sets initial states and noise."),
+        "action_noise": flags.DEFINE_float(
+            "action_noise", 0.0, "Standard deviation of Gaussian noise on every action."
+        ),
+        "workers": flags.DEFINE_integer(
+            "workers", None, "Processes; by default one for every core."
+        ),
+        "out": flags.DEFINE_string(
+            "out", None, "File to write; by default named by the arguments."
+        ),
+        "overwrite": flags.DEFINE_bool(
+            "overwrite", False, "Collect again where the file is already there."
+        ),
+    }
+
+
+if __name__ == "__main__":
+    from launch.cli import run
+
+    FLAGS = _define_flags()
+    run(main)

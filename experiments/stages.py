@@ -1,0 +1,556 @@
+"""The stages of the main job, each one call: pretrain, expand, compose, evaluate.
+
+The commands of launch/ and the tables call these; a finished stage is not run again.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from psec_jax.library import SkillLibrary
+from psec_jax.training import train
+
+from experiments.collect import collect
+from psec_jax import data as datasets
+from psec_jax import support
+from psec_jax.agents import gate as gate_agent
+from psec_jax.agents import pretrain as pretrain_agent
+from psec_jax.agents import skill as skill_agent
+from psec_jax.agents.common import OptimiserConfig, TrainData
+from psec_jax.composition import PolicyConfig, PolicyParams
+from psec_jax.data import dataset, normalise
+from psec_jax.diffusion import DiffusionConfig
+from psec_jax.errors import InputError, lookup
+from psec_jax.evaluation import Episodes, evaluate
+from psec_jax.gating import GateConfig, init_gate
+from psec_jax.networks.denoiser import NetworkConfig
+from psec_jax.policy import (
+    Policy,
+    diffusion_config,
+    load_base,
+    load_skills,
+    network_config,
+)
+from psec_jax.policy import compose as load_composition
+from psec_jax.run import open_run
+from psec_jax.types import Dataset
+
+OBJECTIVES = ("bc",)
+
+
+class Demos(NamedTuple):
+    """Demonstrations of one task.
+
+    Attributes:
+      dataset: whole trajectories.
+      source: file or folder they come from.
+    """
+
+    dataset: Dataset
+    source: str
+
+    def card(self) -> dict[str, Any]:
+        """What cards and configs record of the data."""
+        returns = dataset.episode_returns(self.dataset)
+        return {
+            "source": Path(self.source).name,
+            "fingerprint": dataset.fingerprint(self.dataset),
+            "transitions": len(self.dataset.obs),
+            "trajectories": len(returns),
+            "return_mean": float(np.mean(returns)),
+        }
+
+
+def load_demos(
+    config: ConfigDict, env: str, episodes: int, path: str | None = None
+) -> Demos:
+    """The first `episodes` trajectories of a file, or of a fresh collection.
+
+    Args:
+      config: its `data` section says how to collect.
+      env: environment the demonstrations are of.
+      episodes: trajectories; 0 takes all that a file has.
+      path: an HDF5 file, an episode file or a folder of them; None collects with
+        `config.data.policy` in `env`, or uses what was collected before.
+
+    Raises:
+      InputError: the data cannot be used.
+    """
+    if path is None:
+        if episodes < 1:
+            raise InputError(
+                f"episodes: got {episodes}, expected 1 or more to collect in {env}"
+            )
+        path = str(
+            collect(
+                env,
+                config.data.policy,
+                max(episodes, 10),
+                config.data.seeds.get(env, 0),
+                config.data.action_noise,
+            )
+        )
+    loaded = datasets.load(
+        path, first=episodes or None, clip_actions=config.data.clip_actions
+    )
+    return Demos(loaded, path)
+
+
+def train_config(config: ConfigDict, section: str) -> OptimiserConfig:
+    """The optimiser of a stage: cosine decay over all of its steps."""
+    stage = config[section]
+    return OptimiserConfig(
+        learning_rate=stage.learning_rate,
+        decay_steps=stage.steps,
+        weight_decay=stage.weight_decay,
+        ema=stage.ema,
+    )
+
+
+def pretrain(
+    config: ConfigDict,
+    *,
+    workdir: str | Path,
+    library: str | Path,
+    seed: int,
+    env: str | None = None,
+    data: str | None = None,
+    name: str = "base",
+    section: str = "base",
+    evaluate_after: bool = True,
+) -> dict[str, Any]:
+    """Train a base on demonstrations and put it into a library.
+
+    Args:
+      config: resolved config; `config[section]` holds episodes, steps and optimiser.
+      workdir: the run's folder.
+      library: folder of the library, made if missing.
+      seed: of parameters, batches and noise.
+      env: environment; default `config.base.env`.
+      data: demonstrations; default collects.
+      name: of the base in its card.
+      section: "skill" trains a base on a skill's budget: the Scratch baseline.
+      evaluate_after: roll the base out and record its returns on the card.
+
+    Returns:
+      The run's result: training summary, returns, library.
+
+    Raises:
+      InputError: bad data, or a workdir that holds another run.
+    """
+    env = env or config.base.env
+    stage = config[section]
+    demos = load_demos(config, env, stage.episodes, data)
+    network = NetworkConfig(**config.network)
+    diffusion = DiffusionConfig(**config.diffusion)
+    agent = pretrain_agent.PretrainConfig(
+        network, diffusion, train_config(config, section), stage.batch_size
+    )
+    run = open_run(
+        workdir,
+        "base",
+        {
+            "name": name,
+            "seed": seed,
+            "env": env,
+            "data": demos.card(),
+            "section": section,
+            "normaliser": config.normaliser,
+            "std_floor": config.std_floor,
+            "network": config.network.to_dict(),
+            "diffusion": config.diffusion.to_dict(),
+            section: stage.to_dict(),
+        },
+    )
+    if (done := run.result()) is not None:
+        return done
+    normaliser = lookup(normalise.NORMALISERS, config.normaliser, "normaliser")(
+        demos.dataset.obs, config.std_floor
+    )
+    init_key, train_key = jax.random.split(jax.random.key(seed))
+    state = pretrain_agent.init(
+        agent, init_key, demos.dataset.obs.shape[1], demos.dataset.action.shape[1]
+    )
+    state, summary = train(
+        functools.partial(pretrain_agent.update, agent),
+        state,
+        train_data(demos, normaliser),
+        train_key,
+        run=run,
+        steps=stage.steps,
+        stage="base",
+        **config.run,
+    )
+    action_dim = demos.dataset.action.shape[1]
+    policy = Policy(
+        PolicyConfig(network, diffusion, action_dim),
+        PolicyParams(state.ema, normaliser),
+    )
+    returns = episodes_card(config, policy, env) if evaluate_after else None
+    SkillLibrary.create(library).add_base(
+        state.ema,
+        normaliser,
+        {
+            "name": name,
+            "obs_dim": demos.dataset.obs.shape[1],
+            "action_dim": action_dim,
+            "network": dataclasses.asdict(network),
+            "diffusion": dataclasses.asdict(diffusion),
+            "env": env,
+            "data": demos.card(),
+            "returns": returns,
+            "steps": stage.steps,
+            "config": run.config,
+        },
+        overwrite=True,
+    )
+    result = {"summary": summary, "returns": returns, "library": str(library)}
+    run.finish(result)
+    return result
+
+
+def train_data(demos: Demos, normaliser: Any, frozen: Any = None) -> TrainData:
+    """Demonstrations on the device, normalised once."""
+    return TrainData(
+        jnp.asarray(normaliser(demos.dataset.obs)),
+        jnp.asarray(demos.dataset.action),
+        frozen,
+    )
+
+
+def check_fit(demos: Demos, policy: Policy) -> None:
+    """Refuse demonstrations whose sizes are not the base's."""
+    for what, got, expected in (
+        ("observations", demos.dataset.obs, len(policy.params.normaliser.mean)),
+        ("actions", demos.dataset.action, policy.config.action_dim),
+    ):
+        if got.shape[1] != expected:
+            raise InputError(
+                f"{demos.source}: {what} have {got.shape[1]} numbers, "
+                f"the library's base expects {expected}"
+            )
+
+
+def expand(
+    config: ConfigDict,
+    *,
+    workdir: str | Path,
+    library: str | Path,
+    seed: int,
+    name: str,
+    env: str | None = None,
+    data: str | None = None,
+    evaluate_after: bool = True,
+) -> dict[str, Any]:
+    """Learn one skill from demonstrations, the library's base frozen, and add it.
+
+    Args:
+      config: resolved config; its `skill` section is used.
+      workdir: the run's folder.
+      library: folder of an existing library.
+      seed: of parameters, batches and noise.
+      name: of the skill.
+      env: environment; default `config.skill.env`.
+      data: demonstrations; default collects.
+      evaluate_after: roll the skill out at its training strength.
+
+    Raises:
+      InputError: bad data, an unknown objective, or a workdir of another run.
+    """
+    env = env or config.skill.env
+    stage = config.skill
+    if stage.objective not in OBJECTIVES:
+        raise InputError(
+            f"unknown objective {stage.objective!r}; choose from {OBJECTIVES}"
+        )
+    opened = SkillLibrary.open(library)
+    base, normaliser, base_card = opened.load_base()
+    demos = load_demos(config, env, stage.episodes, data)
+    base_policy = load_base(library)
+    check_fit(demos, base_policy)
+    agent = skill_agent.SkillConfig(
+        network=dataclasses.replace(
+            network_config(base_card), dropout=config.network.dropout
+        ),
+        diffusion=diffusion_config(base_card),
+        optimiser=train_config(config, "skill"),
+        batch_size=stage.batch_size,
+        rank=stage.rank,
+        adapter=stage.adapter,
+        alpha=stage.alpha,
+    )
+    run = open_run(
+        workdir,
+        "skill",
+        {
+            "name": name,
+            "seed": seed,
+            "env": env,
+            "data": demos.card(),
+            "base_fingerprint": base_card["fingerprint"],
+            "dropout": config.network.dropout,
+            "skill": stage.to_dict(),
+        },
+    )
+    if (done := run.result()) is not None:
+        return done
+    init_key, train_key = jax.random.split(jax.random.key(seed))
+    base = jax.tree.map(jnp.asarray, base)
+    state, summary = train(
+        functools.partial(skill_agent.update, agent),
+        skill_agent.init(agent, init_key, base),
+        train_data(demos, normaliser, base),
+        train_key,
+        run=run,
+        steps=stage.steps,
+        stage="skill",
+        **config.run,
+    )
+    opened.add_skill(
+        name,
+        state.ema,
+        {
+            "adapter": stage.adapter,
+            "rank": stage.rank,
+            "alpha": stage.alpha,
+            "objective": stage.objective,
+            "env": env,
+            "data": demos.card(),
+            "returns": None,
+            "steps": stage.steps,
+            "config": run.config,
+        },
+        overwrite=True,
+    )
+    returns = None
+    if evaluate_after:
+        returns = episodes_card(config, load_composition(library, [name]), env)
+        opened.set_returns("skill", name, returns)
+    result = {"summary": summary, "returns": returns, "library": str(library)}
+    run.finish(result)
+    return result
+
+
+def fit_support(
+    config: ConfigDict, demos: Sequence[Demos], normaliser: Any, extra: np.ndarray
+) -> dict[str, Any]:
+    """The support of each skill from its own demonstrations; see `psec_jax.support`."""
+    episodes = [
+        [normaliser(d.dataset.obs[rows]) for rows in dataset.episode_slices(d.dataset)]
+        for d in demos
+    ]
+    fit = lookup(support.FITS, config.gate.support, "gate.support")
+    return fit(support.SupportConfig(**config.support), episodes, extra)
+
+
+def compose(
+    config: ConfigDict,
+    *,
+    workdir: str | Path,
+    library: str | Path,
+    seed: int,
+    name: str,
+    skills: Sequence[str],
+    env: str | None = None,
+    data: str | None = None,
+    support_data: Sequence[str] = (),
+    alpha: Sequence[float] | None = None,
+    evaluate_after: bool = True,
+) -> dict[str, Any]:
+    """Make a gate over skills of a library, train its head, and add it.
+
+    Args:
+      config: resolved config; its `gate` and `support` sections are used.
+      workdir: the run's folder.
+      library: folder of an existing library.
+      seed: of the head, batches and noise.
+      name: of the gate.
+      skills: names, in order of priority.
+      env: the target's environment; default the last-learned skill's, skills[0].
+      data: the target's demonstrations; default collects.
+      support_data: demonstrations of each skill, for a support; default collects
+        again what the skill's card names.
+      alpha: weights the head starts from (a constant head keeps them); default
+        `config.gate.start`.
+      evaluate_after: roll the composition out.
+
+    Raises:
+      InputError: bad data, unknown names, or a workdir of another run.
+    """
+    policy, stacked, strength, cards = load_skills(library, skills)
+    env = env or cards[0]["env"]
+    stage = config.gate
+    demos = load_demos(config, env, config.skill.episodes, data)
+    check_fit(demos, policy)
+    base_member = stage.level != "parameter"
+    gate_form = GateConfig(
+        head=stage.head,
+        support=stage.support,
+        priority=stage.priority,
+        base_member=base_member,
+        widths=tuple(stage.widths),
+        top_k=stage.top_k,
+    )
+    policy_config = dataclasses.replace(
+        policy.config,
+        network=dataclasses.replace(policy.config.network, dropout=0.0),
+        level=stage.level,
+        gate=gate_form,
+    )
+    skill_demos: list[Demos] = []
+    if stage.support != "none":
+        skill_demos = _skill_demos(config, cards, support_data)
+    loss = stage.loss
+    if loss == "auto":
+        loss = "diffusion" if stage.level == "parameter" else "cloning"
+    agent = gate_agent.GateTrainConfig(
+        policy=policy_config,
+        loss=loss,
+        optimiser=OptimiserConfig(
+            learning_rate=stage.learning_rate, weight_decay=0.0, ema=1.0
+        ),
+        batch_size=stage.batch_size,
+        compat=stage.compat,
+    )
+    start = start_weights(stage.start, strength, base_member, alpha)
+    run = open_run(
+        workdir,
+        "gate",
+        {
+            "name": name,
+            "seed": seed,
+            "env": env,
+            "data": demos.card(),
+            "skills": list(skills),
+            "skill_fingerprints": [card["fingerprint"] for card in cards],
+            "support_data": [d.card() for d in skill_demos],
+            "start_weights": np.asarray(start).tolist(),
+            "gate": stage.to_dict(),
+            "support": config.support.to_dict(),
+        },
+    )
+    if (done := run.result()) is not None:
+        return done
+    support_params = None
+    if skill_demos:
+        normaliser = policy.params.normaliser
+        support_params = fit_support(
+            config, skill_demos, normaliser, normaliser(demos.dataset.obs)
+        )
+    init_key, train_key = jax.random.split(jax.random.key(seed))
+    gate = init_gate(
+        gate_form, init_key, demos.dataset.obs.shape[1], start, support_params
+    )
+    summary = None
+    if stage.head != "constant":
+        frozen = PolicyParams(
+            policy.params.base, policy.params.normaliser, stacked, strength, gate
+        )
+        state, summary = train(
+            functools.partial(gate_agent.update, agent),
+            gate_agent.init(agent, gate),
+            train_data(demos, policy.params.normaliser, frozen),
+            train_key,
+            run=run,
+            steps=stage.steps,
+            stage="gate",
+            **config.run,
+        )
+        gate = gate | {"head": state.params}
+    opened = SkillLibrary.open(library)
+    opened.add_gate(
+        name,
+        gate,
+        {
+            "skills": list(skills),
+            "level": stage.level,
+            "gate": dataclasses.asdict(gate_form),
+            "env": env,
+            "data": demos.card(),
+            "returns": None,
+            "steps": stage.steps if summary else 0,
+            "config": run.config,
+        },
+        overwrite=True,
+    )
+    returns = None
+    if evaluate_after:
+        returns = episodes_card(config, load_composition(library, gate=name), env)
+        opened.set_returns("gate", name, returns)
+    result = {"summary": summary, "returns": returns, "library": str(library)}
+    run.finish(result)
+    return result
+
+
+def start_weights(
+    start: str,
+    strength: jax.Array,
+    base_member: bool,
+    alpha: Sequence[float] | None = None,
+) -> jax.Array:
+    """Weights a gate's head starts from.
+
+    "strength": at the parameter level the first skill at its training strength, the
+    others at 0; at the noise and action levels weight 1 on the first skill, 0 on the
+    base and the others. "zero": all 0, at the noise and action levels 1 on the base:
+    both mean the base alone.
+    """
+    count = len(strength) + base_member
+    if alpha is not None:
+        if len(alpha) != count:
+            raise InputError(f"alpha: got {len(alpha)} weights, expected {count}")
+        return jnp.asarray(alpha, jnp.float32)
+    starts = {
+        "strength": (0.0, 1.0) if base_member else (strength[0],),
+        "zero": (1.0,) if base_member else (0.0,),
+    }
+    first = lookup(starts, start, "gate.start")
+    return jnp.zeros(count).at[: len(first)].set(jnp.asarray(first))
+
+
+def _skill_demos(
+    config: ConfigDict, cards: Sequence[Mapping[str, Any]], paths: Sequence[str]
+) -> list[Demos]:
+    """Each skill's own demonstrations, checked against its card."""
+    if paths and len(paths) != len(cards):
+        raise InputError(
+            f"support_data: got {len(paths)} files for {len(cards)} skills"
+        )
+    loaded = []
+    for i, card in enumerate(cards):
+        path = paths[i] if paths else None
+        trajectories = card["data"]["trajectories"]
+        demos = load_demos(config, card["env"], trajectories, path)
+        if demos.card()["fingerprint"] != card["data"]["fingerprint"]:
+            raise InputError(
+                f"{demos.source}: not the data skill {card['name']!r} was learned from "
+                f"(fingerprint {demos.card()['fingerprint']}, expected "
+                f"{card['data']['fingerprint']}); name it with --support_data"
+            )
+        loaded.append(demos)
+    return loaded
+
+
+def episodes_card(config: ConfigDict, policy: Policy, env: str) -> dict[str, Any]:
+    """Roll a policy out and say what it gave, for cards and results."""
+    seed, count = config.evaluation.seed, config.evaluation.episodes
+    episodes = evaluate(policy.act, env, count, seed)
+    return episodes_json(episodes, env, seed)
+
+
+def episodes_json(episodes: Episodes, env: str, seed: int) -> dict[str, Any]:
+    """Raw returns, costs and lengths of every episode, and their mean."""
+    return {
+        "env": env,
+        "seed": seed,
+        "mean": float(np.mean(episodes.returns)),
+        "returns": episodes.returns.tolist(),
+        "costs": episodes.costs.tolist(),
+        "lengths": episodes.lengths.tolist(),
+    }

@@ -1,0 +1,146 @@
+"""HDF5 files in the layout of D4RL and DSRL (Fu et al. 2020; Liu et al. 2023)."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from psec_jax.data import dataset
+from psec_jax.errors import InputError
+from psec_jax.types import Dataset
+
+KEYS = {
+    "obs": "observations",
+    "action": "actions",
+    "reward": "rewards",
+    "next_obs": "next_observations",
+    "terminal": "terminals",
+    "timeout": "timeouts",
+    "cost": "costs",
+}
+OPTIONAL = ("next_obs", "timeout", "cost")
+
+
+def load(
+    path: str | os.PathLike[str], clip_actions: bool = False
+) -> tuple[Dataset, dict[str, Any]]:
+    """Read one file.
+
+    `next_observations` may be missing (the older D4RL files): each is then the next
+    row's observation, and the last row of an episode that was cut, whose successor the
+    file does not hold, is dropped. `timeouts` and `costs` may be missing; rewards,
+    costs and flags may have shape [N] or [N, 1].
+
+    Returns:
+      The checked dataset and the file's attributes.
+
+    Raises:
+      InputError: the file is missing, truncated or not HDF5, lacks a key, or holds
+        arrays `dataset.check` refuses.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with h5py.File(path, "r") as file:
+            attrs = {name: _plain(value) for name, value in file.attrs.items()}
+            arrays = _read(file, path)
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{path}: not a readable HDF5 file, or a truncated one ({reason})"
+        ) from error
+    return dataset.check(_assemble(arrays, path), str(path), clip_actions), attrs
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, np.generic):
+        return value.item()
+    return value
+
+
+def _read(file: h5py.File, path: Path) -> dict[str, np.ndarray]:
+    arrays = {}
+    for name, key in KEYS.items():
+        if isinstance(file.get(key), h5py.Dataset):
+            arrays[name] = file[key][()]
+        elif name not in OPTIONAL:
+            found = ", ".join(sorted(file)) or "nothing"
+            raise InputError(f"{path}: no dataset {key!r}; the file holds {found}")
+    return arrays
+
+
+def _assemble(arrays: Mapping[str, np.ndarray], path: Path) -> Dataset:
+    arrays = dict(arrays)
+    for name in ("reward", "terminal", "timeout", "cost"):
+        if name in arrays and arrays[name].ndim == 2 and arrays[name].shape[1] == 1:
+            arrays[name] = arrays[name][:, 0]
+    n = len(arrays["obs"]) if np.ndim(arrays["obs"]) else 0
+    if n == 0:
+        raise InputError(f"{path}: holds no transitions")
+    for name in OPTIONAL[1:]:
+        arrays.setdefault(name, np.zeros(n))
+    for name in arrays:
+        if np.ndim(arrays[name]) == 0 or len(arrays[name]) != n:
+            raise InputError(
+                f"{path}: {KEYS[name]} has shape {np.shape(arrays[name])} but "
+                f"observations has {n} rows"
+            )
+    for name in ("terminal", "timeout"):
+        arrays[name] = arrays[name].astype(bool)
+    if "next_obs" in arrays:
+        return Dataset(**arrays)
+    cut = arrays["timeout"] & ~arrays["terminal"]
+    cut[-1] |= not arrays["terminal"][-1]
+    last = arrays["obs"][-1:]  # after a true end the value is never used
+    arrays["next_obs"] = np.concatenate([arrays["obs"][1:], last])
+    ended = arrays["terminal"]
+    arrays["next_obs"][ended] = arrays["obs"][ended]
+    # The row before a dropped one becomes the last of its episode.
+    before = np.flatnonzero(cut) - 1
+    before = before[before >= 0]
+    before = before[~(arrays["terminal"][before] | arrays["timeout"][before])]
+    arrays["timeout"][before] = True
+    if cut.all():
+        raise InputError(
+            f"{path}: no next_observations, and no episode of two rows or more"
+        )
+    return Dataset(**{name: array[~cut] for name, array in arrays.items()})
+
+
+def save(path: str | os.PathLike[str], ds: Dataset, attrs: Mapping[str, Any]) -> Path:
+    """Write one file, whole or not at all.
+
+    Args:
+      path: the file; its folder is made.
+      ds: what to write; costs are written only where one is not zero.
+      attrs: file attributes: numbers, strings, arrays.
+
+    Raises:
+      InputError: the file cannot be written (a full disk, no permission).
+    """
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with h5py.File(partial, "w") as file:
+                for name, key in KEYS.items():
+                    if name != "cost" or np.any(ds.cost):
+                        file.create_dataset(key, data=getattr(ds, name))
+                for name, value in attrs.items():
+                    file.attrs[name] = value
+            with open(partial, "rb+") as written:
+                os.fsync(written.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: cannot be written ({reason})") from error
+    return path

@@ -1,0 +1,92 @@
+"""DeepMind Control suite (Tassa et al. 2018)."""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from psec_jax.envs.base import ActionBox, Step
+from psec_jax.errors import InputError
+
+
+class DmControlEnv:
+    """One suite task; observations are the dictionary's values, concatenated in the
+    environment's order. Action repeat is 1."""
+
+    def __init__(self, domain: str, task: str) -> None:
+        """Build the task; `make` checks the names first."""
+        from dm_control import suite
+
+        self.spec = f"dm_control:{domain}-{task}"
+        # A fixed seed here, because a few tasks draw their model when they are built.
+        self._env = suite.load(domain, task, task_kwargs={"random": 0})
+        bounds = self._env.action_spec()
+        self._box = ActionBox(
+            np.broadcast_to(bounds.minimum, bounds.shape),
+            np.broadcast_to(bounds.maximum, bounds.shape),
+        )
+        if not (
+            np.isfinite(self._box.half).all() and np.isfinite(self._env._step_limit)
+        ):
+            raise InputError(
+                f"{self.spec}: expected bounded actions and a time limit, got bounds "
+                f"{bounds.minimum} to {bounds.maximum} and a limit of "
+                f"{self._env._step_limit} steps"
+            )
+        self.action_dim = int(bounds.shape[0])
+        self.max_steps = math.ceil(self._env._step_limit)
+        self.obs_dim = len(self.reset(0))
+
+    def reset(self, seed: int) -> np.ndarray:
+        """See `Env.reset`."""
+        self._env.task.random.seed(seed)
+        return _flatten(self._env.reset().observation)
+
+    def step(self, action: np.ndarray) -> Step:
+        """See `Env.step`."""
+        result = self._env.step(self._box(action))
+        terminal = result.last() and result.discount == 0.0
+        return Step(
+            _flatten(result.observation),
+            float(result.reward),
+            0.0,
+            terminal,
+            result.last() and not terminal,
+        )
+
+    def render(self, height: int, width: int) -> np.ndarray:
+        """See `Env.render`; needs a GL library (`MUJOCO_GL=egl` or `osmesa`)."""
+        return self._env.physics.render(height, width, camera_id=0)
+
+    def close(self) -> None:
+        """See `Env.close`."""
+        self._env.close()
+
+
+def _flatten(observation: Mapping[str, np.ndarray]) -> np.ndarray:
+    parts = [np.ravel(value) for value in observation.values()]
+    return np.concatenate(parts).astype(np.float32)
+
+
+def make(name: str) -> DmControlEnv:
+    """Make DOMAIN-TASK, such as "walker-walk"; see `psec_jax.envs.make`."""
+    try:
+        from dm_control import suite
+    except ImportError as error:
+        raise InputError(
+            f"dm_control:{name}: dm_control cannot be imported ({error}); "
+            "pip install 'psec_jax[dm_control]'"
+        ) from error
+    domain, _, task = name.partition("-")
+    tasks = sorted(t for d, t in suite.ALL_TASKS if d == domain)
+    if not tasks:
+        domains = ", ".join(sorted({d for d, _ in suite.ALL_TASKS}))
+        raise InputError(
+            f"dm_control:{name}: unknown domain {domain!r}; choose from {domains}"
+        )
+    if task not in tasks:
+        raise InputError(
+            f"dm_control:{name}: unknown task {task!r} of {domain}; choose from "
+            f"{', '.join(f'{domain}-{t}' for t in tasks)}"
+        )
+    return DmControlEnv(domain, task)

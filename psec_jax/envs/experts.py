@@ -1,0 +1,190 @@
+"""Policies that need no JAX: the packaged experts, weaker forms of them, random."""
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from psec_jax.errors import InputError
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets" / "experts"
+OBS_CLIP = 10.0
+NORM_EPS = 1e-5
+
+Policy = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
+
+class Expert(NamedTuple):
+    """A trained tanh policy: relu layers, each with an optional layer norm.
+
+    Attributes:
+      layers: for each hidden layer kernel [d, o], bias [o] and, where the policy has
+        layer norms, norm_scale [o] and norm_bias [o].
+      head: kernel [o, A or 2A] and bias. The first A outputs are the mean before tanh;
+        the last A, s, give the training policy's log standard deviation
+        -5 + 3 (tanh(s) + 1).
+      obs_mean: [S].
+      obs_std: [S].
+      action_dim: A.
+    """
+
+    layers: tuple[dict[str, np.ndarray], ...]
+    head: dict[str, np.ndarray]
+    obs_mean: np.ndarray
+    obs_std: np.ndarray
+    action_dim: int
+
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        """The deterministic action tanh(mean): obs [..., S] -> float32 [..., A]."""
+        x = (obs - self.obs_mean) / self.obs_std
+        x = np.clip(x, -OBS_CLIP, OBS_CLIP).astype(np.float32)
+        for layer in self.layers:
+            x = x @ layer["kernel"] + layer["bias"]
+            if "norm_scale" in layer:
+                x = x - x.mean(-1, keepdims=True)
+                x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + NORM_EPS)
+                x = x * layer["norm_scale"] + layer["norm_bias"]
+            x = np.maximum(x, 0)
+        out = x @ self.head["kernel"] + self.head["bias"]
+        return np.tanh(out[..., : self.action_dim])
+
+
+def cards() -> dict[str, dict[str, Any]]:
+    """The cards of the packaged experts, keyed by environment."""
+    read = [json.loads(path.read_text()) for path in sorted(ASSETS.glob("*.json"))]
+    return {card["environment"]: card for card in read}
+
+
+def expert_path(env_spec: str) -> Path:
+    """The packaged expert of an environment.
+
+    Raises:
+      InputError: there is none; the message lists those there are.
+    """
+    known = cards()
+    if env_spec not in known:
+        raise InputError(
+            f"no packaged expert for {env_spec}; there is one for "
+            f"{', '.join(sorted(known))} (or give a path to your own .npz)"
+        )
+    return ASSETS / known[env_spec]["file"]
+
+
+def load_expert(path: str | Path, action_dim: int) -> Expert:
+    """Read an expert file.
+
+    Args:
+      path: .npz with layer_i/kernel, layer_i/bias (i from 0), optionally
+        layer_i/norm_scale with layer_i/norm_bias, head/kernel, head/bias, obs_mean and
+        obs_std.
+      action_dim: A, which the head must have once or twice.
+
+    Raises:
+      InputError: no such file, not an .npz, an array missing, or shapes that do not
+        fit one another.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: not a readable .npz file ({error})") from error
+    count = 0
+    while f"layer_{count}/kernel" in arrays:
+        count += 1
+    names = [f"layer_{i}" for i in range(count)] + ["head"]
+    needed = [f"{name}/{part}" for name in names for part in ("kernel", "bias")]
+    missing = sorted({*needed, "obs_mean", "obs_std"} - arrays.keys())
+    if missing:
+        raise InputError(f"{path}: no {', '.join(missing)} in this expert file")
+    width = len(arrays["obs_mean"])
+    blocks = []
+    for name in names:
+        block = {
+            part: arrays[f"{name}/{part}"]
+            for part in ("kernel", "bias", "norm_scale", "norm_bias")
+            if f"{name}/{part}" in arrays
+        }
+        outputs = block["kernel"].shape[-1]
+        for part, array in block.items():
+            expected = (width, outputs) if part == "kernel" else (outputs,)
+            if array.shape != expected or not np.isfinite(array).all():
+                raise InputError(
+                    f"{path}: {name}/{part} has shape {array.shape}, expected finite "
+                    f"numbers of shape {expected}"
+                )
+        if ("norm_scale" in block) != ("norm_bias" in block):
+            raise InputError(f"{path}: {name} has one of norm_scale and norm_bias only")
+        blocks.append(block)
+        width = outputs
+    if width not in (action_dim, 2 * action_dim):
+        raise InputError(
+            f"{path}: the head has {width} outputs, expected {action_dim} or "
+            f"{2 * action_dim} for {action_dim} actions"
+        )
+    return Expert(
+        tuple(blocks[:-1]),
+        blocks[-1],
+        arrays["obs_mean"],
+        arrays["obs_std"],
+        action_dim,
+    )
+
+
+def make_policy(
+    name: str, env_spec: str, obs_dim: int, action_dim: int, action_noise: float = 0.0
+) -> Policy:
+    """A policy `(obs [S], generator) -> action [A]` in float32, clipped to [-1, 1].
+
+    Args:
+      name: "expert", "medium", "random", or the path of an expert file (.npz).
+      env_spec: the environment it acts in.
+      obs_dim: S.
+      action_dim: A.
+      action_noise: standard deviation of Gaussian noise added to every action.
+
+    Raises:
+      InputError: an unknown name, no packaged expert for this environment, or an expert
+        file that does not fit it.
+    """
+    if not action_noise >= 0 or not np.isfinite(action_noise):
+        raise InputError(f"action_noise is {action_noise}, expected 0 or more")
+    if name == "random":
+        return lambda obs, generator: generator.uniform(-1, 1, action_dim).astype("f4")
+    if name in PRESETS:
+        path = expert_path(env_spec)
+        extra = PRESETS[name](cards()[env_spec])
+    elif name.endswith(".npz"):
+        path, extra = Path(name), 0.0
+    else:
+        raise InputError(
+            f"unknown policy {name!r}; choose from {', '.join(sorted(PRESETS))}, random "
+            "or a path ending in .npz"
+        )
+    expert = load_expert(path, action_dim)
+    if len(expert.obs_mean) != obs_dim:
+        raise InputError(
+            f"{path}: made for observations of size {len(expert.obs_mean)}, {env_spec} "
+            f"has {obs_dim}"
+        )
+    # Two independent Gaussians add up to one.
+    std = float(np.hypot(action_noise, extra))
+    if std == 0:
+        return lambda obs, generator: expert(obs)
+
+    def noisy(obs: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        action = expert(obs) + std * generator.standard_normal(action_dim)
+        return np.clip(action, -1, 1).astype(np.float32)
+
+    return noisy
+
+
+PRESETS: dict[str, Callable[[dict[str, Any]], float]] = {
+    "expert": lambda card: 0.0,
+    "medium": lambda card: card["medium"]["action_noise"],
+}

@@ -1,0 +1,185 @@
+"""Batched rollouts of a policy: raw returns, costs and lengths of every episode."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, overload
+
+import jax
+import numpy as np
+
+from psec_jax.data import dataset
+from psec_jax.envs.vector import VectorEnv
+from psec_jax.errors import InputError
+from psec_jax.types import Dataset
+
+Act = Callable[[jax.Array, np.ndarray], Any]
+
+MAX_WIDTH = 64  # environments at once; more episodes take turns
+
+
+class Episodes(NamedTuple):
+    """What E episodes gave.
+
+    Attributes:
+      returns: [E] float64, undiscounted.
+      costs: [E] float64.
+      lengths: [E] int64, steps.
+      seeds: [E] int64, the environment seed of each.
+    """
+
+    returns: np.ndarray
+    costs: np.ndarray
+    lengths: np.ndarray
+    seeds: np.ndarray
+
+
+def episode_seeds(seed: int, episodes: int) -> np.ndarray:
+    """Environment seeds [E] int64: episode e's depends on (seed, e) alone."""
+    states = [
+        np.random.SeedSequence((seed, e)).generate_state(1)[0] for e in range(episodes)
+    ]
+    return np.array(states, dtype=np.int64)
+
+
+@jax.jit
+def _policy_keys(seed: int, episode: np.ndarray, step: np.ndarray) -> jax.Array:
+    def one(e: jax.Array, s: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), e), s)
+
+    return jax.vmap(one)(episode, step)
+
+
+@overload
+def evaluate(
+    act: Act,
+    env_spec: str,
+    episodes: int,
+    seed: int,
+    workers: int | None = None,
+    vector_env: VectorEnv | None = None,
+    record: Literal[False] = False,
+) -> Episodes: ...
+
+
+@overload
+def evaluate(
+    act: Act,
+    env_spec: str,
+    episodes: int,
+    seed: int,
+    workers: int | None = None,
+    vector_env: VectorEnv | None = None,
+    *,
+    record: Literal[True],
+) -> tuple[Episodes, Dataset, list[slice]]: ...
+
+
+def evaluate(
+    act: Act,
+    env_spec: str,
+    episodes: int,
+    seed: int,
+    workers: int | None = None,
+    vector_env: VectorEnv | None = None,
+    record: bool = False,
+) -> Episodes | tuple[Episodes, Dataset, list[slice]]:
+    """Roll a policy out for whole episodes, many at once.
+
+    Episode e starts from the state of SeedSequence((seed, e)), and its step s gives the
+    policy the key fold_in(fold_in(key(seed), e), s), so the results depend neither on
+    how many run at once nor on the number of processes, apart from the rounding of
+    batched products. The policy always sees the same batch size B.
+
+    Args:
+      act: jitted `(keys [B], obs [B, S]) -> actions [B, A]`; actions are clipped to
+        [-1, 1] here.
+      env_spec: see `psec_jax.envs.make`.
+      episodes: E.
+      seed: of initial states and policy.
+      workers: processes; by default one for every core.
+      vector_env: environments to use again, of `env_spec`; by default min(E, 64) are
+        made, and closed at the end.
+      record: also give every transition.
+
+    Returns:
+      The episodes; with `record` also their transitions in episode order, with the
+      rows of each episode.
+
+    Raises:
+      InputError: `episodes` below 1, a spec that cannot be made, or environments of
+        another spec.
+      FloatingPointError: the policy gave NaN or infinity.
+      RuntimeError: a worker process has died.
+    """
+    if episodes < 1:
+        raise InputError(f"episodes is {episodes}, expected 1 or more")
+    if seed < 0:
+        raise InputError(f"seed is {seed}, expected 0 or more")
+    if vector_env is None:
+        with VectorEnv(env_spec, min(episodes, MAX_WIDTH), workers) as made:
+            return _evaluate(act, made, episodes, seed, record)
+    if vector_env.spec != env_spec:
+        raise InputError(
+            f"the environments given are {vector_env.spec}, expected {env_spec}"
+        )
+    return _evaluate(act, vector_env, episodes, seed, record)
+
+
+def _evaluate(
+    act: Act, env: VectorEnv, episodes: int, seed: int, record: bool
+) -> Episodes | tuple[Episodes, Dataset, list[slice]]:
+    width = env.num_envs
+    seeds = episode_seeds(seed, episodes)
+    returns, costs = np.zeros(episodes), np.zeros(episodes)
+    lengths = np.zeros(episodes, dtype=np.int64)
+    rows: list[list[tuple]] = [[] for _ in range(episodes)]
+    # Slot b plays episode running[b]; idle slots keep stale observations, so that the
+    # batch never changes its shape.
+    slots = np.arange(min(width, episodes))
+    running = np.zeros(width, dtype=np.int64)
+    running[slots] = slots
+    waiting = len(slots)
+    obs = np.zeros((width, env.obs_dim), np.float32)
+    obs[slots] = env.reset(slots, seeds[slots])
+    while len(slots):
+        keys = _policy_keys(seed, running, lengths[running])
+        action = np.asarray(act(keys, obs), dtype=np.float32)
+        if action.shape != (width, env.action_dim):
+            raise ValueError(
+                f"the policy gave actions {action.shape}, {env.spec} expects "
+                f"{(width, env.action_dim)}"
+            )
+        action, current = np.clip(action[slots], -1, 1), running[slots]
+        if not np.isfinite(action).all():
+            bad = current[~np.isfinite(action).all(1)][0]
+            raise FloatingPointError(
+                f"the policy's action is not finite in step {lengths[bad]} of episode "
+                f"{bad}"
+            )
+        step = env.step(slots, action)
+        if record:
+            columns = (obs[slots], action, step.reward, step.cost, step.obs)
+            for e, *row in zip(current, *columns, step.terminal, step.timeout):
+                rows[e].append(tuple(row))
+        returns[current] += step.reward
+        costs[current] += step.cost
+        lengths[current] += 1
+        obs[slots] = step.obs
+        ended = step.terminal | step.timeout
+        for slot in slots[ended]:
+            if waiting < episodes:
+                running[slot] = waiting
+                obs[slot] = env.reset([slot], seeds[[waiting]])[0]
+                ended[slots == slot] = False
+                waiting += 1
+        slots = slots[~ended]
+    result = Episodes(returns, costs, lengths, seeds)
+    if not record:
+        return result
+    ds = _dataset(rows)
+    return result, ds, dataset.episode_slices(ds)
+
+
+def _dataset(rows: list[list[tuple]]) -> Dataset:
+    types = (np.float32,) * 5 + (bool,) * 2
+    columns = zip(*[row for episode in rows for row in episode], strict=True)
+    return Dataset(*(np.array(c, dtype=t) for c, t in zip(columns, types, strict=True)))

@@ -1,0 +1,94 @@
+"""Files written whole or not at all, and JSON read with one clear line on failure."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from psec_jax.errors import InputError
+
+
+@contextlib.contextmanager
+def reported(action: str) -> Iterator[None]:
+    """Turn an `OSError` in the body into `InputError("cannot ACTION: REASON")`."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot {action}: {error.strerror or error}") from error
+
+
+def write_atomic(path: Path | str, content: bytes | str) -> None:
+    """Write `content` beside `path`, then rename: readers never see half a file.
+
+    Raises:
+      InputError: the file cannot be written (full disk, permissions); an older file
+        under that name stays as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    data = content.encode() if isinstance(content, str) else content
+    with reported(f"write {path}"):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write a JSON file atomically; NaN and infinity are refused (`ValueError`)."""
+    write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path | str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+      InputError: the file is missing, unreadable, or not a JSON object.
+    """
+    with reported(f"read {path}"):
+        data = Path(path).read_bytes()
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise InputError(f"{path} is not a JSON file: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: got {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace_folder(temporary: Path, path: Path) -> None:
+    """Put a finished folder in the place of `path`; an older one goes only then.
+
+    Folders cannot be exchanged in one step portably, so the old one is renamed aside
+    first and put back if the new one cannot take its place.
+    """
+    aside = path.with_name(f".{path.name}.old-{os.getpid()}")
+    had_old = path.exists()
+    if had_old:
+        os.rename(path, aside)
+    try:
+        os.rename(temporary, path)
+    except OSError:
+        if had_old:
+            os.rename(aside, path)
+        raise
+    sync_folder(path.parent)
+    if had_old:
+        shutil.rmtree(aside)

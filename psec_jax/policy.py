@@ -1,0 +1,181 @@
+"""Load a library, pick skills, compose, act: the API of notebooks and robots."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from psec_jax.composition import PolicyConfig, PolicyParams, act, weights
+from psec_jax.diffusion import DiffusionConfig
+from psec_jax.errors import InputError
+from psec_jax.gating import GateConfig
+from psec_jax.library import SkillLibrary
+from psec_jax.lora import stack_skills
+from psec_jax.networks.denoiser import NetworkConfig
+from psec_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A composed policy: static config and arrays; every call is jitted.
+
+    Attributes:
+      config: the static part.
+      params: the arrays.
+      skills: names of the K skills, in the order of alpha; with a gate that weighs
+        the base too, alpha has the base's weight in front.
+    """
+
+    config: PolicyConfig
+    params: PolicyParams
+    skills: tuple[str, ...] = ()
+
+    def act(
+        self, keys: Key[Array, "*B"], obs: Float[Array | np.ndarray, "*B S"]
+    ) -> Float[Array, "*B A"]:
+        """Actions in [-1, 1] for raw observations; one key for each observation."""
+        one_or_batch = _act_batch if jnp.ndim(obs) == 2 else _act_one
+        return one_or_batch(self.config, self.params, keys, obs)
+
+    def alpha(self, obs: Float[Array | np.ndarray, "B S"]) -> Float[Array, "B K"]:
+        """The gate's weights for raw observations.
+
+        Raises:
+          InputError: the policy is a base alone.
+        """
+        if self.config.gate is None:
+            raise InputError("this policy is a base alone: it has no skills to weigh")
+        return _weights_batch(self.config, self.params, obs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _act_one(config, params, key, obs):
+    return act(config, params, key, obs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _act_batch(config, params, keys, obs):
+    one = functools.partial(act, config, params)
+    return jax.vmap(one)(keys, obs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _weights_batch(config, params, obs):
+    return jax.vmap(functools.partial(weights, config, params))(obs)
+
+
+def network_config(card: dict[str, Any]) -> NetworkConfig:
+    """The network a base's card describes."""
+    return NetworkConfig(**card["network"])
+
+
+def diffusion_config(card: dict[str, Any]) -> DiffusionConfig:
+    """The diffusion process a base's card describes."""
+    return DiffusionConfig(**card["diffusion"])
+
+
+def gate_config(card: dict[str, Any]) -> GateConfig:
+    """The form of gate a gate's card describes."""
+    fields = card["gate"]
+    return GateConfig(**{**fields, "widths": tuple(fields["widths"])})
+
+
+def load_base(root: str | Path) -> Policy:
+    """The library's base alone.
+
+    Raises:
+      InputError: no library there, or a damaged one.
+    """
+    params, normaliser, card = SkillLibrary.open(root).load_base()
+    config = PolicyConfig(
+        network_config(card), diffusion_config(card), card["action_dim"]
+    )
+    return Policy(config, _on_device(PolicyParams(params, normaliser)))
+
+
+def load_skills(
+    root: str | Path, names: Sequence[str]
+) -> tuple[Policy, Params, Array, list[dict[str, Any]]]:
+    """The base's policy, the named skills as one library, their strengths and cards."""
+    library = SkillLibrary.open(root)
+    loaded = [library.load_skill(name) for name in names]
+    cards = [card for _, card in loaded]
+    strength = jnp.asarray([card["alpha"] for card in cards], jnp.float32)
+    stacked = stack_skills([skill for skill, _ in loaded])
+    return load_base(root), stacked, strength, cards
+
+
+def compose(
+    root: str | Path,
+    skills: Sequence[str] = (),
+    *,
+    alpha: Sequence[float] | None = None,
+    gate: str | None = None,
+    level: str = "parameter",
+) -> Policy:
+    """A policy from a library on disk.
+
+    Args:
+      root: the library's folder.
+      skills: names of skills; empty is the base alone (or the gate's own skills).
+      alpha: fixed weight of each skill; by default the strength it was trained at
+        for one skill.
+      gate: name of a gate of the library instead of fixed weights; it brings its
+        skills and its level.
+      level: of fixed weights, a key of `composition.LEVELS`.
+
+    Raises:
+      InputError: names or numbers that do not fit the library.
+    """
+    if gate is not None:
+        return _compose_gate(root, skills, gate, alpha)
+    if not skills:
+        if alpha:
+            raise InputError(f"alpha: got {len(alpha)} weights for no skills")
+        return load_base(root)
+    policy, library, strength, _ = load_skills(root, skills)
+    if alpha is None:
+        if len(skills) > 1:
+            raise InputError(
+                f"{len(skills)} skills need a gate, or one alpha for each of them"
+            )
+        alpha = strength if level == "parameter" else [1.0]
+    if len(alpha) != len(skills):
+        raise InputError(f"alpha: got {len(alpha)} weights for {len(skills)} skills")
+    config = dataclasses.replace(
+        policy.config, level=level, gate=GateConfig(head="constant")
+    )
+    params = policy.params._replace(
+        library=library,
+        strength=strength,
+        gate={"head": {"alpha": jnp.asarray(alpha, jnp.float32)}},
+    )
+    return Policy(config, _on_device(params), tuple(skills))
+
+
+def _compose_gate(root, skills, gate, alpha) -> Policy:
+    gate_params, card = SkillLibrary.open(root).load_gate(gate)
+    if alpha is not None:
+        raise InputError(f"alpha and gate {gate!r} were both given; choose one")
+    if skills and list(skills) != list(card["skills"]):
+        raise InputError(
+            f"gate {gate!r} weighs the skills {card['skills']}, not {list(skills)}"
+        )
+    policy, library, strength, _ = load_skills(root, card["skills"])
+    config = dataclasses.replace(
+        policy.config, level=card["level"], gate=gate_config(card)
+    )
+    params = policy.params._replace(
+        library=library, strength=strength, gate=gate_params
+    )
+    return Policy(config, _on_device(params), tuple(card["skills"]))
+
+
+def _on_device(params: PolicyParams) -> PolicyParams:
+    return jax.tree.map(jnp.asarray, params)

@@ -1,0 +1,202 @@
+"""Where a skill's demonstrations reach: supports for `gating`, made from data alone.
+
+The scale tau of a support comes from the demonstrations themselves: leave one
+trajectory out, and measure how far its states lie from the nearest state of the others.
+A skill is then trusted as far from its demonstrations as they lie from one another.
+Returns are never looked at.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array
+
+from psec_jax import tree
+from psec_jax.errors import InputError
+from psec_jax.gating import DISTANCE_CAP, init_distance, learned_distance
+from psec_jax.types import Params
+
+Trajectories = Sequence[np.ndarray]  # of one skill: normalised states [n_e, S] of each
+
+MIN_SCALE = 1e-3  # for a state variable that never moves in the demonstrations
+
+
+@dataclass(frozen=True)
+class SupportConfig:
+    """How a support is fitted.
+
+    Attributes:
+      quantile: of the leave-one-trajectory-out distances that tau is.
+      max_demos: states kept per skill by the nearest-neighbour form, evenly spaced.
+      queries: states the learned form is fitted on, per skill.
+      steps: gradient steps of the learned form.
+      batch_size: states a step of the learned form.
+      learning_rate: of the learned form.
+    """
+
+    quantile: float = 0.98
+    max_demos: int = 20_000
+    queries: int = 60_000
+    steps: int = 3000
+    batch_size: int = 512
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not 0 < self.quantile <= 1:
+            raise InputError(
+                f"support.quantile: got {self.quantile}, expected 0 < quantile <= 1"
+            )
+
+
+def nearest(queries: np.ndarray, demos: np.ndarray, chunk: int = 512) -> np.ndarray:
+    """Euclidean distance [Q] of each query [Q, S] to the nearest of demos [M, S]."""
+    square = np.sum(demos**2, axis=1)
+    least = [
+        np.min(square - 2 * part @ demos.T, axis=1) + np.sum(part**2, axis=1)
+        for part in np.split(queries, range(chunk, len(queries), chunk))
+    ]
+    return np.sqrt(np.maximum(np.concatenate(least), 0))
+
+
+def leave_one_out_distances(trajectories: Trajectories) -> np.ndarray:
+    """Distance [N] of each demonstration state to the other demonstrations' states.
+
+    Raises:
+      InputError: fewer than two demonstrations.
+    """
+    if len(trajectories) < 2:
+        raise InputError(
+            "a support's scale needs at least 2 demonstrations of each skill, "
+            f"got {len(trajectories)}"
+        )
+    return np.concatenate(
+        [
+            nearest(
+                left_out, np.concatenate([*trajectories[:i], *trajectories[i + 1 :]])
+            )
+            for i, left_out in enumerate(trajectories)
+        ]
+    )
+
+
+def fit_neighbour(
+    config: SupportConfig, skills: Sequence[Trajectories], background: np.ndarray
+) -> Params:
+    """The reference form: the nearest demonstration state, found by search.
+
+    Distances are taken in units of the standard deviation of the skill's own states.
+
+    Args:
+      config: the rule for tau.
+      skills: for each of K skills its demonstrations.
+      background: unused; see `fit_learned`.
+
+    Returns:
+      "demos" [K, M, S], "valid" [K, M] bool, "tau" [K], "scale" [K, S].
+
+    Raises:
+      InputError: fewer than two demonstrations of a skill.
+    """
+    del background
+    scales = [np.maximum(np.concatenate(t).std(0), MIN_SCALE) for t in skills]
+    scaled = [[t / scale for t in ts] for ts, scale in zip(skills, scales, strict=True)]
+    tau = [np.quantile(leave_one_out_distances(ts), config.quantile) for ts in scaled]
+    demos = [_thin(np.concatenate(ts), config.max_demos) for ts in scaled]
+    most = max(len(d) for d in demos)
+    return {
+        "demos": jnp.stack([np.pad(d, ((0, most - len(d)), (0, 0))) for d in demos]),
+        "valid": jnp.stack([np.arange(most) < len(d) for d in demos]),
+        "tau": jnp.asarray(tau, jnp.float32),
+        "scale": jnp.asarray(np.stack(scales), jnp.float32),
+    }
+
+
+def _thin(rows: np.ndarray, most: int) -> np.ndarray:
+    if len(rows) <= most:
+        return rows
+    return rows[np.linspace(0, len(rows) - 1, most).astype(int)]
+
+
+def fit_learned(
+    config: SupportConfig, skills: Sequence[Trajectories], background: np.ndarray
+) -> Params:
+    """A small network per skill that predicts the distance: no search at run time.
+
+    It is fitted to the reference form's distances, in units of tau and capped, on the
+    demonstrations, the other skills' states, background states, and jittered copies of
+    all of them at all scales.
+
+    Args:
+      config: the rule for tau, and the fit.
+      skills: for each of K skills its demonstrations.
+      background: [M, S] normalised states where other behaviour is found, such as the
+        base's own data.
+
+    Returns:
+      "net" leaves [K, ...], "tau" [K] (all 1: the network speaks in units of tau),
+      "scale" [K, S].
+
+    Raises:
+      InputError: fewer than two demonstrations of a skill.
+    """
+    reference = fit_neighbour(config, skills, background)
+    every = np.concatenate([background, *(np.concatenate(t) for t in skills)])
+    generator = np.random.default_rng(0)
+    nets = []
+    for k in range(len(skills)):
+        demos = np.asarray(reference["demos"][k][reference["valid"][k]])
+        others = every / np.asarray(reference["scale"][k])
+        pool = _queries(generator, demos, others, config.queries)
+        target = nearest(pool, demos) / float(reference["tau"][k])
+        nets.append(_regress(config, pool, np.minimum(target, DISTANCE_CAP)))
+    return {
+        "net": tree.stack(nets),
+        "tau": jnp.ones(len(skills)),
+        "scale": reference["scale"],
+    }
+
+
+def _queries(
+    generator: np.random.Generator, demos: np.ndarray, every: np.ndarray, count: int
+) -> np.ndarray:
+    """Half real states (demonstrations and others), half jittered copies."""
+    quarter = max(count // 4, 1)
+    near = demos[generator.integers(len(demos), size=quarter)]
+    seen = every[generator.integers(len(every), size=quarter)]
+    centre = np.concatenate([near, seen])
+    size = np.exp(generator.uniform(np.log(0.03), np.log(3.0), (2 * quarter, 1)))
+    jittered = centre + size * generator.normal(size=centre.shape)
+    return np.concatenate([near, seen, jittered]).astype(np.float32)
+
+
+def _regress(config: SupportConfig, pool: np.ndarray, target: np.ndarray) -> Params:
+    """Least squares by Adam with cosine decay, in one compiled scan."""
+    schedule = optax.cosine_decay_schedule(config.learning_rate, config.steps)
+    optimiser = optax.adam(schedule)
+    init_key, batch_key = jax.random.split(jax.random.key(0))
+    net = init_distance(init_key, pool.shape[1])
+
+    def loss_fn(net: Params, x: Array, y: Array) -> Array:
+        distance = jax.vmap(learned_distance, (None, 0))(net, x)
+        return jnp.mean((distance - y) ** 2)
+
+    @jax.jit
+    def run(net: Params, state: Params, pool: Array, target: Array) -> Params:
+        def step(carry: tuple, key: Array) -> tuple[tuple, None]:
+            net, state = carry
+            index = jax.random.randint(key, (config.batch_size,), 0, pool.shape[0])
+            grads = jax.grad(loss_fn)(net, pool[index], target[index])
+            updates, state = optimiser.update(grads, state)
+            return (optax.apply_updates(net, updates), state), None
+
+        keys = jax.random.split(batch_key, config.steps)
+        return jax.lax.scan(step, (net, state), keys)[0][0]
+
+    return run(net, optimiser.init(net), pool, target.astype(np.float32))
+
+
+FITS = {"neighbour": fit_neighbour, "learned": fit_learned}

@@ -1,0 +1,77 @@
+"""Packaging of psec_jax.
+
+Lower bounds are the oldest versions the tests have run on, upper bounds the next
+release that may break an interface; requirements.txt pins one full, tested set. The
+extras experts, wandb, cuda and tpu are not part of that set.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "([^"]+)"$',
+    (ROOT / "psec_jax" / "__init__.py").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)[1]
+README = ROOT / "README.md"
+
+CORE = [
+    "absl-py>=2.3.1,<3",
+    "flax>=0.12.8,<0.13",
+    "h5py>=3.16,<4",
+    "jax>=0.10.2,<0.13",
+    "jaxtyping>=0.3.11,<0.4",
+    "ml_collections>=1.1,<2",
+    "numpy>=2.2,<3",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "safetensors>=0.8,<0.9",
+    "tensorboardX>=2.6.5,<3",
+]
+
+EXTRAS = {
+    # dm_control 1.0.50 accepts mujoco 4.0.0 but does not work with it.
+    "dm_control": ["dm_control>=1.0.50,<1.1", "mujoco>=3.17,<4"],
+    "gymnasium": ["gymnasium[mujoco]>=1.2,<2", "mujoco>=3.17,<4"],
+    "plot": ["matplotlib>=3.11,<4", "scikit-learn>=1.7,<2"],
+    "video": ["imageio>=2.37,<3", "imageio-ffmpeg>=0.6,<1", "pillow>=11"],
+    "experts": ["stable-baselines3>=2.9,<3"],
+    "wandb": ["wandb>=0.20,<1"],
+    "cuda": ["jax[cuda12]"],
+    "tpu": ["jax[tpu]"],
+    "dev": [
+        "beartype>=0.22.1",
+        "chex>=0.1.92,<0.2",
+        "pytest>=9,<10",
+        "pytest-xdist>=3.8,<4",
+        "ruff>=0.17.5,<0.18",
+    ],
+}
+# What the main job, its figures and the tests need; requirements.txt is this set.
+EXTRAS["all"] = [
+    requirement
+    for extra in ("dm_control", "gymnasium", "plot", "video", "dev")
+    for requirement in EXTRAS[extra]
+]
+
+setup(
+    name="psec_jax",
+    version=VERSION,
+    description="Composable skills for diffusion policies, in JAX",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    author="The psec_jax authors",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    # The commands in experiments/ and launch/ are run from a checkout: names that
+    # general do not belong into site-packages.
+    packages=find_packages(include=["psec_jax", "psec_jax.*"]),
+    package_data={"psec_jax": ["py.typed", "assets/**/*"]},
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    zip_safe=False,
+)

@@ -1,0 +1,21 @@
+"""The environment of the tests, set before JAX or a simulator is imported."""
+
+import ctypes.util
+import os
+
+# Sharding is tested on eight devices made of one CPU. XLA sizes the thread pool that
+# they share by NPROC, by default the number of cores; with fewer threads than devices
+# a collective waits for ever.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["NPROC"] = "16"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+
+# Without a choice dm_control takes the first backend that imports, which is not
+# always one that can draw without a screen.
+if "MUJOCO_GL" not in os.environ:
+    for backend, library in {"egl": "EGL", "osmesa": "OSMesa"}.items():
+        if ctypes.util.find_library(library):
+            os.environ["MUJOCO_GL"] = backend
+            break

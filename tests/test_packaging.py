@@ -1,0 +1,61 @@
+"""What pip installs: the pins fit the ranges, the wheel carries the assets."""
+
+import re
+from importlib.metadata import metadata, requires
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import psec_jax
+
+ROOT = Path(__file__).parents[1]
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    lines = [line for line in lines if not line.startswith("#")]
+    return {
+        canonicalize_name(name): version
+        for name, version in (line.split("==") for line in lines)
+    }
+
+
+def test_pins_hold_versions_only():
+    for name, version in pins().items():
+        assert re.fullmatch(r"[a-z0-9-]+", name)
+        assert re.fullmatch(r"[0-9][0-9a-z.]*", version), name
+
+
+def test_pins_fit_the_ranges():
+    pinned = pins()
+    wanted = [Requirement(line) for line in requires("psec_jax")]
+    wanted = [
+        requirement
+        for requirement in wanted
+        if requirement.marker is None or requirement.marker.evaluate({"extra": "all"})
+    ]
+    assert len(wanted) > 15
+    for requirement in wanted:
+        name = canonicalize_name(requirement.name)
+        assert name in pinned, f"{name} is not pinned"
+        assert requirement.specifier.contains(pinned[name]), str(requirement)
+
+
+def test_typed_marker_and_assets_are_in_the_package():
+    package = Path(psec_jax.__file__).parent
+    assert (package / "py.typed").is_file()
+    for task in ("stand", "walk", "run"):
+        assert (package / "assets" / "experts" / f"walker_{task}.npz").is_file()
+
+
+def test_extras_named_in_messages_exist():
+    extras = metadata("psec_jax").get_all("Provides-Extra")
+    extras = {canonicalize_name(extra) for extra in extras}
+    for top in ("psec_jax", "experiments", "launch"):
+        for file in (ROOT / top).rglob("*.py"):
+            for named in re.findall(r"psec_jax\[([^\]]+)\]", file.read_text("utf-8")):
+                for extra in named.split(","):
+                    assert canonicalize_name(extra) in extras, (
+                        f"{file} names the extra {extra!r}"
+                    )
