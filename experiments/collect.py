@@ -14,7 +14,7 @@ import json
 import platform
 import re
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import distributions
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,7 @@ from psec_jax.envs.workers import Worker, default_workers
 from psec_jax.errors import InputError
 from psec_jax.types import Dataset
 
-SIMULATORS = {
-    "dm_control": ("dm_control", "mujoco"),
-    "gymnasium": ("gymnasium", "mujoco"),
-}
+PACKAGES = ("numpy", "mujoco", "dm_control", "gymnasium")
 
 
 def collect(
@@ -75,7 +72,7 @@ def collect(
         raise InputError(f"workers is {workers}, expected 1 or more")
     identity = {
         "environment": env,
-        "policy": policy,
+        "policy": Path(policy).name,
         "policy_sha256": _policy_hash(policy, env),
         "episodes": episodes,
         "seed": seed,
@@ -88,7 +85,7 @@ def collect(
     parts = _rollouts(env, policy, episodes, seed, action_noise, workers)
     ds = dataset.check(dataset.concatenate(parts), str(path))
     attrs = identity | {
-        "versions": json.dumps(_versions(env), sort_keys=True),
+        "versions": json.dumps(_versions(), sort_keys=True),
         "returns": dataset.episode_returns(ds),
         "costs": dataset.episode_costs(ds),
     }
@@ -133,9 +130,10 @@ def _check_same(path: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def _versions(env: str) -> dict[str, str]:
-    packages = ("numpy", *SIMULATORS[env.partition(":")[0]])
-    return {"python": platform.python_version()} | {p: version(p) for p in packages}
+def _versions() -> dict[str, str]:
+    installed = {d.metadata["Name"]: d.version for d in distributions()}
+    used = [p for p in PACKAGES if p in installed]
+    return {"python": platform.python_version()} | {p: installed[p] for p in used}
 
 
 def _rollouts(

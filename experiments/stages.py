@@ -13,8 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from psec_jax.library import SkillLibrary
-from psec_jax.training import train
 
 from experiments.collect import collect
 from psec_jax import data as datasets
@@ -29,6 +27,7 @@ from psec_jax.diffusion import DiffusionConfig
 from psec_jax.errors import InputError, lookup
 from psec_jax.evaluation import Episodes, evaluate
 from psec_jax.gating import GateConfig, init_gate
+from psec_jax.library import SkillLibrary
 from psec_jax.networks.denoiser import NetworkConfig
 from psec_jax.policy import (
     Policy,
@@ -39,6 +38,7 @@ from psec_jax.policy import (
 )
 from psec_jax.policy import compose as load_composition
 from psec_jax.run import open_run
+from psec_jax.training import train
 from psec_jax.types import Dataset
 
 OBJECTIVES = ("bc",)
@@ -147,7 +147,7 @@ def pretrain(
     env = env or config.base.env
     stage = config[section]
     demos = load_demos(config, env, stage.episodes, data)
-    network = NetworkConfig(**config.network)
+    network = NetworkConfig(**config.network, dropout=stage.dropout)
     diffusion = DiffusionConfig(**config.diffusion)
     agent = pretrain_agent.PretrainConfig(
         network, diffusion, train_config(config, section), stage.batch_size
@@ -275,9 +275,7 @@ def expand(
     base_policy = load_base(library)
     check_fit(demos, base_policy)
     agent = skill_agent.SkillConfig(
-        network=dataclasses.replace(
-            network_config(base_card), dropout=config.network.dropout
-        ),
+        network=dataclasses.replace(network_config(base_card), dropout=stage.dropout),
         diffusion=diffusion_config(base_card),
         optimiser=train_config(config, "skill"),
         batch_size=stage.batch_size,
@@ -294,7 +292,6 @@ def expand(
             "env": env,
             "data": demos.card(),
             "base_fingerprint": base_card["fingerprint"],
-            "dropout": config.network.dropout,
             "skill": stage.to_dict(),
         },
     )
@@ -554,3 +551,34 @@ def episodes_json(episodes: Episodes, env: str, seed: int) -> dict[str, Any]:
         "costs": episodes.costs.tolist(),
         "lengths": episodes.lengths.tolist(),
     }
+
+
+def evaluate_library(
+    library: str | Path,
+    env: str,
+    episodes: int,
+    seed: int,
+    *,
+    skills: Sequence[str] = (),
+    alpha: Sequence[float] | None = None,
+    gate: str | None = None,
+    level: str = "parameter",
+) -> dict[str, Any]:
+    """Roll out what `psec_jax.policy.compose` makes of a library.
+
+    Raises:
+      InputError: names that are not there, an environment of other sizes, or fewer
+        than one episode.
+    """
+    policy = load_composition(library, skills, alpha=alpha, gate=gate, level=level)
+    return episodes_json(evaluate(policy.act, env, episodes, seed), env, seed)
+
+
+def describe(what: str, result: Mapping[str, Any]) -> str:
+    """One line about a finished stage."""
+    line = f"{what} is in {result['library']}"
+    if result["returns"]:
+        returns = result["returns"]
+        count = len(returns["returns"])
+        line += f"; return {returns['mean']:.1f} in {returns['env']} ({count} episodes)"
+    return line

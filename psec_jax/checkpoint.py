@@ -4,10 +4,10 @@ import asyncio
 import logging
 import shutil
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from psec_jax.errors import InputError
@@ -47,6 +47,7 @@ class Checkpoints:
                     preservation_policy=ocp.checkpoint_managers.LatestN(keep),
                     cleanup_tmp_directories=True,
                 ),
+                item_handlers=ocp.StandardCheckpointHandler(),
             )
         except _FAILURES as error:
             raise InputError(f"cannot open {folder}: {_reason(error)}") from error
@@ -65,11 +66,20 @@ class Checkpoints:
           InputError: this save or the one before it failed, as on a full disk.
         """
         self.wait()
+        # Foreseen where it can be: background writers that run out of space print.
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self._folder).free
+        if free < needed:
+            raise self._failed(
+                step,
+                f"No space left on device ({needed:,} bytes needed, {free:,} free)",
+            )
         self._writing = step
         try:
             self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
         except _FAILURES as error:
-            raise self._failed(error) from error
+            self._writing = None
+            raise self._failed(step, _reason(error)) from error
 
     def wait(self) -> None:
         """Block until the save in progress is complete.
@@ -83,7 +93,8 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except _FAILURES as error:
-            raise self._failed(error) from error
+            step, self._writing = self._writing, None
+            raise self._failed(step, _reason(error)) from error
         self._last, self._writing = self._writing, None
 
     def restore(self, like: Any) -> Any:
@@ -94,43 +105,53 @@ class Checkpoints:
         """
         folder = self._folder / str(self._last)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        # Checked first: Orbax would cast another dtype without a word.
+        wanted = _layout(like)
         try:
-            return self._manager.restore(
-                self._last, args=ocp.args.StandardRestore(abstract)
-            )
-        except _FAILURES as error:
+            stored = _layout(self._manager.item_metadata(self._last).tree)
+            if stored == wanted:
+                return self._manager.restore(
+                    self._last, args=ocp.args.StandardRestore(abstract)
+                )
+        # Orbax raises a plain Exception for arrays that it cannot read.
+        except Exception as error:
             raise InputError(
                 f"cannot read the save {folder}: {_reason(error)}; remove that folder "
                 "to go on from an older save"
             ) from error
+        name = min(n for n, _ in stored.items() ^ wanted.items())
+        raise InputError(
+            f"the save {folder} holds another state: {name} is "
+            f"{stored.get(name, 'missing')}, expected {wanted.get(name, 'nothing')}"
+        )
 
     def close(self) -> None:
         """Release the background threads; `wait` first to learn of a failed save."""
         self._manager.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def _failed(self, error: BaseException) -> InputError:
-        step, self._writing = self._writing, None
+    def _failed(self, step: int, reason: str) -> InputError:
         for left in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
             shutil.rmtree(left, ignore_errors=True)
         good = "none" if self._last is None else f"step {self._last}"
         return InputError(
-            f"cannot save step {step} in {self._folder}: {_reason(error)}; "
+            f"cannot save step {step} in {self._folder}: {reason}; "
             f"last good save: {good}"
         )
 
 
+def _layout(state: Any) -> dict[str, str]:
+    """Dotted name -> "float32 [4, 4]"."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): (
+            f"{jnp.dtype(leaf.dtype).name} {list(leaf.shape)}"
+        )
+        for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
+    }
+
+
 def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
     text = " ".join(str(error).split())
     if "No space left on device" in text:
         return "No space left on device"

@@ -16,7 +16,7 @@ from psec_jax import tree
 from psec_jax.diffusion import DiffusionConfig, sample
 from psec_jax.errors import InputError, lookup
 from psec_jax.gating import GateConfig, gate_alpha
-from psec_jax.lora import zero_skill
+from psec_jax.lora import check_weights, zero_skill
 from psec_jax.networks.denoiser import (
     Denoise,
     Denoiser,
@@ -46,6 +46,7 @@ def noise_denoise(
     alpha: Float[Array, " K"],
 ) -> Denoise:
     """NSEC: eps = sum_k alpha_k(s) eps_k, each eps_k the net with skill k alone."""
+    check_weights(alpha, strength.shape[0])
 
     def denoise(obs: Array, a_t: Array, t: Array) -> Array:
         def one(skill: Params, strength: Array) -> Array:
@@ -101,6 +102,7 @@ def action_level(
     obs: Float[Array, " S"],
 ) -> Float[Array, " A"]:
     """ASEC: a = sum_k alpha_k(s) a_k, each a_k from its own chain on the same noise."""
+    check_weights(alpha, strength.shape[0])
 
     def one(skill: Params, strength: Array) -> Array:
         denoise = make_denoise(net, base, tree.stack([skill]), strength[None])

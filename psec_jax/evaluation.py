@@ -41,7 +41,7 @@ def episode_seeds(seed: int, episodes: int) -> np.ndarray:
 
 
 @jax.jit
-def _policy_keys(seed: int, episode: np.ndarray, step: np.ndarray) -> jax.Array:
+def _policy_keys(seed: np.uint32, episode: np.ndarray, step: np.ndarray) -> jax.Array:
     def one(e: jax.Array, s: jax.Array) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), e), s)
 
@@ -112,8 +112,8 @@ def evaluate(
     """
     if episodes < 1:
         raise InputError(f"episodes is {episodes}, expected 1 or more")
-    if seed < 0:
-        raise InputError(f"seed is {seed}, expected 0 or more")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed is {seed}, expected 0 to {2**32 - 1}")
     if vector_env is None:
         with VectorEnv(env_spec, min(episodes, MAX_WIDTH), workers) as made:
             return _evaluate(act, made, episodes, seed, record)
@@ -141,7 +141,7 @@ def _evaluate(
     obs = np.zeros((width, env.obs_dim), np.float32)
     obs[slots] = env.reset(slots, seeds[slots])
     while len(slots):
-        keys = _policy_keys(seed, running, lengths[running])
+        keys = _policy_keys(np.uint32(seed), running, lengths[running])
         action = np.asarray(act(keys, obs), dtype=np.float32)
         if action.shape != (width, env.action_dim):
             raise ValueError(
@@ -158,7 +158,9 @@ def _evaluate(
         step = env.step(slots, action)
         if record:
             columns = (obs[slots], action, step.reward, step.cost, step.obs)
-            for e, *row in zip(current, *columns, step.terminal, step.timeout):
+            for e, *row in zip(
+                current, *columns, step.terminal, step.timeout, strict=True
+            ):
                 rows[e].append(tuple(row))
         returns[current] += step.reward
         costs[current] += step.cost

@@ -48,7 +48,7 @@ class GateConfig:
 
 
 class Head(NamedTuple):
-    """`init(config, key, obs_dim, start [K]) -> params`, `apply(config, params, obs)`."""
+    """`init(config, key, obs_dim, start [K])`, `apply(config, params, obs)`."""
 
     init: Callable[[GateConfig, Array, int, Array], Params]
     apply: Callable[[GateConfig, Params, Array], Array]

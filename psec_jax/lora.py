@@ -68,6 +68,20 @@ def init_skill(
     return tree.unflatten(flat)
 
 
+def check_weights(alpha: Array, skills: int) -> None:
+    """Refuse weights [..., k] that are not one for each skill.
+
+    Width 1 would otherwise be broadcast over all skills without a word.
+
+    Raises:
+      ValueError: the number of weights is not the number of skills.
+    """
+    if alpha.shape[-1] != skills:
+        raise ValueError(
+            f"{skills} skills but {alpha.shape[-1]} weights (alpha {alpha.shape})"
+        )
+
+
 def adapter_delta(
     x: Float[Array, "*b d"],
     adapter: Mapping[str, Array],
@@ -84,14 +98,10 @@ def adapter_delta(
       activation: f of the MLP adapters.
 
     Raises:
-      ValueError: the number of weights is not the number of skills. Width 1 would
-        otherwise be broadcast over all skills without a word.
+      ValueError: the number of weights is not the number of skills.
     """
     a, b = adapter["a"], adapter["b"]
-    if alpha.shape[-1] != a.shape[0]:
-        raise ValueError(
-            f"{a.shape[0]} skills but {alpha.shape[-1]} weights (alpha {alpha.shape})"
-        )
+    check_weights(alpha, a.shape[0])
     h = jnp.einsum(
         "...d,kdr->...kr",
         x,
@@ -132,7 +142,8 @@ def check_skill(base: Params, skill: Params, name: str = "skill") -> None:
         raise InputError(f"{name}: no adapter for layer {missing[0]!r} of the base")
     if unknown := sorted(found - set(layers)):
         raise InputError(
-            f"{name}: layer {unknown[0]!r} is not in the base; expected {sorted(layers)}"
+            f"{name}: layer {unknown[0]!r} is not in the base; "
+            f"expected {sorted(layers)}"
         )
     for path, (d, o) in layers.items():
         for leaf in ("a", "b"):
@@ -148,6 +159,18 @@ def check_skill(base: Params, skill: Params, name: str = "skill") -> None:
             raise InputError(
                 f"{name}: layer {path!r} maps {a.shape[0]} -> {b.shape[1]}, "
                 f"the base's maps {d} -> {o}"
+            )
+        c = flat.get(f"{path}/c")
+        if c is not None and c.shape != a.shape[1:]:
+            raise InputError(
+                f"{name}: layer {path!r} has c {c.shape}, expected {a.shape[1:]}"
+            )
+    for path in flat:
+        layer, _, leaf = path.rpartition("/")
+        if leaf not in ("a", "b", "c"):
+            raise InputError(
+                f"{name}: layer {layer!r} has an unknown matrix {leaf!r}; "
+                "expected a, b and, for an mlp adapter, c"
             )
 
 
@@ -192,9 +215,11 @@ def merge(base: Params, library: Params, alpha: Float[Array, " k"]) -> Params:
 
     Raises:
       InputError: the library holds MLP adapters, which cannot be folded.
+      ValueError: the number of weights is not the number of skills.
     """
     if adapter_of(library) != "lora":
         raise InputError("only lora skills can be merged into the base's weights")
+    check_weights(alpha, jax.tree.leaves(library)[0].shape[0])
     flat, low_rank = tree.flatten(base), tree.flatten(library)
     for path in dense_layers(base):
         delta = jnp.einsum(

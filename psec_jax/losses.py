@@ -50,8 +50,8 @@ def released_regulariser(
 ) -> Float[Array, ""]:
     """(mean alpha - strength / 2)^2 + (mean alpha of the last skill - strength)^2.
 
-    Of a batch, from the authors' code (strength 16, the last skill is the safety skill);
-    not in the paper, and larger than the diffusion loss it is added to.
+    Of a batch, from the authors' code (strength 16, the last skill is the safety
+    skill); not in the paper, and larger than the diffusion loss it is added to.
     """
     return (jnp.mean(alpha) - strength / 2) ** 2 + (
         jnp.mean(alpha[:, -1]) - strength

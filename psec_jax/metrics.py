@@ -2,8 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Self
 
 from tensorboardX import SummaryWriter
 
@@ -47,19 +45,8 @@ class Writer:
             self._file.close()
             self._events.close()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-def read(run: Run) -> list[dict[str, float]]:
+def read(run: Run) -> list[dict[str, int | float]]:
     """The lines of metrics.jsonl, oldest first; [] if there are none.
 
     Raises:

@@ -57,7 +57,7 @@ def train(
     stage: str = "base",
     progress: bool = True,
     on_save: Callable[[int, State], None] | None = None,
-) -> tuple[State, dict[str, float]]:
+) -> tuple[State, dict[str, int | float]]:
     """Update `state` until it has done `steps` steps, going on from the newest save.
 
     Step s uses the key fold_in(key, s), so that a resumed run draws what a run that was
@@ -99,14 +99,18 @@ def train(
         saves = None
         if run is not None:
             stack.enter_context(run.locked())
-            saves = stack.enter_context(Checkpoints(run.checkpoints))
+            saves = stack.enter_context(
+                contextlib.closing(Checkpoints(run.checkpoints))
+            )
         stop = stack.enter_context(_signals())
         loop = _Loop(
             update, state, data, key, saves, steps, steps_per_call, stage, progress
         )
         loop.on_save = on_save
         if run is not None:
-            loop.writer = stack.enter_context(Writer(run, loop.step))
+            loop.writer = stack.enter_context(
+                contextlib.closing(Writer(run, loop.step))
+            )
         stack.callback(loop.line.end)
         return loop.go(stop, log_every, save_every, steps_per_call)
 
@@ -151,7 +155,7 @@ class _Loop:
 
     def go(
         self, stop: list[int], log_every: int, save_every: int, steps_per_call: int
-    ) -> tuple[State, dict[str, float]]:
+    ) -> tuple[State, dict[str, int | float]]:
         """Run to the end."""
         first, compile_s, first_s = self.step, 0.0, 0.0
         pending: collections.deque[jax.Array] = collections.deque()

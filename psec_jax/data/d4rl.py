@@ -1,5 +1,6 @@
 """HDF5 files in the layout of D4RL and DSRL (Fu et al. 2020; Liu et al. 2023)."""
 
+import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from psec_jax import files
 from psec_jax.data import dataset
 from psec_jax.errors import InputError
 from psec_jax.types import Dataset
@@ -125,22 +127,15 @@ def save(path: str | os.PathLike[str], ds: Dataset, attrs: Mapping[str, Any]) ->
       InputError: the file cannot be written (a full disk, no permission).
     """
     path = Path(path)
-    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
+    content = io.BytesIO()
+    # The format of HDF5 1.10 holds attributes longer than 64 kB.
+    with h5py.File(content, "w", libver=("v110", "v110")) as file:
+        for name, key in KEYS.items():
+            if name != "cost" or np.any(ds.cost):
+                file.create_dataset(key, data=getattr(ds, name))
+        for name, value in attrs.items():
+            file.attrs[name] = value
+    with files.reported(f"make the folder {path.parent}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with h5py.File(partial, "w") as file:
-                for name, key in KEYS.items():
-                    if name != "cost" or np.any(ds.cost):
-                        file.create_dataset(key, data=getattr(ds, name))
-                for name, value in attrs.items():
-                    file.attrs[name] = value
-            with open(partial, "rb+") as written:
-                os.fsync(written.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: cannot be written ({reason})") from error
+    files.write_atomic(path, content.getbuffer())
     return path

@@ -31,12 +31,14 @@ class Env(Protocol):
       obs_dim: S.
       action_dim: A.
       max_steps: steps after which an episode is cut.
+      step_seconds: simulated time of one control step.
     """
 
     spec: str
     obs_dim: int
     action_dim: int
     max_steps: int
+    step_seconds: float
 
     def reset(self, seed: int) -> np.ndarray:
         """Start the episode of `seed`, the same one however often the environment has

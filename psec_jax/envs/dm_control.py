@@ -35,6 +35,7 @@ class DmControlEnv:
             )
         self.action_dim = int(bounds.shape[0])
         self.max_steps = math.ceil(self._env._step_limit)
+        self.step_seconds = float(self._env.control_timestep())
         self.obs_dim = len(self.reset(0))
 
     def reset(self, seed: int) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Policies that need no JAX: the packaged experts, weaker forms of them, random."""
 
-import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from psec_jax import files
 from psec_jax.errors import InputError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "experts"
@@ -54,7 +54,7 @@ class Expert(NamedTuple):
 
 def cards() -> dict[str, dict[str, Any]]:
     """The cards of the packaged experts, keyed by environment."""
-    read = [json.loads(path.read_text()) for path in sorted(ASSETS.glob("*.json"))]
+    read = [files.read_json(path) for path in sorted(ASSETS.glob("*.json"))]
     return {card["environment"]: card for card in read}
 
 

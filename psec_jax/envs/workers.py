@@ -39,7 +39,7 @@ class Worker:
         env["PYTHONPATH"] = os.pathsep.join(
             [str(ROOT), *filter(None, [env.get("PYTHONPATH")])]
         )
-        env.setdefault("MUJOCO_GL", "disabled")  # workers never render
+        env["MUJOCO_GL"] = "disabled"  # workers never render
         # One matrix-vector product per step: threads only get in each other's way, and
         # a fixed number of them keeps the results the same on every machine size.
         env["OPENBLAS_NUM_THREADS"] = env["OMP_NUM_THREADS"] = "1"
@@ -60,7 +60,7 @@ class Worker:
         """
         try:
             self._pipe.send(message)
-        except (BrokenPipeError, ConnectionResetError) as error:
+        except OSError as error:
             raise self._death() from error
 
     def recv(self) -> Any:
@@ -72,7 +72,7 @@ class Worker:
         """
         try:
             message = self._pipe.recv()
-        except (EOFError, ConnectionResetError) as error:
+        except (EOFError, OSError) as error:
             raise self._death() from error
         if isinstance(message, InputError):
             raise message
@@ -107,4 +107,8 @@ def _child() -> None:
 
 def default_workers(jobs: int) -> int:
     """As many processes as this process may use cores, and no more than jobs."""
-    return max(1, min(jobs, len(os.sched_getaffinity(0))))
+    if hasattr(os, "sched_getaffinity"):  # Linux: a container may allow fewer
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return max(1, min(jobs, cores))

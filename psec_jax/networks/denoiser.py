@@ -30,7 +30,8 @@ class NetworkConfig:
       width: of the residual stream.
       blocks: residual blocks.
       expansion: width of a block's hidden layer over `width`.
-      time_features: learned Fourier features of the diffusion step.
+      time_features: learned Fourier features of the diffusion step, half of them
+        cosines and half sines.
       time_width: of the two layers on top of them.
       dropout: rate at the input of each block, in training only.
       activation: a key of `ACTIVATIONS`.
@@ -69,6 +70,11 @@ class NetworkConfig:
                 raise InputError(
                     f"network.{field}: got {getattr(self, field)}, expected 1 or more"
                 )
+        if self.time_features % 2:
+            raise InputError(
+                f"network.time_features: got {self.time_features}, "
+                "expected an even number"
+            )
 
 
 class Block(nn.Module):
@@ -158,7 +164,13 @@ def make_denoise(
       library: K skills, leaves [K, ...], or None for the base alone.
       alpha: weight of each skill; required with a library.
       dropout_key: given in training only.
+
+    Raises:
+      ValueError: a library without weights, which would be the base alone, or weights
+        without a library.
     """
+    if (library is None) != (alpha is None):
+        raise ValueError("a library and alpha go together: got only one of them")
     variables = {"params": base}
     if library is not None:
         variables["skills"] = library

@@ -1,0 +1,379 @@
+"""Table 2 of the paper: S->W, S->R and S+W->R on DeepMind Control walker.
+
+    python -m experiments.table2 --preset=standard
+
+trains what is missing (a base, LoRA and MLP skills, scratch policies and gates for each
+seed), rolls every method out, and writes to results/dmc_walker/ the raw returns of every
+episode (raw/*.json) and table2.md, table2.csv and table2.json made from them. Finished
+runs and cells are kept: start it again after a stop. --tables_only makes the tables
+again from the raw files.
+
+Expected: quick minutes, standard about an hour of two CPU cores, paper a day of a GPU.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from launch.cli import no_arguments, run
+from ml_collections import ConfigDict
+
+from experiments import results, stages
+from experiments.configs.dmc_walker import get_config
+from psec_jax.errors import InputError
+from psec_jax.evaluation import evaluate
+from psec_jax.policy import Policy, load_base
+from psec_jax.policy import compose as load_composition
+from psec_jax.run import versions
+
+ENV = "dm_control:walker-{}"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One column: the target task and the skills a method may use, by priority."""
+
+    task: str
+    skills: tuple[str, ...]
+
+
+SETTINGS = {
+    "S->W": Setting("walk", ("walk",)),
+    "S->R": Setting("run", ("run",)),
+    "S+W->R": Setting("run", ("run", "walk")),
+}
+
+
+@dataclass(frozen=True)
+class Composition:
+    """One row that composes skills.
+
+    Attributes:
+      level: at which the skills are composed.
+      head: of the gate; "constant" weights are tuned by returns on tuning episodes,
+        or left at the skills' strengths where `tuned` is False.
+      support: of the gate.
+      adapter: of the skills.
+      tuned: see `head`.
+    """
+
+    level: str = "parameter"
+    head: str = "linear"
+    support: str = "none"
+    adapter: str = "lora"
+    tuned: bool = False
+
+
+COMPOSITIONS = {
+    "ASEC": Composition(level="action"),
+    "NSEC": Composition(level="noise"),
+    "PSEC (MLP)": Composition(adapter="mlp"),
+    "PSEC": Composition(),
+    "ASEC fixed": Composition(level="action", head="constant", tuned=True),
+    "NSEC fixed": Composition(level="noise", head="constant", tuned=True),
+    "PSEC fixed": Composition(head="constant", tuned=True),
+    "Support": Composition(head="constant", support="neighbour"),
+    "Support, learned": Composition(head="constant", support="learned"),
+    "PSEC + support": Composition(support="neighbour"),
+}
+METHODS = ("Base", "Scratch", *COMPOSITIONS)
+
+PAPER = {
+    "S->W": {
+        "Scratch": 58.9,
+        "ASEC": 65.7,
+        "NSEC": 320.9,
+        "PSEC (MLP)": 424.1,
+        "PSEC": 688,
+        "ASEC fixed": 47,
+        "NSEC fixed": 191,
+        "PSEC fixed": 540,
+    },
+    "S->R": {
+        "Scratch": 25.5,
+        "ASEC": 24.3,
+        "NSEC": 38.5,
+        "PSEC (MLP)": 143.3,
+        "PSEC": 221,
+    },
+    "S+W->R": {
+        "Scratch": 25.5,
+        "ASEC": 30.8,
+        "NSEC": 39.4,
+        "PSEC (MLP)": 194.5,
+        "PSEC": 247,
+    },
+}
+
+# Weights tried for the fixed rows, in the order of the gate's weights: at the parameter
+# level a multiplier for each skill, at the others the base's share and each skill's.
+GRIDS = {
+    ("parameter", 1): ((8,), (12,), (16,), (20,)),
+    ("parameter", 2): ((12, 4), (16, 4), (8, 8), (4, 12), (16, 16)),
+    ("shares", 1): ((0.5, 0.5), (0.25, 0.75), (0, 1)),
+    ("shares", 2): ((0.5, 0.25, 0.25), (0, 0.5, 0.5), (0.25, 0.75, 0), (0, 1, 0)),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one seed's runs lie."""
+
+    config: ConfigDict
+    root: Path
+    seed: int
+
+    @property
+    def library(self) -> Path:
+        """The library of this seed."""
+        return self.root / f"seed{self.seed}" / "library"
+
+    def workdir(self, name: str) -> Path:
+        """The folder of one run."""
+        return self.root / f"seed{self.seed}" / "runs" / name
+
+    def scratch(self, task: str) -> Path:
+        """The library that holds one scratch policy."""
+        return self.root / f"seed{self.seed}" / f"scratch-{task}"
+
+
+def train_base(place: Place) -> Policy:
+    """The base of one seed."""
+    stages.pretrain(
+        place.config,
+        workdir=place.workdir("base"),
+        library=place.library,
+        seed=place.seed,
+        name="stand",
+        evaluate_after=False,
+    )
+    return load_base(place.library)
+
+
+def train_scratch(place: Place, task: str) -> Policy:
+    """A whole policy on the target's demonstrations alone, on a skill's budget."""
+    stages.pretrain(
+        place.config,
+        workdir=place.workdir(f"scratch-{task}"),
+        library=place.scratch(task),
+        seed=place.seed,
+        env=ENV.format(task),
+        name=f"scratch-{task}",
+        section="skill",
+        evaluate_after=False,
+    )
+    return load_base(place.scratch(task))
+
+
+def train_skill(place: Place, task: str, adapter: str) -> str:
+    """One skill; returns its name in the library."""
+    train_base(place)
+    name = task if adapter == "lora" else f"{task}-{adapter}"
+    config = _changed(place.config, {"skill.adapter": adapter})
+    stages.expand(
+        config,
+        workdir=place.workdir(name),
+        library=place.library,
+        seed=place.seed,
+        name=name,
+        env=ENV.format(task),
+        evaluate_after=False,
+    )
+    return name
+
+
+def train_composition(
+    place: Place, setting: str, method: str, tune_place: Place
+) -> Policy:
+    """Skills and gate of one cell."""
+    form, target = COMPOSITIONS[method], SETTINGS[setting]
+    skills = [train_skill(place, task, form.adapter) for task in target.skills]
+    alpha = None
+    if form.tuned:
+        alpha = tuned_weights(tune_place, setting, method)
+    elif form.head == "constant":
+        alpha = [place.config.skill.alpha] * len(skills)
+    name = gate_name(method, setting)
+    changes = {
+        "gate.level": form.level,
+        "gate.head": form.head,
+        "gate.support": form.support,
+    }
+    if form.level != "parameter":
+        cloning = place.config.table.cloning
+        changes |= {f"gate.{field}": value for field, value in cloning.items()}
+    stages.compose(
+        _changed(place.config, changes),
+        workdir=place.workdir(name),
+        library=place.library,
+        seed=place.seed,
+        name=name,
+        skills=skills,
+        env=ENV.format(target.task),
+        alpha=alpha,
+        evaluate_after=False,
+    )
+    return load_composition(place.library, gate=name)
+
+
+def gate_name(method: str, setting: str) -> str:
+    """Name of a cell's gate in the library, such as PSEC-support_S-W-R."""
+    return f"{_plain(method)}_{_plain(setting)}"
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")
+
+
+def tuned_weights(place: Place, setting: str, method: str) -> list[float]:
+    """The best fixed weights of a grid, by mean return on tuning episodes.
+
+    Tuning episodes start from other states than the reported ones. They are rolled out
+    once, with the first seed's skills, and kept in the run's folder.
+    """
+    form, target = COMPOSITIONS[method], SETTINGS[setting]
+    skills = [train_skill(place, task, form.adapter) for task in target.skills]
+    kind = "parameter" if form.level == "parameter" else "shares"
+    folder = place.root / "tuning"
+    config = place.config.to_dict()
+    fingerprint = results.config_fingerprint(config)
+    tried = []
+    for weights in GRIDS[kind, len(skills)]:
+        path = results.raw_path(folder, setting, f"{method} {weights}", place.seed)
+        raw = results.read_raw(path, fingerprint)
+        if raw is None:
+            policy = load_composition(
+                place.library, skills, alpha=weights, level=form.level
+            )
+            raw = roll_out(place, policy, setting, f"{method} {weights}", tuning=True)
+            results.write_raw(path, raw)
+        tried.append((raw["mean"], weights))
+    return [float(w) for w in max(tried)[1]]
+
+
+def roll_out(
+    place: Place, policy: Policy, setting: str, method: str, tuning: bool = False
+) -> dict[str, Any]:
+    """The raw result of one cell and seed."""
+    config = place.config
+    env = ENV.format(SETTINGS[setting].task)
+    count = config.table.tuning_episodes if tuning else config.evaluation.episodes
+    seed = config.evaluation.seed + (1 if tuning else 0)
+    episodes = evaluate(policy.act, env, count, seed)
+    return {
+        "setting": setting,
+        "method": method,
+        "seed": place.seed,
+        "preset": config.preset,
+        "budget": {
+            stage: {
+                "steps": config[stage].steps,
+                "batch_size": config[stage].batch_size,
+            }
+            for stage in ("base", "skill", "gate")
+        },
+        "config_fingerprint": results.config_fingerprint(config.to_dict()),
+        "versions": versions(),
+        **stages.episodes_json(episodes, env, seed),
+    }
+
+
+def run_cells(
+    config: ConfigDict, root: Path, folder: Path, report: Callable[[str], None]
+) -> None:
+    """Fill every missing cell, seed by seed."""
+    fingerprint = results.config_fingerprint(config.to_dict())
+    seeds = list(config.table.seeds)
+    for seed in seeds:
+        place = Place(config, root, seed)
+        tune_place = Place(config, root, seeds[0])
+        for setting, target in SETTINGS.items():
+            for method in config.table.methods:
+                path = results.raw_path(folder, setting, method, seed)
+                if results.read_raw(path, fingerprint) is not None:
+                    continue
+                if method == "Base":
+                    policy = train_base(place)
+                elif method == "Scratch":
+                    policy = train_scratch(place, target.task)
+                else:
+                    policy = train_composition(place, setting, method, tune_place)
+                raw = roll_out(place, policy, setting, method)
+                results.write_raw(path, raw)
+                report(f"{setting} {method} seed {seed}: mean {raw['mean']:.1f}")
+
+
+def write_table(folder: Path) -> str:
+    """table2.{md,csv,json} from the raw files alone."""
+    raws = results.load_all(folder)
+    summary = results.summarise(raws)
+    summary = {s: summary[s] for s in SETTINGS if s in summary}
+    return results.write_tables(
+        folder, "table2", summary, METHODS, PAPER, footnote(raws)
+    )
+
+
+def footnote(raws: Sequence[Mapping[str, Any]]) -> str:
+    """What the numbers were measured with."""
+    first = raws[0]
+    seeds = sorted({raw["seed"] for raw in raws})
+    budget = ", ".join(
+        f"{stage} {b['steps']} steps of {b['batch_size']}"
+        for stage, b in first["budget"].items()
+    )
+    made = first["versions"]
+    return (
+        f"Mean return and 95 % bootstrap interval over {len(seeds)} training seed(s) "
+        f"and {len(first['returns'])} episodes a seed; falls: episodes below "
+        f"{results.FALL:.0f}; paper: 5 seeds, 10 episodes. Preset {first['preset']}: "
+        f"{budget}; 10 demonstrations a skill. {made['cores']} cores of {made['cpu']}, "
+        f"jax {made['jax']}. Rows Base, fixed, Support: see docs/methods.md."
+    )
+
+
+def _changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    copy = ConfigDict(config.to_dict())
+    copy.update_from_flattened_dict(dict(changes))
+    return copy
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run what is missing, then write the tables."""
+    no_arguments(argv)
+    folder = Path(FLAGS["results"].value)
+    if not FLAGS["tables_only"].value:
+        config = get_config(FLAGS["preset"].value)
+        methods = FLAGS["methods"].value or config.table.methods
+        for method in methods:
+            if method not in METHODS:
+                raise InputError(
+                    f"unknown method {method!r}; choose from {', '.join(METHODS)}"
+                )
+        config.table.methods = tuple(methods)
+        root = Path(FLAGS["workdir"].value or f"runs/dmc_walker/{config.preset}")
+        run_cells(config, root, folder, print)
+    print(write_table(folder))
+
+
+if __name__ == "__main__":
+    FLAGS = {
+        "preset": flags.DEFINE_string(
+            "preset", "standard", "quick, standard or paper."
+        ),
+        "results": flags.DEFINE_string(
+            "results", "results/dmc_walker", "Folder of raw results and tables."
+        ),
+        "workdir": flags.DEFINE_string(
+            "workdir", None, "Folder of runs; default runs/dmc_walker/PRESET."
+        ),
+        "methods": flags.DEFINE_list(
+            "methods", [], "Rows to run; default the preset's."
+        ),
+        "tables_only": flags.DEFINE_bool(
+            "tables_only", False, "Only make the tables again."
+        ),
+    }
+    run(main)

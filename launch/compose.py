@@ -1,0 +1,58 @@
+"""Make a gate alpha(s) over skills of a library, train its head, and add it.
+
+    # the paper's gate over one skill
+    python -m launch.compose --config=experiments/configs/dmc_walker.py:quick \
+        --workdir=runs/walk_gate --library=runs/library --name=walk-psec --skills=walk
+
+    # a support gate on fixed strengths: no training
+    python -m launch.compose --workdir=runs/walk_support --library=runs/library \
+        --name=walk-support --skills=walk \
+        --config.gate.head=constant --config.gate.support=neighbour
+
+Skills are in order of priority: with a support, a skill gets what those before it left
+over. The target's demonstrations are --data, by default those of the first skill's
+environment. The same command resumes.
+"""
+
+from collections.abc import Sequence
+
+from absl import flags
+from launch.cli import floats, no_arguments, run
+
+from experiments import stages
+from launch import options
+
+NAME = flags.DEFINE_string("name", None, "Name of the gate.", required=True)
+SKILLS = flags.DEFINE_list("skills", None, "Names of skills.", required=True)
+ALPHA = flags.DEFINE_list(
+    "alpha", None, "Weights the head starts from; a constant head keeps them."
+)
+SUPPORT_DATA = flags.DEFINE_list(
+    "support_data",
+    [],
+    "Demonstrations of each skill, for a support; by default those of their cards are "
+    "collected again.",
+)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Flags to one call."""
+    no_arguments(argv)
+    result = stages.compose(
+        options.CONFIG.value,
+        workdir=options.WORKDIR.value,
+        library=options.LIBRARY.value,
+        seed=options.SEED.value,
+        name=NAME.value,
+        skills=SKILLS.value,
+        env=options.ENV.value,
+        data=options.DATA.value,
+        support_data=SUPPORT_DATA.value,
+        alpha=floats("alpha", ALPHA.value),
+        evaluate_after=options.EVALUATE.value,
+    )
+    print(stages.describe(f"gate {NAME.value!r}", result))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,56 @@
+"""Roll a base, a skill or a composition out in the simulator: raw returns as JSON.
+
+    python -m launch.evaluate --library=runs/library --env=dm_control:walker-stand
+    python -m launch.evaluate --library=runs/library --env=dm_control:walker-walk \
+        --skills=walk --alpha=16
+    python -m launch.evaluate --library=runs/library --env=dm_control:walker-walk \
+        --gate=walk-psec --episodes=30 --out=walk.json
+"""
+
+from collections.abc import Sequence
+
+from absl import flags
+from launch.cli import floats, no_arguments, run
+
+from experiments import stages
+from psec_jax.files import write_json
+
+LIBRARY = flags.DEFINE_string("library", "runs/library", "Folder of the skill library.")
+ENV = flags.DEFINE_string(
+    "env", None, "dm_control:DOMAIN-TASK or gymnasium:ID.", required=True
+)
+SKILLS = flags.DEFINE_list("skills", [], "Names of skills; none is the base alone.")
+ALPHA = flags.DEFINE_list("alpha", None, "Fixed weight of each skill.")
+GATE = flags.DEFINE_string("gate", None, "Name of a gate; it brings its skills.")
+LEVEL = flags.DEFINE_string(
+    "level", "parameter", "Of fixed weights: parameter, noise or action."
+)
+EPISODES = flags.DEFINE_integer("episodes", 10, "Whole episodes.")
+SEED = flags.DEFINE_integer("seed", 10_000, "Of initial states and the policy's noise.")
+OUT = flags.DEFINE_string("out", None, "JSON file for the raw returns.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Flags to one call."""
+    no_arguments(argv)
+    episodes = stages.evaluate_library(
+        LIBRARY.value,
+        ENV.value,
+        EPISODES.value,
+        SEED.value,
+        skills=SKILLS.value,
+        alpha=floats("alpha", ALPHA.value),
+        gate=GATE.value,
+        level=LEVEL.value,
+    )
+    if OUT.value:
+        write_json(OUT.value, episodes)
+    returns = episodes["returns"]
+    print(
+        f"{len(returns)} episodes in {ENV.value}: return mean {episodes['mean']:.1f}, "
+        f"min {min(returns):.1f}, max {max(returns):.1f}"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,43 @@
+"""Learn one new skill from a few demonstrations; the library's base stays frozen.
+
+    python -m launch.expand --config=experiments/configs/dmc_walker.py:quick \
+        --workdir=runs/walk --library=runs/library --name=walk \
+        --env=dm_control:walker-walk
+
+    # from your own file, with 20 of its trajectories and rank 16
+    python -m launch.expand --workdir=runs/kick --library=runs/library --name=kick \
+        --data=kick.hdf5 --env=dm_control:walker-walk \
+        --config.skill.episodes=20 --config.skill.rank=16
+
+A skill is a small LoRA pytree. The same command resumes.
+"""
+
+from collections.abc import Sequence
+
+from absl import flags
+from launch.cli import no_arguments, run
+
+from experiments import stages
+from launch import options
+
+NAME = flags.DEFINE_string("name", None, "Name of the skill.", required=True)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Flags to one call."""
+    no_arguments(argv)
+    result = stages.expand(
+        options.CONFIG.value,
+        workdir=options.WORKDIR.value,
+        library=options.LIBRARY.value,
+        seed=options.SEED.value,
+        name=NAME.value,
+        env=options.ENV.value,
+        data=options.DATA.value,
+        evaluate_after=options.EVALUATE.value,
+    )
+    print(stages.describe(f"skill {NAME.value!r}", result))
+
+
+if __name__ == "__main__":
+    run(main)

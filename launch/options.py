@@ -1,0 +1,33 @@
+"""Flags that the stages share."""
+
+from absl import flags
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    "experiments/configs/dmc_walker.py:quick",
+    "Config file and preset, FILE:PRESET with PRESET one of quick, standard, paper; "
+    "change any field with --config.FIELD=VALUE.",
+    lock_config=True,
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Folder of this run: config, versions, metrics, saves. The same command with the "
+    "same folder resumes.",
+    required=True,
+)
+LIBRARY = flags.DEFINE_string("library", "runs/library", "Folder of the skill library.")
+SEED = flags.DEFINE_integer("seed", 0, "Of parameters, batches and noise.", 0)
+ENV = flags.DEFINE_string(
+    "env", None, "dm_control:DOMAIN-TASK or gymnasium:ID; default from the config."
+)
+DATA = flags.DEFINE_string(
+    "data",
+    None,
+    "Demonstrations: a D4RL-layout HDF5 file, an episode .npz or a folder of them. "
+    "Without it they are collected in --env.",
+)
+EVALUATE = flags.DEFINE_bool(
+    "evaluate", True, "Roll the result out and record its returns."
+)

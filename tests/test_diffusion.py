@@ -1,0 +1,239 @@
+"""Schedules, samplers and losses against known answers."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jaxtyping import TypeCheckError
+
+from psec_jax import losses
+from psec_jax.diffusion import (
+    SAMPLERS,
+    SCHEDULES,
+    DiffusionConfig,
+    ddpm_reverse,
+    make_schedule,
+    q_sample,
+    sample,
+)
+from psec_jax.errors import InputError
+from psec_jax.networks.denoiser import make_denoise
+
+OBS = jnp.zeros(tiny.OBS_DIM)
+POINT = jnp.array([0.6, -0.3])
+
+
+def point_denoise(config):
+    """The exact noise predictor where every action is POINT."""
+    alpha_bar = jnp.asarray(make_schedule(config).alpha_bar)
+
+    def denoise(obs, a_t, t):
+        ab = alpha_bar[t.astype(jnp.int32)]
+        return (a_t - jnp.sqrt(ab) * POINT) / jnp.sqrt(1 - ab)
+
+    return denoise
+
+
+def gaussian_denoise(config, mean, std):
+    """The exact noise predictor where actions are normal."""
+    alpha_bar = jnp.asarray(make_schedule(config).alpha_bar)
+
+    def denoise(obs, a_t, t):
+        ab = alpha_bar[t.astype(jnp.int32)]
+        return (
+            jnp.sqrt(1 - ab) * (a_t - jnp.sqrt(ab) * mean) / (ab * std**2 + 1 - ab)
+        )
+
+    return denoise
+
+
+def network_denoise(obs, a_t, t):
+    return make_denoise(tiny.NET, tiny.base())(obs, a_t, t)
+
+
+def draw(denoise, config, keys):
+    """Actions [B, A], one for each key."""
+    one = functools.partial(sample, denoise, config)
+    return jax.jit(jax.vmap(lambda key: one(key, OBS, 2)))(keys)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 100])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedule(name, steps):
+    schedule = make_schedule(DiffusionConfig(steps=steps, schedule=name))
+    beta, alpha_bar = schedule
+    for array in schedule:
+        assert array.shape == (steps,)
+        assert array.dtype == np.float32
+        assert ((array > 0) & (array < 1)).all()
+    assert (np.diff(alpha_bar) < 0).all()
+    np.testing.assert_allclose(
+        alpha_bar, np.cumprod(1 - beta.astype(np.float64)), rtol=1e-4
+    )
+
+
+def test_schedules_by_hand():
+    for steps in (5, 50):
+        config = DiffusionConfig(steps=steps)
+        np.testing.assert_allclose(
+            make_schedule(config).alpha_bar[-1], np.exp(-(0.1 + 4.95)), rtol=1e-5
+        )
+    linear = make_schedule(DiffusionConfig(steps=50, schedule="linear"))
+    np.testing.assert_allclose(linear.beta[[0, -1]], [1e-4, 2e-2], rtol=1e-6)
+    cosine = make_schedule(DiffusionConfig(steps=50, schedule="cosine"))
+    half = (np.cos((0.5 + 0.008) / 1.008 * np.pi / 2)) ** 2
+    start = (np.cos(0.008 / 1.008 * np.pi / 2)) ** 2
+    np.testing.assert_allclose(cosine.alpha_bar[24], half / start, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_forward_process(name):
+    schedule = make_schedule(DiffusionConfig(schedule=name))
+    for t in range(5):
+        ab = schedule.alpha_bar[t]
+        at = functools.partial(q_sample, schedule, t=jnp.int32(t))
+        np.testing.assert_allclose(at(POINT, eps=jnp.zeros(2)), np.sqrt(ab) * POINT)
+        np.testing.assert_allclose(
+            at(jnp.zeros(2), eps=jnp.ones(2)), np.sqrt([1 - ab, 1 - ab]), rtol=1e-6
+        )
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_single_action_is_found_exactly(sampler, schedule, clip):
+    config = DiffusionConfig(schedule=schedule, sampler=sampler, clip=clip)
+    got = draw(point_denoise(config), config, tiny.keys(8))
+    np.testing.assert_allclose(got, jnp.tile(POINT, (8, 1)), atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_normal_distribution_is_found(sampler):
+    config = DiffusionConfig(steps=200, sampler=sampler, clip=False)
+    denoise = gaussian_denoise(config, POINT / 2, 0.15)
+    got = draw(denoise, config, tiny.keys(4000))
+    np.testing.assert_allclose(got.mean(0), POINT / 2, atol=0.01)
+    np.testing.assert_allclose(got.std(0), 0.15, atol=0.01)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_actions_are_bounded_and_follow_the_key(sampler):
+    config = DiffusionConfig(sampler=sampler)
+    keys = tiny.keys(16)
+    got = draw(network_denoise, config, keys)
+    assert (np.abs(got) <= 1).all()
+    assert len(np.unique(got[:, 0])) > 1
+    np.testing.assert_array_equal(draw(network_denoise, config, keys), got)
+    unclipped = dataclasses.replace(config, clip=False)
+    assert (np.abs(draw(network_denoise, unclipped, keys)) <= 1).all()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_jit_on_and_off_agree(sampler):
+    config = DiffusionConfig(sampler=sampler, steps=3)
+    key = jax.random.key(0)
+    jitted = draw(network_denoise, config, key[None])[0]
+    with jax.disable_jit():
+        plain = sample(network_denoise, config, key, OBS, 2)
+    np.testing.assert_allclose(plain, jitted, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_ddim_is_deterministic(steps):
+    """Only the start is random: without it every key gives the same action."""
+    config = DiffusionConfig(sampler="ddim", sampling_steps=steps, start_scale=0.0)
+    got = draw(network_denoise, config, tiny.keys(4))
+    np.testing.assert_array_equal(got, jnp.tile(got[0], (4, 1)))
+    point = draw(point_denoise(config), config, tiny.keys(1))[0]
+    np.testing.assert_allclose(point, POINT, atol=1e-4)
+    assert np.abs(got).max() > 0
+
+
+def test_ddpm_noise_scales():
+    keys = tiny.keys(4)
+    still = DiffusionConfig(temperature=0.0, start_scale=0.0)
+    got = draw(network_denoise, still, keys)
+    np.testing.assert_array_equal(got, jnp.tile(got[0], (4, 1)))
+    for change in ({"temperature": 1.0}, {"start_scale": 1.0}):
+        moved = draw(network_denoise, dataclasses.replace(still, **change), keys)
+        assert np.abs(moved - moved[0]).max() > 1e-3
+
+
+def test_ddpm_adds_no_noise_at_the_last_step():
+    config = DiffusionConfig(steps=4)
+    reverse = jax.jit(functools.partial(ddpm_reverse, network_denoise, config, OBS))
+    a_T, z = tiny.normal(2), tiny.normal(4, 2, seed=1)
+    action, trace = reverse(a_T, z)
+    same, _ = reverse(a_T, z.at[0].set(9.0))
+    np.testing.assert_array_equal(same, action)
+    np.testing.assert_array_equal(trace[-1], action)
+    _, other = reverse(a_T, z.at[1].set(9.0))
+    np.testing.assert_array_equal(other[:2], trace[:2])
+    assert np.abs(other[2] - trace[2]).max() > 1e-3
+    assert (np.abs(other) <= 1).all()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_loss_of_the_exact_noise_is_zero(schedule):
+    config = DiffusionConfig(schedule=schedule)
+    loss = functools.partial(
+        losses.diffusion_loss, point_denoise(config), make_schedule(config)
+    )
+    got = jax.jit(jax.vmap(lambda key: loss(key, OBS, POINT)))(tiny.keys(16))
+    np.testing.assert_allclose(got, 0, atol=1e-6)
+
+
+def test_loss_of_no_noise_is_the_number_of_actions():
+    """E ||eps||^2 = A: the sum over action dimensions, not the mean."""
+    action = jnp.zeros(7)
+    loss = functools.partial(
+        losses.diffusion_loss,
+        lambda obs, a_t, t: jnp.zeros(7),
+        make_schedule(DiffusionConfig()),
+    )
+    got = jax.jit(jax.vmap(lambda key: loss(key, OBS, action)))(tiny.keys(4000))
+    np.testing.assert_allclose(got.mean(), 7, atol=5 * np.sqrt(14 / 4000))
+
+
+def test_loss_draws_every_step():
+    def denoise(obs, a_t, t):
+        return jnp.zeros(2) + t * 1e3
+
+    schedule = make_schedule(DiffusionConfig())
+    loss = functools.partial(losses.diffusion_loss, denoise, schedule)
+    got = jax.jit(jax.vmap(lambda key: loss(key, OBS, POINT)))(tiny.keys(2000))
+    steps = np.round(np.sqrt(got / 2) / 1e3)
+    shares = [(steps == t).mean() for t in range(5)]
+    np.testing.assert_allclose(shares, 0.2, atol=0.05)
+
+
+def test_losses_by_hand():
+    assert losses.cloning_loss(jnp.array([1.0, 2.0]), jnp.array([0.0, 4.0])) == 5
+    alpha = jnp.array([[1.0, 2.0], [3.0, 6.0]])
+    assert losses.released_regulariser(alpha, 10.0) == (3 - 5) ** 2 + (4 - 10) ** 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("schedule", "quadratic", f"choose from {', '.join(sorted(SCHEDULES))}"),
+        ("sampler", "euler", f"choose from {', '.join(sorted(SAMPLERS))}"),
+        ("steps", 0, "steps: got 0"),
+        ("sampling_steps", 6, r"sampling_steps: got 6, expected 0 \(all\) to 5"),
+        ("temperature", -1.0, "temperature: got -1.0"),
+        ("start_scale", -1.0, "start_scale: got -1.0"),
+    ],
+)
+def test_refused_configs(field, value, message):
+    with pytest.raises(InputError, match=message):
+        DiffusionConfig(**{field: value})
+
+
+def test_shapes_in_annotations_are_checked_while_tests_run():
+    schedule = make_schedule(DiffusionConfig())
+    with pytest.raises(TypeCheckError):
+        q_sample(schedule, jnp.zeros(3), jnp.int32(0), jnp.zeros(2))

@@ -1,0 +1,222 @@
+"""Skills as pytrees: what adding, weighing, padding and merging them computes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from psec_jax import lora, tree
+from psec_jax.errors import InputError
+from psec_jax.lora import ADAPTERS
+from psec_jax.networks.denoiser import make_denoise
+from psec_jax.networks.layers import mish
+
+B = 5
+OBS, A_T = tiny.normal(B, tiny.OBS_DIM), tiny.normal(B, tiny.ACTION_DIM, seed=1)
+T = jnp.arange(B, dtype=jnp.float32)
+ALPHA = tiny.normal(B, tiny.SKILLS, seed=2)
+
+
+@jax.jit
+def base_eps(base):
+    return jax.vmap(make_denoise(tiny.NET, base))(OBS, A_T, T)
+
+
+@jax.jit
+def per_sample_eps(bases):
+    """Each example with base parameters of its own."""
+    return jax.vmap(lambda base, *x: make_denoise(tiny.NET, base)(*x))(
+        bases, OBS, A_T, T
+    )
+
+
+@jax.jit
+def eps(library, alpha):
+    """Noise [B, A] of the base with a library at weights [B, K]."""
+
+    def one(alpha, *inputs):
+        return make_denoise(tiny.NET, tiny.base(), library, alpha)(*inputs)
+
+    return jax.vmap(one)(alpha, OBS, A_T, T)
+
+
+def test_dense_layers_are_those_with_kernel_and_bias():
+    layers = lora.dense_layers(tiny.base())
+    assert set(layers) == {
+        *("time_0", "time_1", "input", "block_0/up", "block_0/down", "output")
+    }
+    assert layers["block_0/up"] == (16, 32)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_new_skill(adapter):
+    skill = lora.init_skill(jax.random.key(0), tiny.base(), 2, adapter)
+    lora.check_skill(tiny.base(), skill)
+    assert lora.adapter_of(skill) == adapter
+    assert lora.rank_of(skill) == 2
+    for path, leaf in tree.flatten(skill).items():
+        assert bool(jnp.any(leaf)) == path.endswith("/a"), path
+    got = eps(tree.stack([skill]), jnp.full((B, 1), 16.0))
+    np.testing.assert_allclose(got, base_eps(tiny.base()), atol=1e-6)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_adapter_delta_is_the_loop_over_skills(adapter):
+    d, r, o = 4, 3, 6
+    skills = [
+        tiny.randomised(
+            functools.partial(ADAPTERS[adapter], jax.random.key(0), d, o, r), k
+        )
+        for k in range(tiny.SKILLS)
+    ]
+    x, alpha = tiny.normal(d), tiny.normal(tiny.SKILLS)
+    expected = 0
+    for weight, skill in zip(alpha, skills, strict=True):
+        h = x @ skill["a"]
+        h = mish(h + skill["c"]) if "c" in skill else h
+        expected += weight * h @ skill["b"]
+    got = lora.adapter_delta(x, tree.stack(skills), alpha, mish)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_fused_composition_is_per_sample_merged_weights():
+    library = tiny.library()
+    merge = functools.partial(lora.merge, tiny.base(), library)
+    merged = per_sample_eps(jax.vmap(merge)(ALPHA))
+    assert np.abs(merged - base_eps(tiny.base())).max() > 0.1
+    np.testing.assert_allclose(eps(library, ALPHA), merged, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_one_hot_alpha_is_the_skill_alone(adapter):
+    for k in range(tiny.SKILLS):
+        one_hot = jnp.tile(jnp.eye(tiny.SKILLS)[k], (B, 1))
+        alone = tree.stack([tiny.skill(k, adapter=adapter)])
+        np.testing.assert_allclose(
+            eps(tiny.library(adapter=adapter), one_hot),
+            eps(alone, jnp.ones((B, 1))),
+            atol=1e-5,
+        )
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_order_of_the_skills_does_not_matter(adapter):
+    library, order = tiny.library(adapter=adapter), [2, 0, 1]
+    np.testing.assert_allclose(
+        eps(tree.take(library, order), ALPHA[:, jnp.array(order)]),
+        eps(library, ALPHA),
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_add_then_drop_is_the_identity(adapter):
+    library = tiny.library(2, adapter)
+    new = tiny.skill(2, adapter=adapter)
+    more = tree.add(library, new)
+    tiny.assert_trees_equal(more, tiny.library(3, adapter))
+    tiny.assert_trees_equal(tree.drop(more, 2), library)
+    tiny.assert_trees_equal(tree.drop(more, 0), tree.take(more, [1, 2]))
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_zero_padding_is_exact(adapter):
+    skill = tiny.skill(0, adapter=adapter)
+    padded = lora.pad(skill, 5)
+    assert lora.rank_of(padded) == 5
+    lora.check_skill(tiny.base(), padded)
+    weight = jnp.full((B, 1), 1.5)
+    np.testing.assert_allclose(
+        eps(tree.stack([padded]), weight), eps(tree.stack([skill]), weight), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_skills_of_different_ranks_stack(adapter):
+    small, large = tiny.skill(0, 1, adapter), tiny.skill(1, 4, adapter)
+    library = lora.stack_skills([small, large])
+    tiny.assert_trees_equal(tree.take(library, [1]), tree.stack([large]))
+    np.testing.assert_allclose(
+        eps(library, jnp.tile(jnp.array([1.0, 0.0]), (B, 1))),
+        eps(tree.stack([small]), jnp.ones((B, 1))),
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_zero_skill_changes_nothing(adapter):
+    zero = lora.zero_skill(tiny.library(adapter=adapter))
+    np.testing.assert_allclose(eps(zero, ALPHA), base_eps(tiny.base()), atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [1, tiny.SKILLS - 1, tiny.SKILLS + 1])
+def test_wrong_number_of_weights_raises(width):
+    alpha = jnp.ones((B, width))
+    with pytest.raises(ValueError, match=f"3 skills but {width} weights"):
+        eps(tiny.library(), alpha)
+    with pytest.raises(ValueError, match=f"3 skills but {width} weights"):
+        lora.merge(tiny.base(), tiny.library(), alpha[0])
+
+
+@pytest.mark.parametrize(
+    ("path", "leaf", "message"),
+    [
+        ("input/b", None, "layer 'input' has no matrix 'b'"),
+        ("input/b", jnp.zeros((3, 16)), r"'input' has a \(13, 2\) and b \(3, 16\)"),
+        ("input/b", jnp.zeros((2, 15)), "layer 'input' maps 13 -> 15"),
+        ("input/a", jnp.zeros((12, 2)), "layer 'input' maps 12 -> 16"),
+        ("input/a", jnp.zeros((1, 13, 2)), r"has a \(1, 13, 2\) and b"),
+        ("input/c", jnp.zeros(1), r"'input' has c \(1,\), expected \(2,\)"),
+        ("input/scale", jnp.zeros(1), "layer 'input' has an unknown matrix 'scale'"),
+    ],
+)
+def test_skill_of_another_shape_is_refused(path, leaf, message):
+    flat = tree.flatten(tiny.skill(0)) | {path: leaf}
+    skill = tree.unflatten({p: x for p, x in flat.items() if x is not None})
+    with pytest.raises(InputError, match=f"walk: .*{message}"):
+        lora.check_skill(tiny.base(), skill, "walk")
+
+
+def test_layer_names_must_be_the_bases():
+    skill = dict(tiny.skill(0))
+    output = skill.pop("output")
+    with pytest.raises(InputError, match="walk: no adapter for layer 'output'"):
+        lora.check_skill(tiny.base(), skill, "walk")
+    with pytest.raises(InputError, match="walk: layer 'head' is not in the base"):
+        lora.check_skill(tiny.base(), tiny.skill(0) | {"head": output}, "walk")
+
+
+def test_a_library_without_weights_raises():
+    with pytest.raises(ValueError, match="a library and alpha go together"):
+        make_denoise(tiny.NET, tiny.base(), tiny.library())
+    with pytest.raises(ValueError, match="a library and alpha go together"):
+        make_denoise(tiny.NET, tiny.base(), alpha=jnp.ones(1))
+
+
+def test_refusals():
+    key = jax.random.key(0)
+    with pytest.raises(InputError, match="rank: got 0"):
+        lora.init_skill(key, tiny.base(), 0)
+    with pytest.raises(InputError, match=f"choose from {', '.join(sorted(ADAPTERS))}"):
+        lora.init_skill(key, tiny.base(), 1, "none")
+    with pytest.raises(InputError, match="at least one skill"):
+        lora.stack_skills([])
+    with pytest.raises(InputError, match="lora and mlp"):
+        lora.stack_skills([tiny.skill(0), tiny.skill(1, adapter="mlp")])
+    with pytest.raises(InputError, match="down to rank 1"):
+        lora.pad(tiny.skill(0), 1)
+    with pytest.raises(InputError, match="only lora skills"):
+        lora.merge(tiny.base(), tiny.library(adapter="mlp"), jnp.ones(tiny.SKILLS))
+
+
+def test_flatten_unflatten_and_fingerprint():
+    base = tiny.base()
+    tiny.assert_trees_equal(tree.unflatten(tree.flatten(base)), base)
+    assert list(tree.flatten(base)) == sorted(tree.flatten(base))
+    assert tree.size(base) == sum(x.size for x in tree.flatten(base).values())
+    other = base | {"output": base["output"] | {"bias": base["output"]["bias"] + 1}}
+    assert tree.fingerprint(base) == tree.fingerprint(jax.device_get(base))
+    assert tree.fingerprint(base) != tree.fingerprint(other)

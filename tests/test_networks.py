@@ -1,0 +1,183 @@
+"""The denoiser and its parts."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from psec_jax.errors import InputError
+from psec_jax.lora import init_skill
+from psec_jax.networks import layers
+from psec_jax.networks.denoiser import (
+    COMPATS,
+    Denoiser,
+    NetworkConfig,
+    init_base,
+    make_denoise,
+)
+from psec_jax.networks.layers import ACTIVATIONS
+from psec_jax.networks.mlp import MLP
+
+B = 6
+INPUTS = (
+    tiny.normal(B, tiny.OBS_DIM),
+    tiny.normal(B, tiny.ACTION_DIM, seed=1),
+    jnp.arange(B, dtype=jnp.float32),
+)
+
+
+def eps(base=None, alpha=None, library=None, **changes):
+    """Noise [B, A] of the tiny network with some fields of its config changed."""
+    network = dataclasses.replace(tiny.NETWORK, **changes)
+    net = Denoiser(network, tiny.ACTION_DIM)
+    denoise = make_denoise(net, base or tiny.base(), library, alpha)
+    return jax.jit(jax.vmap(denoise))(*INPUTS)
+
+
+def test_mish():
+    x = jnp.concatenate([jnp.linspace(-40, 40, 4001), jnp.array([-1e4, 0.0, 1e4])])
+    np.testing.assert_allclose(layers.mish(x), jax.nn.mish(x), rtol=2e-6, atol=1e-7)
+    got, expected = (jax.vmap(jax.grad(f))(x) for f in (layers.mish, jax.nn.mish))
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
+    assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_elementwise_and_distinct(name):
+    x = jnp.linspace(-3, 3, 12)
+    got = ACTIVATIONS[name](x)
+    np.testing.assert_allclose(ACTIVATIONS[name](x.reshape(3, 4)).ravel(), got)
+    assert abs(ACTIVATIONS[name](jnp.array([0.0])).item()) < 1e-6
+    for other in set(ACTIVATIONS) - {name}:
+        assert np.abs(ACTIVATIONS[other](x) - got).max() > 1e-2
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_rate_and_scale(rate):
+    bits = layers.dropout_bits(jax.random.key(0), 4, 25_000).ravel()
+    dropped = layers.drop(jnp.ones(bits.size), bits, rate)
+    kept = np.asarray(dropped) > 0
+    deviation = np.sqrt(rate * (1 - rate) / bits.size)
+    assert abs(kept.mean() - (1 - rate)) < 5 * deviation
+    np.testing.assert_allclose(dropped[kept], 1 / (1 - rate), rtol=1e-3)
+
+
+def test_dropout_in_training_only():
+    network = dataclasses.replace(tiny.NETWORK, dropout=0.5)
+    net = Denoiser(network, tiny.ACTION_DIM)
+
+    @jax.jit
+    def trained(keys):
+        def one(key, *inputs):
+            return make_denoise(net, tiny.base(), dropout_key=key)(*inputs)
+
+        return jax.vmap(one)(keys, *INPUTS)
+
+    keys = tiny.keys(2 * B)
+    without = eps(dropout=0.5)
+    np.testing.assert_array_equal(without, eps())
+    np.testing.assert_array_equal(trained(keys[:B]), trained(keys[:B]))
+    for a, b in ((trained(keys[:B]), trained(keys[B:])), (trained(keys[:B]), without)):
+        assert (np.abs(a - b).max(axis=1) > 1e-4).all()
+
+
+def test_dropout_rate_zero_draws_nothing():
+    net = Denoiser(tiny.NETWORK, tiny.ACTION_DIM)
+    inputs = [x[0] for x in INPUTS]
+    with_key = make_denoise(net, tiny.base(), dropout_key=jax.random.key(0))(*inputs)
+    np.testing.assert_array_equal(
+        with_key, make_denoise(net, tiny.base())(*inputs)
+    )
+
+
+def test_bfloat16_products_only():
+    skills = {"library": tiny.library(), "alpha": jnp.ones(tiny.SKILLS)}
+    for kwargs in ({}, skills):
+        full, half = eps(**kwargs), eps(**kwargs, matmul_dtype="bfloat16")
+        assert half.dtype == jnp.float32
+        error = np.linalg.norm(half - full) / np.linalg.norm(full)
+        assert 0 < error < 0.03
+
+
+def test_parameters_and_gradients_stay_float32():
+    network = dataclasses.replace(tiny.NETWORK, matmul_dtype="bfloat16")
+    net = Denoiser(network, tiny.ACTION_DIM)
+    shapes = jax.eval_shape(lambda: init_base(network, jax.random.key(0), 3, 2))
+    inputs = [x[0] for x in INPUTS]
+
+    def loss(base):
+        return jnp.sum(make_denoise(net, base)(*inputs) ** 2)
+
+    grads = jax.eval_shape(jax.grad(loss), tiny.base())
+    skill = jax.eval_shape(lambda: init_skill(jax.random.key(0), tiny.base(), 2))
+    for tree in (shapes, grads, skill):
+        assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype("float32")}
+
+
+def test_released_form_is_swish_with_skills_only():
+    skills = {"library": tiny.library(), "alpha": jnp.ones(tiny.SKILLS)}
+    np.testing.assert_array_equal(eps(compat="released"), eps())
+    released = eps(**skills, compat="released")
+    np.testing.assert_array_equal(released, eps(**skills, activation="swish"))
+    assert np.abs(released - eps(**skills)).max() > 1e-3
+
+
+def test_a_batch_is_its_examples():
+    batched = jax.jit(make_denoise(tiny.NET, tiny.base()))(*INPUTS)
+    np.testing.assert_allclose(batched, eps(), atol=1e-6)
+
+
+def test_every_input_and_parameter_matters():
+    network = dataclasses.replace(tiny.NETWORK, blocks=2)
+    net = Denoiser(network, tiny.ACTION_DIM)
+    base = tiny.randomised(lambda: init_base(network, jax.random.key(0), 3, 2), 0)
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def grads(base, inputs):
+        return jnp.sum(make_denoise(net, base)(*inputs) ** 2)
+
+    for leaf in jax.tree.leaves(grads(base, INPUTS)):
+        assert np.abs(leaf).max() > 0
+    assert len(jax.tree.leaves(base)) == 1 + 4 * 2 + 2 * 6
+
+
+def test_fresh_base():
+    base = init_base(tiny.NETWORK, jax.random.key(0), tiny.OBS_DIM, tiny.ACTION_DIM)
+    assert jax.tree.map(jnp.shape, base) == jax.tree.map(jnp.shape, tiny.base())
+    assert np.isfinite(eps(base)).all()
+    assert not base["output"]["bias"].any()
+
+
+def test_mlp_is_relu_layers_and_a_linear_one():
+    net = MLP((4, 5), 2)
+    params = tiny.randomised(
+        lambda: net.init(jax.random.key(0), jnp.zeros(3))["params"], 0
+    )
+    x = tiny.normal(3)
+    h = np.asarray(x)
+    for name in ("hidden_0", "hidden_1"):
+        h = np.maximum(h @ params[name]["kernel"] + params[name]["bias"], 0)
+    expected = h @ params["output"]["kernel"] + params["output"]["bias"]
+    np.testing.assert_allclose(net.apply({"params": params}, x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("activation", "gelu", f"choose from {', '.join(sorted(ACTIVATIONS))}"),
+        ("compat", "authors", str(COMPATS[0])),
+        ("matmul_dtype", "float16", "float32 or bfloat16"),
+        ("dropout", 1.0, "0 <= rate < 1"),
+        ("width", 0, "width: got 0"),
+        ("blocks", 0, "blocks: got 0"),
+        ("time_features", 3, "time_features: got 3, expected an even number"),
+    ],
+)
+def test_refused_sizes(field, value, message):
+    with pytest.raises(InputError, match=message):
+        NetworkConfig(**{field: value})
