@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
-from launch.cli import no_arguments, run
 
 from experiments import figures, rollout, table2
 from experiments.configs.dmc_walker import get_config
+from launch.cli import no_arguments, run
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,7 +1,8 @@
 """The one result format: raw episodes in files, statistics and tables from those only.
 
 A raw file is one JSON object: setting, method, seed, env, the raw returns of every
-episode, the steps and config they come from, versions, hardware and commit.
+episode, the steps and config they come from, versions, hardware and commit. Those of
+Table 2 lie in RESULTS/raw, those of a figure in RESULTS/raw_figures/NAME.
 """
 
 import csv
@@ -9,7 +10,8 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +19,47 @@ import numpy as np
 
 from psec_jax.errors import InputError
 from psec_jax.files import read_json, write_atomic, write_json
+from psec_jax.run import versions
 
+STAGES = ("base", "skill", "gate")
 FALL = 150.0  # an episode of the walker below this return lay on the ground
 RESAMPLES = 10_000
 
 
-def raw_path(folder: str | Path, setting: str, method: str, seed: int) -> Path:
-    """File of one cell and seed."""
+def raw_path(
+    folder: str | Path, setting: str, method: str, seed: int, kind: str = "raw"
+) -> Path:
+    """File of one cell and seed in the subfolder `kind` of a results folder."""
     name = re.sub(r"[^A-Za-z0-9+]+", "-", f"{setting}_{method}").strip("-")
-    return Path(folder) / "raw" / f"{name}_seed{seed}.json"
+    return Path(folder) / kind / f"{name}_seed{seed}.json"
 
 
 def config_fingerprint(config: Mapping[str, Any]) -> str:
-    """12 hex digits that change with any field."""
-    text = json.dumps(config, sort_keys=True)
+    """12 hex digits that change with any field but the table's rows and seeds.
+
+    More seeds or rows leave the cells that are there as they are.
+    """
+    table = {k: v for k, v in config["table"].items() if k not in ("methods", "seeds")}
+    text = json.dumps({**config, "table": table}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def header(
+    config: Mapping[str, Any], setting: str, method: str, seed: int
+) -> dict[str, Any]:
+    """What every raw file begins with: whose result it is and what it was made with."""
+    return {
+        "setting": setting,
+        "method": method,
+        "seed": seed,
+        "preset": config["preset"],
+        "budget": {
+            stage: {k: config[stage][k] for k in ("steps", "batch_size")}
+            for stage in STAGES
+        },
+        "config_fingerprint": config_fingerprint(config),
+        "versions": versions(),
+    }
 
 
 def read_raw(path: Path, fingerprint: str) -> dict[str, Any] | None:
@@ -57,15 +85,16 @@ def write_raw(path: Path, raw: Mapping[str, Any]) -> None:
     write_json(path, raw)
 
 
-def load_all(folder: str | Path) -> list[dict[str, Any]]:
-    """Every raw file of a results folder.
+def load_all(folder: str | Path, kind: str = "raw") -> list[dict[str, Any]]:
+    """Every raw file in the subfolder `kind` of a results folder.
 
     Raises:
       InputError: there is none.
     """
-    paths = sorted((Path(folder) / "raw").glob("*.json"))
+    paths = sorted((Path(folder) / kind).glob("*.json"))
     if not paths:
-        raise InputError(f"{folder}: no raw/*.json; run experiments.table2 first")
+        command = "table2" if kind == "raw" else f"figures {Path(kind).name}"
+        raise InputError(f"{folder}: no {kind}/*.json; run experiments.{command} first")
     return [read_json(path) for path in paths]
 
 
@@ -105,12 +134,38 @@ def summarise(raws: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     return table
 
 
+def conditions(raws: Sequence[Mapping[str, Any]]) -> str:
+    """What raw files were measured with: seeds, episodes, budget and machine."""
+    seeds = Counter((raw["setting"], raw["method"]) for raw in raws).values()
+    measured = f"{_range(seeds)} training seed{'s' * (max(seeds) > 1)}"
+    if episodes := [len(raw["returns"]) for raw in raws if "returns" in raw]:
+        measured += f", {_range(episodes)} episodes a seed"
+    budget = []
+    for stage in STAGES:
+        if sizes := [raw["budget"][stage] for raw in raws if stage in raw["budget"]]:
+            steps = _range(size["steps"] for size in sizes)
+            batch = _range(size["batch_size"] for size in sizes)
+            budget.append(f"{stage} {steps} steps of {batch}")
+    presets = " and ".join(sorted({raw["preset"] for raw in raws}))
+    made = raws[0]["versions"]
+    return (
+        f"{measured}. Preset {presets}: {', '.join(budget)}; {made['cores']} cores of "
+        f"{made['cpu']}, jax {made['jax']}."
+    )
+
+
+def _range(numbers: Iterable[int]) -> str:
+    numbers = sorted(numbers)
+    first, last = numbers[0], numbers[-1]
+    return str(first) if first == last else f"{first} to {last}"
+
+
 def markdown(
     summary: Mapping[str, Mapping[str, Any]],
     methods: Sequence[str],
     paper: Mapping[str, Mapping[str, float]],
 ) -> str:
-    """A table with one row a method: mean [95 % interval], falls, the paper's number."""
+    """One row a method: mean [95 % interval], share of falls, the paper's number."""
     settings = list(summary)
     head = ["method"] + [f"{s} | falls | paper" for s in settings]
     lines = [

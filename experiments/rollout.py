@@ -1,4 +1,4 @@
-"""Film a base, a skill or a composition, with alpha(s) of every skill under the frames.
+r"""Film a base, a skill or a composition, with alpha(s) drawn under the frames.
 
     # a skill at the strength it was trained at; the base alone; two skills
     python -m experiments.rollout --library=runs/library --env=dm_control:walker-walk \
@@ -31,7 +31,8 @@ import numpy as np
 from absl import flags
 
 from psec_jax import policy as policies
-from psec_jax.envs.rendering import CannotDraw, Renderer
+from psec_jax.envs.gl import CannotDraw
+from psec_jax.envs.rendering import Renderer
 from psec_jax.errors import InputError, lookup
 from psec_jax.evaluation import evaluate
 from psec_jax.files import reported, write_atomic
@@ -149,11 +150,14 @@ class Panel:
         reward_axes.tick_params(labelsize=8)
         reward_axes.set_ylim(min(0, reward.min()), 1.05 * max(1, reward.max()))
         reward_axes.set_xlim(0, max(time[-1], step_seconds))
-        lines = reward_axes.plot(time, reward, color="0.7", lw=1, label="reward")
+        colour = "0.7" if trace.names else "black"
+        lines = reward_axes.plot(time, reward, color=colour, lw=1, label="reward")
         if trace.names:
             lines = [*_plot_alpha(reward_axes, time, alpha, trace.names), *lines]
         shown = [line for line in lines if not line.get_label().startswith("_")]
-        figure.legend(handles=shown, fontsize=8, loc="outside right upper")
+        figure.legend(
+            handles=shown, fontsize=8, labelspacing=0.2, loc="outside right upper"
+        )
         self._full = _pixels(canvas)
         # Pixels of a step: the layout is settled only after the first drawing.
         at = reward_axes.transData.transform([(t, 0.0) for t in time])[:, 0]
@@ -245,6 +249,8 @@ def _frames(
 def _write_mp4(path: Path, fps: float, images: Iterator[np.ndarray]) -> None:
     import imageio.v2 as imageio
 
+    # Else imageio runs Python between fork and exec, which JAX's threads may deadlock.
+    os.environ["IMAGEIO_FFMPEG_NO_PREVENT_SIGINT"] = "1"
     with imageio.get_writer(
         path, format="FFMPEG", fps=fps, codec="libx264", ffmpeg_log_level="error"
     ) as writer:
@@ -281,23 +287,22 @@ def draw(
 
     Raises:
       CannotDraw: no OpenGL library works, or a package is missing.
-      InputError: another suffix, `every` below 1, an environment that does not repeat
-        itself, or a file that cannot be written.
+      InputError: another suffix, an environment that does not repeat itself, or a
+        file that cannot be written.
     """
     write = lookup(WRITERS, out.suffix, "video suffix")
-    if every < 1:
-        raise InputError(f"every is {every}, expected 1 or more")
     if missing := [p for p in PACKAGES if importlib.util.find_spec(p) is None]:
         raise CannotDraw(
             f"cannot draw: {', '.join(missing)} not installed; "
             "pip install 'psec_jax[plot,video]'"
         )
     if title is None:
-        title = f"{env}   {' + '.join(trace.names) or 'base'}"
+        many = len(trace.names) > 4
+        names = f"{len(trace.names)} skills" if many else " + ".join(trace.names)
+        title = f"{env}   {names or 'base'}"
     # ffmpeg tells the format by the suffix, so it stays at the end.
     temporary = out.with_name(f"{out.stem}.tmp-{os.getpid()}{out.suffix}")
     with reported(f"write {out}"):
-        out.parent.mkdir(parents=True, exist_ok=True)
         with Renderer(env, FRAME_HEIGHT, WIDTH) as renderer:
             fps = 1 / (every * renderer.step_seconds)
             try:
@@ -308,7 +313,7 @@ def draw(
     return out
 
 
-def make_video(
+def film(
     policy: Policy,
     env: str,
     out: str | Path,
@@ -319,7 +324,7 @@ def make_video(
     steps: int | None = None,
     title: str | None = None,
 ) -> tuple[Path, Trace]:
-    """Roll a policy out, keep its trace beside `out`, and film it.
+    """Roll a policy out, keep its trace beside `out`, and make the video.
 
     Args:
       policy: a base, a skill or a composition.
@@ -340,6 +345,8 @@ def make_video(
     """
     out = Path(out)
     lookup(WRITERS, out.suffix, "video suffix")
+    if every < 1:
+        raise InputError(f"every is {every}, expected 1 or more")
     trace = make_trace(policy, env, episodes, seed, steps)
     with reported(f"write {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -347,11 +354,36 @@ def make_video(
     return draw(trace, env, out, every, title), trace
 
 
-def try_video(policy: Policy, env: str, out: str | Path, **options: Any) -> Path | None:
-    """`make_video` for those who can do without: where this machine cannot draw, it
-    prints the reason as one line and gives None."""
+def try_video(
+    library: str | Path,
+    *,
+    env: str,
+    out: str | Path,
+    skills: Sequence[str] = (),
+    alpha: Sequence[float] | None = None,
+    gate: str | None = None,
+    level: str = "parameter",
+    **options: Any,
+) -> Path | None:
+    """The video of what `policy.compose` makes of a library, for whoever can do
+    without: where this machine cannot draw, one line says why and None comes back.
+
+    Args:
+      library: its folder.
+      env: see `film`.
+      out: see `film`.
+      skills: see `psec_jax.policy.compose`, as for the next three.
+      alpha: fixed weights.
+      gate: a gate's name.
+      level: of fixed weights.
+      **options: of `film`.
+
+    Raises:
+      InputError: anything else that is wrong.
+    """
+    policy = policies.compose(library, skills, alpha=alpha, gate=gate, level=level)
     try:
-        return make_video(policy, env, out, **options)[0]
+        return film(policy, env, out, **options)[0]
     except CannotDraw as error:
         print(f"no video: {error}", file=sys.stderr)
         return None
@@ -369,7 +401,7 @@ def main(argv: Sequence[str]) -> None:
         level=given["level"],
     )
     options = {name: given[name] for name in ("episodes", "seed", "every", "steps")}
-    path, trace = make_video(policy, given["env"], given["out"], **options)
+    path, trace = film(policy, given["env"], given["out"], **options)
     returns = [float(trace.reward[rows].sum()) for rows in trace.episodes()]
     print(
         f"{path}: return {', '.join(f'{r:.1f}' for r in returns)}; trace in "

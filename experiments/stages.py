@@ -37,7 +37,7 @@ from psec_jax.policy import (
     network_config,
 )
 from psec_jax.policy import compose as load_composition
-from psec_jax.run import open_run
+from psec_jax.run import open_run, versions
 from psec_jax.training import train
 from psec_jax.types import Dataset
 
@@ -207,6 +207,7 @@ def pretrain(
             "returns": returns,
             "steps": stage.steps,
             "config": run.config,
+            "versions": versions(),
         },
         overwrite=True,
     )
@@ -322,6 +323,7 @@ def expand(
             "returns": None,
             "steps": stage.steps,
             "config": run.config,
+            "versions": versions(),
         },
         overwrite=True,
     )
@@ -335,15 +337,21 @@ def expand(
 
 
 def fit_support(
-    config: ConfigDict, demos: Sequence[Demos], normaliser: Any, extra: np.ndarray
+    config: ConfigDict,
+    skill_demos: Sequence[Demos],
+    background: Demos | None,
+    normaliser: Any,
 ) -> dict[str, Any]:
     """The support of each skill from its own demonstrations; see `psec_jax.support`."""
-    episodes = [
+    trajectories = [
         [normaliser(d.dataset.obs[rows]) for rows in dataset.episode_slices(d.dataset)]
-        for d in demos
+        for d in skill_demos
     ]
+    states = trajectories[0][0][:0]
+    if background is not None:
+        states = normaliser(background.dataset.obs)
     fit = lookup(support.FITS, config.gate.support, "gate.support")
-    return fit(support.SupportConfig(**config.support), episodes, extra)
+    return fit(support.SupportConfig(**config.support), trajectories, states)
 
 
 def compose(
@@ -357,6 +365,7 @@ def compose(
     env: str | None = None,
     data: str | None = None,
     support_data: Sequence[str] = (),
+    base_data: str | None = None,
     alpha: Sequence[float] | None = None,
     evaluate_after: bool = True,
 ) -> dict[str, Any]:
@@ -373,6 +382,8 @@ def compose(
       data: the target's demonstrations; default collects.
       support_data: demonstrations of each skill, for a support; default collects
         again what the skill's card names.
+      base_data: the base's demonstrations, shown to a learned support as states where
+        other behaviour is found; default collects again what the base's card names.
       alpha: weights the head starts from (a constant head keeps them); default
         `config.gate.start`.
       evaluate_after: roll the composition out.
@@ -401,8 +412,14 @@ def compose(
         gate=gate_form,
     )
     skill_demos: list[Demos] = []
+    background = None
     if stage.support != "none":
         skill_demos = _skill_demos(config, cards, support_data)
+    if stage.support == "learned":
+        base_card = SkillLibrary.open(library).card("base", "base")
+        trajectories = base_card["data"]["trajectories"]
+        background = load_demos(config, base_card["env"], trajectories, base_data)
+        check_fit(background, policy)
     loss = stage.loss
     if loss == "auto":
         loss = "diffusion" if stage.level == "parameter" else "cloning"
@@ -427,6 +444,7 @@ def compose(
             "skills": list(skills),
             "skill_fingerprints": [card["fingerprint"] for card in cards],
             "support_data": [d.card() for d in skill_demos],
+            "base_data": background.card() if background else None,
             "start_weights": np.asarray(start).tolist(),
             "gate": stage.to_dict(),
             "support": config.support.to_dict(),
@@ -436,9 +454,8 @@ def compose(
         return done
     support_params = None
     if skill_demos:
-        normaliser = policy.params.normaliser
         support_params = fit_support(
-            config, skill_demos, normaliser, normaliser(demos.dataset.obs)
+            config, skill_demos, background, policy.params.normaliser
         )
     init_key, train_key = jax.random.split(jax.random.key(seed))
     gate = init_gate(
@@ -473,6 +490,7 @@ def compose(
             "returns": None,
             "steps": stage.steps if summary else 0,
             "config": run.config,
+            "versions": versions(),
         },
         overwrite=True,
     )

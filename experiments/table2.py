@@ -3,8 +3,8 @@
     python -m experiments.table2 --preset=standard
 
 trains what is missing (a base, LoRA and MLP skills, scratch policies and gates for each
-seed), rolls every method out, and writes to results/dmc_walker/ the raw returns of every
-episode (raw/*.json) and table2.md, table2.csv and table2.json made from them. Finished
+seed), rolls every method out, and writes to results/dmc_walker/ the raw returns of all
+episodes (raw/*.json) and table2.md, table2.csv and table2.json made from them. Finished
 runs and cells are kept: start it again after a stop. --tables_only makes the tables
 again from the raw files.
 
@@ -17,17 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
-from launch.cli import no_arguments, run
 from ml_collections import ConfigDict
 
 from experiments import results, stages
 from experiments.configs.dmc_walker import get_config
+from launch.cli import no_arguments, run
 from psec_jax.errors import InputError
 from psec_jax.evaluation import evaluate
 from psec_jax.policy import Policy, load_base
 from psec_jax.policy import compose as load_composition
-from psec_jax.run import versions
 
 ENV = "dm_control:walker-{}"
 
@@ -76,7 +76,7 @@ COMPOSITIONS = {
     "NSEC fixed": Composition(level="noise", head="constant", tuned=True),
     "PSEC fixed": Composition(head="constant", tuned=True),
     "Support": Composition(head="constant", support="neighbour"),
-    "Support, learned": Composition(head="constant", support="learned"),
+    "Support (learned)": Composition(head="constant", support="learned"),
     "PSEC + support": Composition(support="neighbour"),
 }
 METHODS = ("Base", "Scratch", *COMPOSITIONS)
@@ -232,14 +232,13 @@ def tuned_weights(place: Place, setting: str, method: str) -> list[float]:
     """The best fixed weights of a grid, by mean return on tuning episodes.
 
     Tuning episodes start from other states than the reported ones. They are rolled out
-    once, with the first seed's skills, and kept in the run's folder.
+    once, with the skills of seed 0, and kept in the run's folder.
     """
     form, target = COMPOSITIONS[method], SETTINGS[setting]
     skills = [train_skill(place, task, form.adapter) for task in target.skills]
     kind = "parameter" if form.level == "parameter" else "shares"
     folder = place.root / "tuning"
-    config = place.config.to_dict()
-    fingerprint = results.config_fingerprint(config)
+    fingerprint = results.config_fingerprint(place.config.to_dict())
     tried = []
     for weights in GRIDS[kind, len(skills)]:
         path = results.raw_path(folder, setting, f"{method} {weights}", place.seed)
@@ -263,33 +262,21 @@ def roll_out(
     count = config.table.tuning_episodes if tuning else config.evaluation.episodes
     seed = config.evaluation.seed + (1 if tuning else 0)
     episodes = evaluate(policy.act, env, count, seed)
-    return {
-        "setting": setting,
-        "method": method,
-        "seed": place.seed,
-        "preset": config.preset,
-        "budget": {
-            stage: {
-                "steps": config[stage].steps,
-                "batch_size": config[stage].batch_size,
-            }
-            for stage in ("base", "skill", "gate")
-        },
-        "config_fingerprint": results.config_fingerprint(config.to_dict()),
-        "versions": versions(),
-        **stages.episodes_json(episodes, env, seed),
-    }
+    return results.header(config.to_dict(), setting, method, place.seed) | (
+        stages.episodes_json(episodes, env, seed)
+    )
 
 
 def run_cells(
     config: ConfigDict, root: Path, folder: Path, report: Callable[[str], None]
 ) -> None:
     """Fill every missing cell, seed by seed."""
+    # Seeds and tasks compile the same programs; the cache makes each one once.
+    jax.config.update("jax_compilation_cache_dir", str(root.absolute() / "compiled"))
     fingerprint = results.config_fingerprint(config.to_dict())
-    seeds = list(config.table.seeds)
-    for seed in seeds:
+    tune_place = Place(config, root, 0)
+    for seed in config.table.seeds:
         place = Place(config, root, seed)
-        tune_place = Place(config, root, seeds[0])
         for setting, target in SETTINGS.items():
             for method in config.table.methods:
                 path = results.raw_path(folder, setting, method, seed)
@@ -318,19 +305,10 @@ def write_table(folder: Path) -> str:
 
 def footnote(raws: Sequence[Mapping[str, Any]]) -> str:
     """What the numbers were measured with."""
-    first = raws[0]
-    seeds = sorted({raw["seed"] for raw in raws})
-    budget = ", ".join(
-        f"{stage} {b['steps']} steps of {b['batch_size']}"
-        for stage, b in first["budget"].items()
-    )
-    made = first["versions"]
     return (
-        f"Mean return and 95 % bootstrap interval over {len(seeds)} training seed(s) "
-        f"and {len(first['returns'])} episodes a seed; falls: episodes below "
-        f"{results.FALL:.0f}; paper: 5 seeds, 10 episodes. Preset {first['preset']}: "
-        f"{budget}; 10 demonstrations a skill. {made['cores']} cores of {made['cpu']}, "
-        f"jax {made['jax']}. Rows Base, fixed, Support: see docs/methods.md."
+        f"Mean return and 95 % bootstrap interval; {results.conditions(raws)} Falls: "
+        f"episodes below {results.FALL:.0f}. 10 demonstrations a skill. Paper: 5 seeds, "
+        "10 episodes. Rows Base, fixed and Support: see docs/methods.md."
     )
 
 
@@ -346,6 +324,8 @@ def main(argv: Sequence[str]) -> None:
     folder = Path(FLAGS["results"].value)
     if not FLAGS["tables_only"].value:
         config = get_config(FLAGS["preset"].value)
+        if FLAGS["seeds"].value:
+            config.table.seeds = tuple(int(seed) for seed in FLAGS["seeds"].value)
         methods = FLAGS["methods"].value or config.table.methods
         for method in methods:
             if method not in METHODS:
@@ -369,6 +349,7 @@ if __name__ == "__main__":
         "workdir": flags.DEFINE_string(
             "workdir", None, "Folder of runs; default runs/dmc_walker/PRESET."
         ),
+        "seeds": flags.DEFINE_list("seeds", [], "Seeds to run; default the preset's."),
         "methods": flags.DEFINE_list(
             "methods", [], "Rows to run; default the preset's."
         ),

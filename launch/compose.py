@@ -17,10 +17,10 @@ environment. The same command resumes.
 from collections.abc import Sequence
 
 from absl import flags
-from launch.cli import floats, no_arguments, run
 
 from experiments import stages
 from launch import options
+from launch.cli import floats, no_arguments, run
 
 NAME = flags.DEFINE_string("name", None, "Name of the gate.", required=True)
 SKILLS = flags.DEFINE_list("skills", None, "Names of skills.", required=True)
@@ -32,6 +32,12 @@ SUPPORT_DATA = flags.DEFINE_list(
     [],
     "Demonstrations of each skill, for a support; by default those of their cards are "
     "collected again.",
+)
+BASE_DATA = flags.DEFINE_string(
+    "base_data",
+    None,
+    "The base's demonstrations, for --config.gate.support=learned; by default those of "
+    "its card are collected again.",
 )
 
 
@@ -48,6 +54,7 @@ def main(argv: Sequence[str]) -> None:
         env=options.ENV.value,
         data=options.DATA.value,
         support_data=SUPPORT_DATA.value,
+        base_data=BASE_DATA.value,
         alpha=floats("alpha", ALPHA.value),
         evaluate_after=options.EVALUATE.value,
     )

@@ -1,14 +1,13 @@
 """Flags that the stages share."""
 
 from absl import flags
-from ml_collections import config_flags
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config",
+from launch.cli import define_config
+
+CONFIG = define_config(
     "experiments/configs/dmc_walker.py:quick",
     "Config file and preset, FILE:PRESET with PRESET one of quick, standard, paper; "
     "change any field with --config.FIELD=VALUE.",
-    lock_config=True,
 )
 WORKDIR = flags.DEFINE_string(
     "workdir",

@@ -18,10 +18,15 @@ _FAILURES = (OSError, ValueError, KeyError, asyncio.CancelledError)
 
 
 class _Quiet(logging.Filter):
-    """Drops what Orbax logs: its threads print tracebacks of errors we raise anyway."""
+    """Drops what Orbax logs: its threads print tracebacks of errors we raise anyway.
+
+    Logging at level DEBUG brings it back.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname
+        """Whether to keep the record."""
+        debugging = logging.getLogger("absl").isEnabledFor(logging.DEBUG)
+        return debugging or "orbax" not in record.pathname
 
 
 logging.getLogger("absl").addFilter(_Quiet())

@@ -41,7 +41,7 @@ def episode_seeds(seed: int, episodes: int) -> np.ndarray:
 
 
 @jax.jit
-def _policy_keys(seed: np.uint32, episode: np.ndarray, step: np.ndarray) -> jax.Array:
+def _policy_keys(seed: jax.Array, episode: jax.Array, step: jax.Array) -> jax.Array:
     def one(e: jax.Array, s: jax.Array) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), e), s)
 

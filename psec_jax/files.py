@@ -3,12 +3,15 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from psec_jax.errors import InputError
+
+_LEFT = re.compile(r"\.(?P<name>.+)\.(?P<purpose>tmp|old|removed)-(?P<pid>\d+)")
 
 
 @contextlib.contextmanager
@@ -73,13 +76,19 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
+def beside(folder: Path, purpose: str) -> Path:
+    """A hidden name beside a folder: ".NAME.PURPOSE-PID"."""
+    return folder.with_name(f".{folder.name}.{purpose}-{os.getpid()}")
+
+
 def replace_folder(temporary: Path, path: Path) -> None:
     """Put a finished folder in the place of `path`; an older one goes only then.
 
     Folders cannot be exchanged in one step portably, so the old one is renamed aside
-    first and put back if the new one cannot take its place.
+    first; it comes back if the new one cannot take its place, and by `recover_folders`
+    if the process dies in between.
     """
-    aside = path.with_name(f".{path.name}.old-{os.getpid()}")
+    aside = beside(path, "old")
     had_old = path.exists()
     if had_old:
         os.rename(path, aside)
@@ -92,3 +101,34 @@ def replace_folder(temporary: Path, path: Path) -> None:
     sync_folder(path.parent)
     if had_old:
         shutil.rmtree(aside)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder; its name is gone first, so that no half of it is ever seen."""
+    aside = beside(path, "removed")
+    os.rename(path, aside)
+    shutil.rmtree(aside)
+
+
+def recover_folders(parent: Path) -> None:
+    """Undo what `replace_folder` and `remove_folder` of dead processes left behind."""
+    for left in parent.iterdir():
+        match = _LEFT.fullmatch(left.name)
+        if match is None or _alive(int(match["pid"])):
+            continue
+        path = parent / match["name"]
+        with reported(f"tidy {left}"):
+            if match["purpose"] == "old" and not path.exists():
+                os.rename(left, path)
+            else:
+                shutil.rmtree(left)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -96,7 +96,9 @@ def _topk(config, params, obs):
     if config.top_k > logits.shape[-1]:
         raise ValueError(f"top_k {config.top_k} of {logits.shape[-1]} skills")
     least = jax.lax.top_k(logits, config.top_k)[0][-1]
-    share = jax.nn.softmax(jnp.where(logits >= least, logits, -jnp.inf))
+    # Not renormalised over those kept: a single one would always have share 1 and
+    # pass no gradient on.
+    share = jnp.where(logits >= least, jax.nn.softmax(logits), 0.0)
     return jax.lax.stop_gradient(params["strength"]) * share
 
 
@@ -119,7 +121,10 @@ def neighbour_distance(
       valid: which rows are states, not padding.
       x: the state in the same units.
     """
-    square = jnp.sum(demos**2, axis=-1) - 2 * demos @ x + jnp.sum(x**2)
+    # Far from the origin the three terms would cancel to noise.
+    demos, x = demos - demos[0], x - demos[0]
+    inner = jnp.matmul(demos, x, precision="highest")
+    square = jnp.sum(demos**2, axis=-1) - 2 * inner + jnp.sum(x**2)
     return jnp.sqrt(jnp.maximum(jnp.min(jnp.where(valid, square, jnp.inf)), 0.0))
 
 

@@ -11,7 +11,6 @@ itself. A folder appears whole or not at all.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,10 @@ import safetensors.numpy
 from psec_jax import tree
 from psec_jax.errors import InputError
 from psec_jax.files import (
+    beside,
     read_json,
+    recover_folders,
+    remove_folder,
     replace_folder,
     reported,
     sync_folder,
@@ -65,6 +67,7 @@ class SkillLibrary:
           InputError: there is none.
         """
         library = cls(root)
+        library._recover()
         if not (library.root / "base" / "base.json").is_file():
             raise InputError(
                 f"{root} is not a skill library: it has no base/base.json; "
@@ -82,7 +85,13 @@ class SkillLibrary:
         library = cls(root)
         with reported(f"make library {root}"):
             library.root.mkdir(parents=True, exist_ok=True)
+        library._recover()
         return library
+
+    def _recover(self) -> None:
+        for folder in (self.root, *(self.root / f for f in _FOLDERS.values())):
+            if folder.is_dir():
+                recover_folders(folder)
 
     def skills(self) -> list[str]:
         """Names of the skills, sorted."""
@@ -300,11 +309,8 @@ class SkillLibrary:
                         f"skill {name!r} is needed by gate {gate!r}; remove that first"
                     )
         folder = self._folder(kind, name)
-        # Renamed first, so that a stop half-way leaves no half skill behind.
-        aside = folder.with_name(f".{name}.removed-{os.getpid()}")
         with reported(f"remove {folder}"):
-            os.rename(folder, aside)
-            shutil.rmtree(aside)
+            remove_folder(folder)
 
     def entries(self) -> list[tuple[str, str]]:
         """("base", "base"), then every ("skill", name) and ("gate", name)."""
@@ -335,7 +341,8 @@ class SkillLibrary:
                     self.load_gate(name)
             except InputError as error:
                 problems.append(str(error))
-        return problems
+        # A damaged base is found again by every skill.
+        return list(dict.fromkeys(problems))
 
     def _folder(self, kind: str, name: str) -> Path:
         if kind == "base":
@@ -383,12 +390,24 @@ class SkillLibrary:
             flat = safetensors.numpy.load(content)
         except safetensors.SafetensorError as error:
             raise InputError(f"{path} is not a safetensors file: {error}") from error
+        found = _layout(flat)
+        if found != card["tensors"]:
+            wrong = min(
+                name
+                for name in found.keys() | card["tensors"].keys()
+                if found.get(name) != card["tensors"].get(name)
+            )
+            raise InputError(
+                f"{path}: holds {wrong!r} as {found.get(wrong)}, its card says "
+                f"{card['tensors'].get(wrong)}"
+            )
         return tree.unflatten(flat), card
 
     def _add(self, kind: str, name: str, params: Params, card: dict[str, Any]) -> None:
         folder = self._folder(kind, name)
+        # Not np.ascontiguousarray: that turns a scalar into an array of one element.
         flat = {
-            path: np.ascontiguousarray(leaf)
+            path: np.asarray(leaf, order="C")
             for path, leaf in tree.flatten(params).items()
         }
         content = safetensors.numpy.save(flat)
@@ -398,9 +417,9 @@ class SkillLibrary:
             "format_version": FORMAT_VERSION,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "sha256": hashlib.sha256(content).hexdigest(),
-            "tensors": {p: [list(x.shape), str(x.dtype)] for p, x in flat.items()},
+            "tensors": _layout(flat),
         }
-        temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+        temporary = beside(folder, "tmp")
         try:
             with reported(f"write {folder}"):
                 temporary.mkdir(parents=True, exist_ok=True)
@@ -412,8 +431,14 @@ class SkillLibrary:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _layout(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    return {path: [list(x.shape), str(x.dtype)] for path, x in flat.items()}
+
+
 def _sealed(card: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(card) | {"card_sha256": _card_hash(card)}
+    # As it will be read back: JSON has no tuples, and only strings for keys.
+    card = json.loads(json.dumps(dict(card)))
+    return card | {"card_sha256": _card_hash(card)}
 
 
 def _card_hash(card: Mapping[str, Any]) -> str:

@@ -1,9 +1,14 @@
 """Scalars of a run: metrics.jsonl for programs, TensorBoard events for people."""
 
 import json
+import os
+import time
 from collections.abc import Mapping
+from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
 
 from psec_jax.errors import InputError
 from psec_jax.files import reported, write_atomic
@@ -13,6 +18,9 @@ from psec_jax.run import Run
 class Writer:
     """Appends named scalars ("loss/base", "grad/norm") to a run's files.
 
+    Both files are written at once and in this thread: tensorboardX's own SummaryWriter
+    hands events to a thread that a full disk kills, and then blocks for ever.
+
     Args:
       run: the folder.
       step: the step training goes on from; what was written after it is dropped, so
@@ -20,30 +28,43 @@ class Writer:
     """
 
     def __init__(self, run: Run, step: int = 0) -> None:
-        self._path = run.metrics
-        with reported(f"write {run.metrics}"):
+        self._folder = run.workdir
+        # The time orders the files of one run, the process id keeps them apart.
+        name = f"events.out.tfevents.{time.time_ns() // 10**6}.{os.getpid()}"
+        with reported(f"write metrics in {run.workdir}"):
             _drop_after(run, step)
+            run.events.mkdir(exist_ok=True)
             self._file = open(run.metrics, "a")
-            self._events = SummaryWriter(str(run.events), purge_step=step + 1)
+            self._events = RecordWriter(str(run.events / name))
+            self._event(0, file_version="brain.Event:2")
+            # TensorBoard then hides later points of the run that was stopped.
+            self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    def write(self, step: int, scalars: Mapping[str, int | float]) -> None:
         """Write one line: {"step": step, name: value, ...}.
 
         Raises:
           InputError: the file cannot be written, as on a full disk.
         """
         line = json.dumps({"step": step, **scalars}, allow_nan=False)
-        with reported(f"write {self._path}"):
+        values = [Summary.Value(tag=n, simple_value=v) for n, v in scalars.items()]
+        with reported(f"write metrics in {self._folder}"):
             self._file.write(line + "\n")
             self._file.flush()
-            for name, value in scalars.items():
-                self._events.add_scalar(name, value, step)
+            self._event(step, summary=Summary(value=values))
+            self._events.flush()
 
     def close(self) -> None:
-        """Flush and close both files."""
-        with reported(f"write {self._path}"):
-            self._file.close()
-            self._events.close()
+        """Close both files."""
+        with reported(f"write metrics in {self._folder}"):
+            try:
+                self._file.close()
+            finally:
+                self._events.close()
+
+    def _event(self, step: int, **content: Any) -> None:
+        event = Event(wall_time=time.time(), step=step, **content)
+        self._events.write(event.SerializeToString())
 
 
 def read(run: Run) -> list[dict[str, int | float]]:

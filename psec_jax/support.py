@@ -23,6 +23,7 @@ from psec_jax.types import Params
 Trajectories = Sequence[np.ndarray]  # of one skill: normalised states [n_e, S] of each
 
 MIN_SCALE = 1e-3  # for a state variable that never moves in the demonstrations
+MIN_TAU = 1e-3  # shorter distances are lost in float32
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class SupportConfig:
       steps: gradient steps of the learned form.
       batch_size: states a step of the learned form.
       learning_rate: of the learned form.
+      expectile: of the learned form; above 0.5 it errs on the far side.
     """
 
     quantile: float = 0.98
@@ -44,6 +46,7 @@ class SupportConfig:
     steps: int = 3000
     batch_size: int = 512
     learning_rate: float = 1e-3
+    expectile: float = 0.97
 
     def __post_init__(self) -> None:
         if not 0 < self.quantile <= 1:
@@ -54,6 +57,8 @@ class SupportConfig:
 
 def nearest(queries: np.ndarray, demos: np.ndarray, chunk: int = 512) -> np.ndarray:
     """Euclidean distance [Q] of each query [Q, S] to the nearest of demos [M, S]."""
+    # Far from the origin the three terms would cancel to noise.
+    queries, demos = queries - demos[0], demos - demos[0]
     square = np.sum(demos**2, axis=1)
     least = [
         np.min(square - 2 * part @ demos.T, axis=1) + np.sum(part**2, axis=1)
@@ -99,12 +104,17 @@ def fit_neighbour(
       "demos" [K, M, S], "valid" [K, M] bool, "tau" [K], "scale" [K, S].
 
     Raises:
-      InputError: fewer than two demonstrations of a skill.
+      InputError: fewer than two demonstrations of a skill, or copies of one.
     """
     del background
     scales = [np.maximum(np.concatenate(t).std(0), MIN_SCALE) for t in skills]
     scaled = [[t / scale for t in ts] for ts, scale in zip(skills, scales, strict=True)]
     tau = [np.quantile(leave_one_out_distances(ts), config.quantile) for ts in scaled]
+    if min(tau) < MIN_TAU:
+        raise InputError(
+            f"the demonstrations of skill {int(np.argmin(tau))} all visit the same "
+            f"states: their distance, tau = {min(tau):.2g}, gives a support no scale"
+        )
     demos = [_thin(np.concatenate(ts), config.max_demos) for ts in scaled]
     most = max(len(d) for d in demos)
     return {
@@ -127,8 +137,8 @@ def fit_learned(
     """A small network per skill that predicts the distance: no search at run time.
 
     It is fitted to the reference form's distances, in units of tau and capped, on the
-    demonstrations, the other skills' states, background states, and jittered copies of
-    all of them at all scales.
+    demonstrations, the other skills' states, background states, and mixtures and
+    jittered copies of all of them.
 
     Args:
       config: the rule for tau, and the fit.
@@ -141,7 +151,7 @@ def fit_learned(
       "scale" [K, S].
 
     Raises:
-      InputError: fewer than two demonstrations of a skill.
+      InputError: fewer than two demonstrations of a skill, or copies of one.
     """
     reference = fit_neighbour(config, skills, background)
     every = np.concatenate([background, *(np.concatenate(t) for t in skills)])
@@ -163,26 +173,44 @@ def fit_learned(
 def _queries(
     generator: np.random.Generator, demos: np.ndarray, every: np.ndarray, count: int
 ) -> np.ndarray:
-    """Half real states (demonstrations and others), half jittered copies."""
+    """States [Q, S] to fit a distance on: real ones, crossed ones, jittered ones.
+
+    A crossed state takes some of its variables from a demonstration and the others from
+    any real state: bodies and velocities that never go together. Without them the
+    network underrates the distance of states that no data shows, such as a fallen body.
+    """
     quarter = max(count // 4, 1)
-    near = demos[generator.integers(len(demos), size=quarter)]
-    seen = every[generator.integers(len(every), size=quarter)]
-    centre = np.concatenate([near, seen])
-    size = np.exp(generator.uniform(np.log(0.03), np.log(3.0), (2 * quarter, 1)))
-    jittered = centre + size * generator.normal(size=centre.shape)
-    return np.concatenate([near, seen, jittered]).astype(np.float32)
+
+    def real(rows: np.ndarray, size: int) -> np.ndarray:
+        return rows[generator.integers(len(rows), size=size)]
+
+    def some(shape: tuple[int, ...]) -> np.ndarray:
+        return generator.random(shape) < generator.random((shape[0], 1))
+
+    seen = np.concatenate([real(demos, quarter), real(every, quarter)])
+    partner = real(np.concatenate([demos, every]), quarter)
+    crossed = np.where(some(partner.shape), real(demos, quarter), partner)
+    centre = real(np.concatenate([seen, crossed]), quarter)
+    size = np.exp(generator.uniform(np.log(0.03), np.log(2.0), (quarter, 1)))
+    noise = size * generator.normal(size=centre.shape) * some(centre.shape)
+    return np.concatenate([seen, crossed, centre + noise]).astype(np.float32)
 
 
 def _regress(config: SupportConfig, pool: np.ndarray, target: np.ndarray) -> Params:
-    """Least squares by Adam with cosine decay, in one compiled scan."""
+    """A high expectile of the distance, by Adam with cosine decay in one scan.
+
+    The network errs on the far side: a state wrongly held to be supported costs a fall,
+    one wrongly held to be unsupported costs a moment of the base.
+    """
     schedule = optax.cosine_decay_schedule(config.learning_rate, config.steps)
     optimiser = optax.adam(schedule)
     init_key, batch_key = jax.random.split(jax.random.key(0))
     net = init_distance(init_key, pool.shape[1])
 
     def loss_fn(net: Params, x: Array, y: Array) -> Array:
-        distance = jax.vmap(learned_distance, (None, 0))(net, x)
-        return jnp.mean((distance - y) ** 2)
+        error = y - jax.vmap(learned_distance, (None, 0))(net, x)
+        weight = jnp.where(error > 0, config.expectile, 1 - config.expectile)
+        return jnp.mean(weight * error**2)
 
     @jax.jit
     def run(net: Params, state: Params, pool: Array, target: Array) -> Params:

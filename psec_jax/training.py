@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from psec_jax.checkpoint import Checkpoints
+from psec_jax.errors import InputError
 from psec_jax.metrics import Writer
 from psec_jax.run import Run
 
@@ -84,7 +85,7 @@ def train(
 
     Raises:
       TrainingError: a metric is not finite; the last good save stays.
-      InputError: the disk is full or the save to resume from is damaged.
+      InputError: a number below 1, a full disk, or a damaged save to resume from.
       Stopped: on SIGTERM or Ctrl-C, after saving.
     """
     for name, value in {
@@ -94,7 +95,7 @@ def train(
         "steps_per_call": steps_per_call,
     }.items():
         if value < 1:
-            raise ValueError(f"{name}: got {value}, expected 1 or more")
+            raise InputError(f"{name}: got {value}, expected 1 or more")
     with contextlib.ExitStack() as stack:
         saves = None
         if run is not None:
@@ -108,9 +109,7 @@ def train(
         )
         loop.on_save = on_save
         if run is not None:
-            loop.writer = stack.enter_context(
-                contextlib.closing(Writer(run, loop.step))
-            )
+            loop.writer = stack.enter_context(_closing(Writer(run, loop.step)))
         stack.callback(loop.line.end)
         return loop.go(stop, log_every, save_every, steps_per_call)
 
@@ -143,6 +142,7 @@ class _Loop:
             state = saves.restore(state)
             self.resumed_at = int(state.step)
             self.line.put(f"{stage}  resumed at step {self.resumed_at}", True)
+            self.line.end()
         # The step donates its input: copies keep the caller's arrays alive. An explicit
         # dtype drops weak types, which would compile the step a second time.
         self.state = jax.tree.map(lambda x: jnp.array(x, x.dtype), state)
@@ -192,6 +192,8 @@ class _Loop:
                 shown = now
             if self.step % save_every == 0 or self.step == self.steps:
                 self._save()
+        if stop:
+            self._stop(stop[0])
         if self.saves is not None:
             self.saves.wait()
         now = time.perf_counter()
@@ -351,6 +353,18 @@ def _duration(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes:02}m"
     return f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+@contextlib.contextmanager
+def _closing(writer: Writer) -> Iterator[Writer]:
+    """Close at the end; after an error, that error is the one to tell."""
+    try:
+        yield writer
+    except BaseException:
+        with contextlib.suppress(InputError):
+            writer.close()
+        raise
+    writer.close()
 
 
 @contextlib.contextmanager

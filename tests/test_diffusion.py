@@ -44,9 +44,7 @@ def gaussian_denoise(config, mean, std):
 
     def denoise(obs, a_t, t):
         ab = alpha_bar[t.astype(jnp.int32)]
-        return (
-            jnp.sqrt(1 - ab) * (a_t - jnp.sqrt(ab) * mean) / (ab * std**2 + 1 - ab)
-        )
+        return jnp.sqrt(1 - ab) * (a_t - jnp.sqrt(ab) * mean) / (ab * std**2 + 1 - ab)
 
     return denoise
 
@@ -108,7 +106,7 @@ def test_forward_process(name):
 def test_a_single_action_is_found_exactly(sampler, schedule, clip):
     config = DiffusionConfig(schedule=schedule, sampler=sampler, clip=clip)
     got = draw(point_denoise(config), config, tiny.keys(8))
-    np.testing.assert_allclose(got, jnp.tile(POINT, (8, 1)), atol=1e-4)
+    np.testing.assert_allclose(got, np.tile(POINT, (8, 1)), atol=1e-4)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -122,19 +120,18 @@ def test_a_normal_distribution_is_found(sampler):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_actions_are_bounded_and_follow_the_key(sampler):
-    config = DiffusionConfig(sampler=sampler)
+    mild = dataclasses.replace(tiny.DIFFUSION, sampler=sampler)
     keys = tiny.keys(16)
-    got = draw(network_denoise, config, keys)
-    assert (np.abs(got) <= 1).all()
-    assert len(np.unique(got[:, 0])) > 1
-    np.testing.assert_array_equal(draw(network_denoise, config, keys), got)
-    unclipped = dataclasses.replace(config, clip=False)
-    assert (np.abs(draw(network_denoise, unclipped, keys)) <= 1).all()
+    got = draw(network_denoise, mild, keys)
+    assert len(np.unique(got, axis=0)) == len(keys)
+    np.testing.assert_array_equal(draw(network_denoise, mild, keys), got)
+    steep = DiffusionConfig(sampler=sampler, clip=False)
+    assert np.abs(draw(network_denoise, steep, keys)).max() == 1
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_jit_on_and_off_agree(sampler):
-    config = DiffusionConfig(sampler=sampler, steps=3)
+    config = dataclasses.replace(tiny.DIFFUSION, sampler=sampler, steps=3)
     key = jax.random.key(0)
     jitted = draw(network_denoise, config, key[None])[0]
     with jax.disable_jit():
@@ -145,9 +142,11 @@ def test_jit_on_and_off_agree(sampler):
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_ddim_is_deterministic(steps):
     """Only the start is random: without it every key gives the same action."""
-    config = DiffusionConfig(sampler="ddim", sampling_steps=steps, start_scale=0.0)
+    config = DiffusionConfig(
+        schedule="linear", sampler="ddim", sampling_steps=steps, start_scale=0.0
+    )
     got = draw(network_denoise, config, tiny.keys(4))
-    np.testing.assert_array_equal(got, jnp.tile(got[0], (4, 1)))
+    np.testing.assert_array_equal(got, np.tile(got[0], (4, 1)))
     point = draw(point_denoise(config), config, tiny.keys(1))[0]
     np.testing.assert_allclose(point, POINT, atol=1e-4)
     assert np.abs(got).max() > 0
@@ -155,9 +154,9 @@ def test_ddim_is_deterministic(steps):
 
 def test_ddpm_noise_scales():
     keys = tiny.keys(4)
-    still = DiffusionConfig(temperature=0.0, start_scale=0.0)
+    still = dataclasses.replace(tiny.DIFFUSION, temperature=0.0, start_scale=0.0)
     got = draw(network_denoise, still, keys)
-    np.testing.assert_array_equal(got, jnp.tile(got[0], (4, 1)))
+    np.testing.assert_array_equal(got, np.tile(got[0], (4, 1)))
     for change in ({"temperature": 1.0}, {"start_scale": 1.0}):
         moved = draw(network_denoise, dataclasses.replace(still, **change), keys)
         assert np.abs(moved - moved[0]).max() > 1e-3

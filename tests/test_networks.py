@@ -89,9 +89,7 @@ def test_dropout_rate_zero_draws_nothing():
     net = Denoiser(tiny.NETWORK, tiny.ACTION_DIM)
     inputs = [x[0] for x in INPUTS]
     with_key = make_denoise(net, tiny.base(), dropout_key=jax.random.key(0))(*inputs)
-    np.testing.assert_array_equal(
-        with_key, make_denoise(net, tiny.base())(*inputs)
-    )
+    np.testing.assert_array_equal(with_key, make_denoise(net, tiny.base())(*inputs))
 
 
 def test_bfloat16_products_only():

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from psec_jax import metrics
 from psec_jax.checkpoint import Checkpoints
@@ -135,7 +136,19 @@ def test_metrics_after_the_restored_step_are_dropped(tmp_path, data):
     lines = metrics.read(run)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[2]["loss/base"] != 7.0
-    assert list(run.events.iterdir())
+    assert [e.step for e in events(run) if e.HasField("summary")] == [1, 2, 3, 4]
+
+
+def events(run):
+    """TensorBoard's records: length, its checksum, the event, its checksum."""
+    found = []
+    for file in sorted(run.events.iterdir()):
+        content = file.read_bytes()
+        while content:
+            length = int.from_bytes(content[:8], "little")
+            found.append(Event.FromString(content[12 : 12 + length]))
+            content = content[16 + length :]
+    return found
 
 
 def test_not_finite_loss_stops_and_keeps_the_last_good_save(tmp_path, data):
@@ -220,6 +233,14 @@ def test_signal_saves_and_stops(tmp_path, data, signum):
     state, summary = go(run, data, steps=5)
     assert summary["resumed_at"] == 3
     assert_same(state, expected)
+
+
+def test_signal_during_the_last_save_is_not_lost(tmp_path, data):
+    def stop(step, state):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped, match="at step 4; last good save: step 4"):
+        go(open_run(tmp_path, "base"), data, save_every=4, on_save=stop)
 
 
 def test_stop_between_saves_saves(tmp_path, data):
@@ -323,6 +344,6 @@ def test_steps_compile_once(data):
     assert len(traced) <= 2  # once for the names of the metrics, once to compile
 
 
-def test_no_steps_is_a_programming_error(data):
-    with pytest.raises(ValueError, match="steps: got 0"):
+def test_no_steps_are_refused(data):
+    with pytest.raises(InputError, match="steps: got 0"):
         go(None, data, steps=0)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from psec_jax import lora, tree
 from psec_jax.diffusion import DiffusionConfig
-from psec_jax.lora import init_skill, stack_skills
 from psec_jax.networks.denoiser import Denoiser, NetworkConfig, init_base
 
 OBS_DIM, ACTION_DIM, SKILLS, RANK = 3, 2, 3, 2
@@ -15,41 +15,54 @@ NETWORK = NetworkConfig(
     width=16, blocks=1, expansion=2, time_features=4, time_width=8, dropout=0.0
 )
 NET = Denoiser(NETWORK, ACTION_DIM)
-DIFFUSION = DiffusionConfig(start_scale=0.1, temperature=0.1)
+# A mild schedule: an untrained network would drive a steep one to the bounds.
+DIFFUSION = DiffusionConfig(schedule="linear", start_scale=0.4)
 
 
 def randomised(make, seed):
-    """A tree in the shape of `make()`, filled with normal numbers scaled by fan-in.
-
-    The output layer is small, so that actions sampled with `DIFFUSION` are not all at
-    the bounds.
-    """
+    """A tree in the shape of `make()`, filled with normal numbers scaled by fan-in."""
     generator = np.random.default_rng(seed)
 
-    def leaf(path, shape):
+    shapes = jax.eval_shape(make)
+
+    def leaf(shape):
         scale = 1 / np.sqrt(shape.shape[-2]) if len(shape.shape) > 1 else 0.3
-        if "output" in jax.tree_util.keystr(path):
-            scale *= 0.1
         return jnp.asarray(scale * generator.normal(size=shape.shape), jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(make))
+        # Never a tracer, even where a cached tree is first asked for while tracing.
+    with jax.ensure_compile_time_eval():
+        return jax.tree.map(leaf, shapes)
 
 
 @functools.cache
 def base():
-    key = jax.random.key(0)
-    return randomised(lambda: init_base(NETWORK, key, OBS_DIM, ACTION_DIM), 0)
+    return randomised(
+        lambda: init_base(NETWORK, jax.random.key(0), OBS_DIM, ACTION_DIM), 0
+    )
 
 
 @functools.cache
 def skill(seed, rank=RANK, adapter="lora"):
-    key = jax.random.key(0)
-    return randomised(lambda: init_skill(key, base(), rank, adapter), 100 + seed)
+    frozen = base()
+    return randomised(
+        lambda: lora.init_skill(jax.random.key(0), frozen, rank, adapter), 100 + seed
+    )
+
+
+# Compiled as one program each, which is faster than operation by operation.
+stack = jax.jit(lora.stack_skills)
+pad = jax.jit(lora.pad, static_argnums=1)
+add, drop = jax.jit(tree.add), jax.jit(tree.drop, static_argnums=1)
+merge = jax.jit(lora.merge)
+
+
+def take(stacked, indices):
+    return jax.jit(lambda stacked: tree.take(stacked, indices))(stacked)
 
 
 @functools.cache
 def library(count=SKILLS, adapter="lora"):
-    return stack_skills([skill(k, adapter=adapter) for k in range(count)])
+    return stack([skill(k, adapter=adapter) for k in range(count)])
 
 
 def normal(*shape, seed=0):

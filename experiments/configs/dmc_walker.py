@@ -26,7 +26,7 @@ ALL_METHODS = (
     "NSEC fixed",
     "PSEC fixed",
     "Support",
-    "Support, learned",
+    "Support (learned)",
     "PSEC + support",
 )
 
@@ -34,16 +34,27 @@ ALL_METHODS = (
 # paper's 0.1 leaves the walk skill at about half the return (docs/reproducing.md).
 QUICK = {
     "base": {"steps": 5000, "batch_size": 256, "ema": 5e-3},
-    "skill": {"steps": 3000, "batch_size": 256, "dropout": 0.0, "ema": 5e-3},
+    "skill": {
+        "steps": 4000,
+        "batch_size": 128,
+        "dropout": 0.0,
+        "learning_rate": 1e-3,
+        "ema": 5e-3,
+    },
     "gate": {"steps": 200, "batch_size": 256},
     "evaluation": {"episodes": 10},
     "table": {"seeds": (0,), "tuning_episodes": 5, "methods": DEMO_METHODS},
 }
 STANDARD = {
-    "base": {"steps": 12_000, "batch_size": 256},
-    "skill": {"steps": 6000, "batch_size": 256, "dropout": 0.0},
+    "base": {"steps": 8000, "batch_size": 256},
+    "skill": {
+        "steps": 12_000,
+        "batch_size": 128,
+        "dropout": 0.0,
+        "learning_rate": 1e-3,
+    },
     "gate": {"steps": 500, "batch_size": 256},
-    "evaluation": {"episodes": 30},
+    "evaluation": {"episodes": 20},
     "table": {"seeds": (0, 1, 2), "tuning_episodes": 10, "methods": ALL_METHODS},
 }
 PAPER = {
@@ -147,6 +158,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
                 "steps": 3000,
                 "batch_size": 512,
                 "learning_rate": 1e-3,
+                "expectile": 0.97,
             },
             "evaluation": {"episodes": 0, "seed": 10_000},
             "run": {"log_every": 500, "save_every": 2000, "steps_per_call": 1},

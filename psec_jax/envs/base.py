@@ -1,6 +1,6 @@
 """What every environment offers."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -23,6 +23,7 @@ class Step(NamedTuple):
     timeout: bool
 
 
+@runtime_checkable  # the tests check annotations while they run
 class Env(Protocol):
     """One environment.
 
@@ -48,7 +49,11 @@ class Env(Protocol):
         """Apply an action [A] in [-1, 1] for one control step."""
 
     def render(self, height: int, width: int) -> np.ndarray:
-        """The present state as an image, uint8 [height, width, 3]."""
+        """The present state as an image, uint8 [height, width, 3].
+
+        Raises:
+          CannotDraw: no OpenGL library works here.
+        """
 
     def close(self) -> None:
         """Free the simulator."""

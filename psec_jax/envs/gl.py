@@ -1,47 +1,68 @@
-"""Drawing without a screen: which GL library MuJoCo uses."""
+"""Drawing without a screen: which OpenGL library MuJoCo uses."""
 
+import contextlib
+import ctypes.util
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 from psec_jax.errors import InputError
 
-HELP = (
-    "drawing needs a GL library: apt-get install libegl1 (MUJOCO_GL=egl) or "
-    "libosmesa6 (MUJOCO_GL=osmesa)"
+NO_GL = (
+    "cannot draw: no OpenGL library works here without a screen; on Debian or Ubuntu "
+    "apt-get install libegl1 libgl1"
 )
+LIBRARIES = {"egl": "EGL", "osmesa": "OSMesa"}  # the one on a graphics card first
 OFF = "disabled"
 
 
-def import_simulator(modules: Sequence[str]) -> None:
-    """Import simulator modules, with a GL library that works here.
+class CannotDraw(InputError):
+    """This machine lacks what drawing needs; everything else works."""
 
-    MuJoCo loads its GL library on import and may fail there. Unless `MUJOCO_GL` is set
-    (or a screen is there), EGL is tried, then OSMesa, then none at all: only
-    drawing is lost then.
+
+def cannot_draw(error: Exception) -> CannotDraw:
+    """The one line to show for a failure of OpenGL."""
+    reason = " ".join(str(error).split())
+    return CannotDraw(f"{NO_GL} ({reason})" if reason else NO_GL)
+
+
+def import_simulator(module: str) -> None:
+    """Import a simulator's module, with an OpenGL library that works here.
+
+    MuJoCo loads its OpenGL library on import, and may fail there. Unless `MUJOCO_GL` is
+    set or there is a screen, it is set here: to EGL or OSMesa where one is installed,
+    else to none at all, which loses nothing but drawing.
 
     Raises:
-      InputError: the library that `MUJOCO_GL` names does not work.
+      CannotDraw: the library that `MUJOCO_GL` names does not work.
       ImportError: a package is missing.
     """
     given = os.environ.get("MUJOCO_GL")
-    if given is None and "DISPLAY" in os.environ:
-        _import(modules)
+    if given is not None:
+        choices = [given]
+    elif "DISPLAY" in os.environ:
+        importlib.import_module(module)
         return
-    for backend in ("egl", "osmesa", OFF) if given is None else (given,):
+    else:
+        found = [b for b, lib in LIBRARIES.items() if ctypes.util.find_library(lib)]
+        choices = [*found, OFF]
+    for backend in choices:
         os.environ["MUJOCO_GL"] = backend
         try:
-            _import(modules)
+            importlib.import_module(module)
             return
         except ModuleNotFoundError:
             raise
         except (ImportError, AttributeError, RuntimeError) as error:
-            # PyOpenGL keeps the first library asked for; forget it.
-            os.environ.pop("PYOPENGL_PLATFORM", None)
-            reason = error
-    raise InputError(f"MUJOCO_GL={given} does not work here ({reason}); {HELP}")
+            os.environ.pop("PYOPENGL_PLATFORM", None)  # set by the failed attempt
+            failure = error
+    raise CannotDraw(f"MUJOCO_GL={given}: {cannot_draw(failure)}") from failure
 
 
-def _import(modules: Sequence[str]) -> None:
-    for module in modules:
-        importlib.import_module(module)
+@contextlib.contextmanager
+def drawing() -> Iterator[None]:
+    """Turn a failure of OpenGL in the body into `CannotDraw`."""
+    try:
+        yield
+    except (ImportError, AttributeError, RuntimeError) as error:
+        raise cannot_draw(error) from error

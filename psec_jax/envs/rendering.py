@@ -14,15 +14,6 @@ from psec_jax import envs
 from psec_jax.envs.workers import Worker
 from psec_jax.errors import InputError
 
-NO_GL = (
-    "cannot draw: no OpenGL library works here without a screen; on Debian or Ubuntu "
-    "apt-get install libegl1 libgl1"
-)
-
-
-class CannotDraw(InputError):
-    """This machine lacks what drawing needs; everything else works."""
-
 
 class Renderer:
     """Plays recorded episodes again and draws them.
@@ -43,12 +34,11 @@ class Renderer:
           width: of the frames, pixels.
 
         Raises:
-          CannotDraw: no OpenGL library works, or `MUJOCO_GL` names one that does not.
+          gl.CannotDraw: no OpenGL library works here.
           InputError: a spec that cannot be made.
         """
         self.spec = spec
-        gl = os.environ.get("MUJOCO_GL")
-        args = (gl, spec, height, width)
+        args = (os.environ.get("MUJOCO_GL"), spec, height, width)
         self._worker = Worker(
             "psec_jax.envs.rendering:serve", *args, name=f"drawing process ({spec})"
         )
@@ -90,11 +80,17 @@ class Renderer:
             yield self._worker.recv()
 
 
-def serve(pipe: Connection, gl: str | None, spec: str, height: int, width: int) -> None:
+def serve(
+    pipe: Connection, backend: str | None, spec: str, height: int, width: int
+) -> None:
     """The process's job: play episodes again, and send a frame every so many steps."""
-    os.environ.pop("MUJOCO_GL", None)
-    if gl is not None:
-        os.environ["MUJOCO_GL"] = gl
+    if backend is None:
+        # Nothing is shown on a screen, so one that is there, or is said to be, is
+        # not needed.
+        for name in ("MUJOCO_GL", "DISPLAY"):
+            os.environ.pop(name, None)
+    else:
+        os.environ["MUJOCO_GL"] = backend
     env = envs.make(spec)
     env.reset(0)
     env.render(height, width)

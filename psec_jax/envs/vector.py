@@ -68,7 +68,9 @@ class VectorEnv:
             worker.close()
         self._workers = []
 
-    def reset(self, indices: Sequence[int], seeds: Sequence[int]) -> np.ndarray:
+    def reset(
+        self, indices: Sequence[int] | np.ndarray, seeds: Sequence[int] | np.ndarray
+    ) -> np.ndarray:
         """Start the episodes of `seeds` in the environments `indices`.
 
         Returns:
@@ -83,7 +85,7 @@ class VectorEnv:
             obs[rows] = answer
         return obs
 
-    def step(self, indices: Sequence[int], actions: np.ndarray) -> Step:
+    def step(self, indices: Sequence[int] | np.ndarray, actions: np.ndarray) -> Step:
         """Step the environments `indices` with actions [n, A] in [-1, 1].
 
         Returns:
@@ -111,8 +113,8 @@ class VectorEnv:
         return result
 
     def _ask(
-        self, command: str, indices: Sequence[int], values: np.ndarray
-    ) -> list[tuple[np.ndarray, Step]]:
+        self, command: str, indices: Sequence[int] | np.ndarray, values: np.ndarray
+    ) -> list[tuple[np.ndarray, np.ndarray | Step]]:
         """Send every worker its share, then gather the answers with their rows."""
         if not self._workers:
             raise RuntimeError(f"the environments of {self.spec} are closed")

@@ -1,0 +1,397 @@
+"""Drawings of raw result files: bars, lines, points and traces, each one function.
+
+Every function takes raw files as `experiments.results` keeps them and gives a figure;
+nothing is measured here. Colours are Okabe and Ito's, which differ for every kind of
+colour vision, and series also differ by marker or hatch.
+"""
+
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.transforms import ScaledTranslation
+
+from experiments import results
+from psec_jax.files import reported, write_atomic
+
+Raws = Sequence[Mapping[str, Any]]
+
+BLACK, GREY = "#000000", "#8C8C8C"
+ORANGE, SKY, GREEN = "#E69F00", "#56B4E9", "#009E73"
+BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
+
+# Of a method and of its forms: "PSEC fixed" is drawn as PSEC with a hatch.
+STYLES = {
+    "Base": (GREY, "X"),
+    "Scratch": (BLACK, "s"),
+    "ASEC": (ORANGE, "v"),
+    "NSEC": (SKY, "^"),
+    "PSEC (MLP)": (PURPLE, "P"),
+    "PSEC": (BLUE, "o"),
+    "Support": (GREEN, "D"),
+    "PSEC + support": (VERMILION, "p"),
+    "LoRA skill": (BLUE, "o"),
+    "MLP skill": (PURPLE, "P"),
+    "walk skill": (BLUE, "o"),
+    "run skill": (VERMILION, "D"),
+}
+TASKS = {"stand": (GREY, "X"), "walk": (BLUE, "o"), "run": (VERMILION, "D")}
+FORMS = {" fixed": "////", " (learned)": "...."}
+RETURN = "return of an episode (0 to 1000)"
+
+_RC = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "0.9",
+    "hatch.linewidth": 0.6,
+    "legend.frameon": False,
+    "svg.hashsalt": "psec_jax",  # the same picture is the same file
+}
+
+
+def style(method: str) -> tuple[str, str, str]:
+    """Colour, marker and hatch of a method."""
+    for ending, hatch in FORMS.items():
+        if method.endswith(ending):
+            return *STYLES[method.removesuffix(ending)], hatch
+    return *STYLES[method], ""
+
+
+def save(figure: Figure, folder: Path, name: str) -> Path:
+    """Write FOLDER/NAME.png and .svg; returns the first.
+
+    Raises:
+      InputError: the files cannot be written.
+    """
+    with reported(f"make {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+    for ending, metadata in {"svg": {"Date": None}, "png": {"Software": None}}.items():
+        content = io.BytesIO()
+        with matplotlib.rc_context(_RC):
+            figure.savefig(content, format=ending, dpi=150, metadata=metadata)
+        write_atomic(folder / f"{name}.{ending}", content.getvalue())
+    return folder / f"{name}.png"
+
+
+def _canvas(
+    title: str, caption: str, size: tuple[float, float], rows: int = 1, columns: int = 1
+) -> tuple[Figure, np.ndarray]:
+    """A figure with title, caption and axes [rows, columns]."""
+    figure = Figure(size, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11)
+    text = textwrap.fill(caption, int(size[0] * 17))
+    figure.supxlabel(text, fontsize=7.5, color="0.3", x=0.01, ha="left")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _paper_mark() -> Line2D:
+    return Line2D(
+        [], [], ls="", marker="d", mfc="white", mec=BLACK, ms=6, label="the paper"
+    )
+
+
+def _whiskers(cell: Mapping[str, Any]) -> np.ndarray:
+    """Distances [2, 1] from the mean to both ends of the interval."""
+    mean = cell["mean"]
+    ends = [mean - cell["low"], cell["high"] - mean]
+    # Rounding of the bootstrap may put an end on the wrong side of the mean.
+    return np.maximum(np.array(ends)[:, None], 0)
+
+
+def _seeds(axes: Axes, x: float, cell: Mapping[str, Any], flat: bool = False) -> None:
+    """A dot for the mean of each training seed, where there are several."""
+    means = list(cell["seeds"].values())
+    if len(means) > 1:
+        places = [x] * len(means)
+        xy = (means, places) if flat else (places, means)
+        axes.plot(*xy, ".", color=BLACK, ms=3, zorder=4)
+
+
+def table(
+    raws: Raws,
+    methods: Sequence[str],
+    paper: Mapping[str, Mapping[str, float]],
+    title: str,
+    note: str,
+) -> Figure:
+    """Bars of every method, a panel for each setting, the paper's numbers as marks."""
+    summary = results.summarise(raws)
+    settings = [s for s in paper if s in summary]
+    rows = [m for m in methods if any(m in summary[s] for s in settings)]
+    size = (2.2 + 2.6 * len(settings), 1.9 + 0.3 * len(rows))
+    with matplotlib.rc_context(_RC):
+        figure, panels = _canvas(title, _caption(note, raws), size, 1, len(settings))
+        for axes, setting in zip(panels[0], settings, strict=True):
+            _bars(axes, summary[setting], rows, paper[setting])
+            axes.set_title(setting, fontsize=10)
+            axes.set_xlabel(RETURN)
+        for axes in panels[0, 1:]:
+            axes.set_yticklabels([])
+        figure.legend(handles=[_paper_mark()], loc="outside upper right")
+    return figure
+
+
+def _bars(
+    axes: Axes,
+    cells: Mapping[str, Mapping[str, Any]],
+    rows: Sequence[str],
+    paper: Mapping[str, float],
+) -> None:
+    for y, method in enumerate(rows):
+        if method in cells:
+            cell = cells[method]
+            colour, _, hatch = style(method)
+            face = {"color": colour} if not hatch else {"fc": "white", "ec": colour}
+            axes.barh(y, cell["mean"], 0.7, hatch=hatch, **face)
+            axes.errorbar(
+                cell["mean"], y, xerr=_whiskers(cell), color=BLACK, capsize=2.5, lw=1
+            )
+            _seeds(axes, y, cell, flat=True)
+            axes.text(
+                max(cell["high"], paper.get(method, 0)),
+                y,
+                f"  {cell['mean']:.0f}",
+                va="center",
+                fontsize=8,
+            )
+        if method in paper:
+            axes.plot(paper[method], y, "d", mfc="white", mec=BLACK, ms=6, zorder=5)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlim(0, axes.get_xlim()[1] * 1.12)
+    axes.grid(axis="y", visible=False)
+
+
+def groups(
+    raws: Raws,
+    members: Mapping[str, Sequence[str]],
+    labels: Mapping[str, str],
+    paper: Mapping[str, float],
+    title: str,
+    note: str,
+) -> Figure:
+    """Vertical bars in named groups.
+
+    Args:
+      raws: of one setting.
+      members: the methods of each group.
+      labels: what is written under each method's bar.
+      paper: number of each method.
+      title: of the figure.
+      note: beginning of the caption.
+    """
+    [cells] = results.summarise(raws).values()
+    with matplotlib.rc_context(_RC):
+        figure, panels = _canvas(title, _caption(note, raws), (8, 4.6))
+        axes = panels[0, 0]
+        places, names, x = [], [], 0.0
+        for group, methods in members.items():
+            shown = [m for m in methods if m in cells]
+            for method in shown:
+                _upright(axes, x, method, cells[method], paper)
+                places.append(x)
+                names.append(labels[method])
+                x += 1
+            if shown:
+                middle = np.mean(places[-len(shown) :])
+                axes.text(middle, 1055, group, ha="center", fontweight="bold")
+            x += 0.6
+        axes.set_xticks(places, names)
+        axes.set_ylim(0, 1030)
+        axes.set_ylabel(RETURN)
+        axes.grid(axis="x", visible=False)
+        figure.legend(handles=[_paper_mark()], loc="outside upper right")
+    return figure
+
+
+def _upright(
+    axes: Axes,
+    x: float,
+    method: str,
+    cell: Mapping[str, Any],
+    paper: Mapping[str, float],
+) -> None:
+    colour, _, hatch = style(method)
+    face = {"color": colour} if not hatch else {"fc": "white", "ec": colour}
+    axes.bar(x, cell["mean"], 0.8, hatch=hatch, **face)
+    axes.errorbar(x, cell["mean"], _whiskers(cell), color=BLACK, capsize=3, lw=1)
+    _seeds(axes, x, cell)
+    if method in paper:
+        axes.plot(x + 0.3, paper[method], "d", mfc="white", mec=BLACK, ms=6, zorder=5)
+    top = min(cell["high"] + 12, 985)
+    axes.text(x - 0.05, top, f"{cell['mean']:.0f}", ha="right", fontsize=8)
+
+
+def lines(
+    raws: Raws,
+    x_label: str,
+    title: str,
+    note: str,
+    paper: Mapping[str, Mapping[float, float]],
+    log: bool = False,
+    ticks: Mapping[float, str] | None = None,
+    mark: tuple[float, str] | None = None,
+) -> Figure:
+    """Return against a number, one line with intervals for each method.
+
+    Args:
+      raws: with the number as "x"; where it is None the method is a level.
+      x_label: of the number.
+      title: of the figure.
+      note: beginning of the caption.
+      paper: {method: {x: return}}.
+      log: scale of the number.
+      ticks: labels of chosen numbers; by default those measured.
+      mark: a number to point out, and why.
+    """
+    number = {raw["setting"]: raw["x"] for raw in raws}
+    curves: dict[str, list[tuple[float | None, Any]]] = {}
+    for setting, cells in results.summarise(raws).items():
+        for method, cell in cells.items():
+            curves.setdefault(method, []).append((number[setting], cell))
+    measured = sorted({x for x in number.values() if x is not None})
+    with matplotlib.rc_context(_RC):
+        figure, panels = _canvas(title, _caption(note, raws), (7.5, 4.6))
+        axes = panels[0, 0]
+        axes.set_xscale("log" if log else "linear")
+        axes.set_xmargin(0.07)
+        if mark is not None:
+            axes.axvline(mark[0], color="0.6", ls=":", lw=1.2)
+            axes.text(mark[0], 1005, f" {mark[1]}", color="0.4", fontsize=8)
+        drawn = [method for method in STYLES if method in curves]
+        for i, method in enumerate(drawn):
+            if curves[method][0][0] is None:
+                _level(axes, method, curves[method][0][1])
+            else:
+                # A few points aside, so that the intervals do not hide one another.
+                aside = 3.5 * (i - (len(drawn) - 1) / 2)
+                curve = sorted(curves[method], key=lambda point: point[0])
+                _curve(axes, method, curve, paper.get(method, {}), aside)
+        shown = ticks or {x: f"{x:g}" for x in measured}
+        axes.set_xticks(list(shown), list(shown.values()))
+        axes.minorticks_off()
+        axes.set_ylim(0, 1000)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(RETURN)
+        handles = axes.get_legend_handles_labels()[0]
+        if any(method in paper for method in drawn):
+            handles.append(_paper_mark())
+        figure.legend(handles=handles, loc="outside right upper")
+    return figure
+
+
+def _level(axes: Axes, method: str, cell: Mapping[str, Any]) -> None:
+    colour, _, _ = style(method)
+    axes.axhline(cell["mean"], color=colour, ls="--", lw=1.2, label=method)
+    axes.axhspan(cell["low"], cell["high"], color=colour, alpha=0.15, lw=0)
+
+
+def _curve(
+    axes: Axes,
+    method: str,
+    curve: Sequence[tuple[float, Mapping[str, Any]]],
+    paper: Mapping[float, float],
+    aside: float,
+) -> None:
+    colour, marker, _ = style(method)
+    shift = ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans)
+    axes.errorbar(
+        [x for x, _ in curve],
+        [cell["mean"] for _, cell in curve],
+        np.hstack([_whiskers(cell) for _, cell in curve]),
+        color=colour,
+        marker=marker,
+        ms=6,
+        lw=1.5,
+        elinewidth=1,
+        capsize=2.5,
+        label=method,
+        transform=axes.transData + shift,
+    )
+    axes.plot(list(paper), list(paper.values()), "d", mfc="white", mec=colour, ms=7)
+
+
+def points(raws: Raws, order: Sequence[str], title: str, note: str) -> Figure:
+    """Points of every task in the plane, one panel for each raw file.
+
+    Args:
+      raws: of one seed, with "points" {task: [[x, y], ...]}, "dimensions" and
+        "agreement".
+      order: of the methods.
+      title: of the figure.
+      note: beginning of the caption.
+    """
+    raws = sorted(raws, key=lambda raw: order.index(raw["method"]))
+    with matplotlib.rc_context(_RC):
+        size = (3.1 * len(raws) + 0.4, 4.3)
+        figure, panels = _canvas(title, _caption(note, raws), size, 1, len(raws))
+        for axes, raw in zip(panels[0], raws, strict=True):
+            for task, xy in raw["points"].items():
+                colour, marker = TASKS[task]
+                axes.scatter(
+                    *np.transpose(xy), s=9, c=colour, marker=marker, lw=0, label=task
+                )
+            axes.set_title(f"{raw['method']}, {raw['dimensions']} numbers", fontsize=10)
+            axes.set_xlabel(
+                f"neighbours of the same task: {100 * raw['agreement']:.0f} %"
+            )
+            axes.set(xticks=[], yticks=[])
+        handles = panels[0, 0].get_legend_handles_labels()[0]
+        figure.legend(
+            handles=handles, loc="outside upper right", ncols=3, markerscale=2
+        )
+    return figure
+
+
+def traces(raws: Raws, order: Sequence[str], title: str, note: str) -> Figure:
+    """alpha of every skill and the reward over one episode, one panel a raw file.
+
+    Args:
+      raws: of one seed, with "alpha" {skill: [N]} and "reward" [N].
+      order: of the settings.
+      title: of the figure.
+      note: beginning of the caption.
+    """
+    raws = sorted(raws, key=lambda raw: (order.index(raw["setting"]), raw["method"]))
+    with matplotlib.rc_context(_RC):
+        rows = -(-len(raws) // 2)
+        figure, panels = _canvas(
+            title, _caption(note, raws), (9.5, 1.2 + 2.3 * rows), rows, 2
+        )
+        for axes in panels.flat[len(raws) :]:
+            axes.set_visible(False)
+        for axes, raw in zip(panels.flat, raws, strict=False):
+            steps = np.arange(len(raw["reward"]))
+            reward = axes.twinx()
+            reward.fill_between(steps, raw["reward"], color="0.85", lw=0)
+            reward.set(ylim=(0, 1), ylabel="reward of a step")
+            reward.grid(visible=False)
+            reward.spines["right"].set_visible(True)
+            # The twin is drawn over the axes that it was made from.
+            axes.set_zorder(reward.get_zorder() + 1)
+            axes.patch.set_visible(False)
+            for skill, alpha in raw["alpha"].items():
+                axes.plot(steps, alpha, color=TASKS[skill][0], lw=1.2, label=skill)
+            axes.set_title(
+                f"{raw['setting']}  {raw['method']}: return {sum(raw['reward']):.0f}",
+                fontsize=10,
+            )
+            axes.set(xlabel="step of the episode", ylabel="alpha of a skill")
+            axes.legend(loc="upper left", ncols=2, fontsize=8)
+    return figure
+
+
+def _caption(note: str, raws: Raws) -> str:
+    return f"{note} {results.conditions(raws)}"

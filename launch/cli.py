@@ -1,0 +1,151 @@
+"""What every command shares: help that teaches, errors in one line, exit codes."""
+
+import errno
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from psec_jax.errors import InputError
+from psec_jax.training import Stopped, TrainingError
+
+_PROJECT = ("launch", "experiments", "psec_jax")
+_HELP = ("--help", "-help", "-h", "-?", "--helpshort")
+_QUOTES = "\"'"
+_CONFIG_DEFAULTS: dict[str, str] = {}
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Parse the flags, call `main(argv)` with what is left, and exit.
+
+    Exit codes: 0 done; 1 training failed; 2 input that cannot be used, told in one line
+    on stderr that starts with "error: "; 128 + the signal's number when stopped. Any
+    other exception is a fault of this project and keeps its traceback.
+    """
+    try:
+        app.run(_quiet(main), flags_parser=_parse)
+    except (InputError, TrainingError) as error:
+        _fail(str(error), 1 if isinstance(error, TrainingError) else 2)
+    except OSError as error:
+        if error.errno not in _FULL_DISK:
+            raise
+        _fail(f"cannot write {error.filename or 'a file'}: {error.strerror}", 2)
+    except Stopped as error:
+        print(error, file=sys.stderr)
+        sys.exit(128 + error.signum)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def no_arguments(argv: Sequence[str]) -> None:
+    """Refuse what is left of the command line after the flags."""
+    if len(argv) > 1:
+        raise InputError(f"unexpected argument {argv[1]!r}; every option is a --flag")
+
+
+def floats(name: str, texts: Sequence[str] | None) -> list[float] | None:
+    """Numbers of a list flag; None where the flag was not given."""
+    if texts is None:
+        return None
+    try:
+        return [float(text) for text in texts]
+    except ValueError as error:
+        raise InputError(f"--{name}: {error}") from error
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _quiet(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+    def called(argv: list[str]) -> None:
+        if not any(a.lstrip("-").startswith(("v=", "verbosity")) for a in sys.argv[1:]):
+            logging.set_verbosity(logging.WARNING)
+        main(argv)
+
+    return called
+
+
+def define_config(
+    default: str, help_text: str, name: str = "config"
+) -> flags.FlagHolder:
+    """Like ml_collections' DEFINE_config_file, with locked fields.
+
+    Given a default directly, ml_collections would read the file, and trip over a wrong
+    field, while the module with the flag is imported: before `run` can report it.
+    """
+    _CONFIG_DEFAULTS[name] = default
+    return config_flags.DEFINE_config_file(name, None, help_text, lock_config=True)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Parse, with every mistake of the user as an InputError."""
+    options = argv[1 : argv.index("--")] if "--" in argv else argv[1:]
+    if any(option in _HELP for option in options):
+        print(_help())
+        sys.exit(0)
+    for name, default in _CONFIG_DEFAULTS.items():
+        if not _given(options, name):
+            argv = [argv[0], f"--{name}={default}", *argv[1:]]
+        # ml_collections keeps silent about a missing file until a field is read.
+        for path in _given(argv[1:], name):
+            if not os.path.isfile(path.split(":")[0]):
+                raise InputError(f"--{name}={path}: there is no such config file")
+    # Flags may also follow arguments: launch.library list --library=DIR.
+    flags.FLAGS.set_gnu_getopt(True)
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(_explain(error)) from error
+
+
+def _given(options: Sequence[str], name: str) -> list[str]:
+    """Values given to a flag, as --name=value or --name value."""
+    values = []
+    for option, after in zip(options, [*options, ""][1:], strict=True):
+        flag, equals, value = option.partition("=")
+        if flag in (f"-{name}", f"--{name}"):
+            values.append(value if equals else after)
+    return values
+
+
+def _explain(error: BaseException) -> str:
+    """One line for what absl and ml_collections raise while parsing.
+
+    A config file's own error arrives wrapped, as text with a traceback; the original
+    hangs on the chain of contexts.
+    """
+    while "Traceback" in str(error) and error.__context__ is not None:
+        error = error.__context__
+    if isinstance(error, (AttributeError, KeyError)):
+        return f"unknown config field {str(error.args[0]).strip(_QUOTES)!r}"
+    return str(error)
+
+
+def _help() -> str:
+    """The docstring of the command and the flags of this project's modules."""
+    parts = [(sys.modules["__main__"].__doc__ or "").strip(), "", "flags:"]
+    for module, members in sorted(flags.FLAGS.flags_by_module_dict().items()):
+        ours = module.split(".")[0] in _PROJECT or module == sys.argv[0]
+        for flag in sorted(members, key=lambda f: f.name):
+            if ours or flag.name in _CONFIG_DEFAULTS:
+                parts += _flag_help(flag)
+    return "\n".join(parts)
+
+
+def _flag_help(flag: flags.Flag) -> list[str]:
+    head = f"  --[no]{flag.name}" if flag.boolean else f"  --{flag.name}=..."
+    text = flag.help or ""
+    default = _CONFIG_DEFAULTS.get(flag.name, flag.default)
+    if isinstance(default, list):
+        default = ",".join(map(str, default))
+    if default not in (None, ""):
+        text += f" (default: {default})"
+    wrapped = textwrap.wrap(text, 88, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return [head, *wrapped]

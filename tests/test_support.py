@@ -1,0 +1,159 @@
+"""Supports fitted from demonstrations, against brute force."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from psec_jax.errors import InputError
+from psec_jax.gating import SUPPORTS
+from psec_jax.support import (
+    FITS,
+    SupportConfig,
+    fit_neighbour,
+    leave_one_out_distances,
+    nearest,
+)
+
+SMALL = SupportConfig(steps=700, queries=6000, batch_size=256, learning_rate=2e-3)
+
+
+def cloud(centre, seed, trajectories=5, steps=20):
+    """Demonstrations of one skill: states around a centre in the plane."""
+    generator = np.random.default_rng(seed)
+    shape = (trajectories, steps, 2)
+    return list((centre + generator.normal(size=shape)).astype(np.float32))
+
+
+SKILLS = [cloud([0, 0], 0), cloud([7, 0], 1, trajectories=4)]
+BACKGROUND = np.random.default_rng(2).uniform(-4, 8, (500, 2)).astype(np.float32)
+
+
+@functools.cache
+def fitted(name):
+    return FITS[name](SMALL, SKILLS, BACKGROUND)
+
+
+def shares(name, states):
+    """Support [B, K] of states [B, S]."""
+    support = functools.partial(SUPPORTS[name], fitted(name))
+    return np.asarray(jax.jit(jax.vmap(support))(jnp.asarray(states, jnp.float32)))
+
+
+def brute_distance(queries, demos):
+    return np.linalg.norm(queries[:, None] - demos[None], axis=-1).min(1)
+
+
+def brute_left_out(trajectories):
+    return np.concatenate(
+        [
+            brute_distance(
+                t, np.concatenate([u for j, u in enumerate(trajectories) if j != i])
+            )
+            for i, t in enumerate(trajectories)
+        ]
+    )
+
+
+def test_every_support_can_be_fitted():
+    assert set(FITS) == {name for name, support in SUPPORTS.items() if support}
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100, 512])
+def test_nearest_is_brute_force(chunk):
+    generator = np.random.default_rng(0)
+    queries, demos = generator.normal(size=(100, 5)), generator.normal(size=(30, 5))
+    np.testing.assert_allclose(
+        nearest(queries, demos, chunk), brute_distance(queries, demos), atol=1e-6
+    )
+
+
+def test_leave_one_out_is_brute_force():
+    for trajectories in SKILLS:
+        got = leave_one_out_distances(trajectories)
+        np.testing.assert_allclose(got**2, brute_left_out(trajectories) ** 2, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantile", [0.5, 0.98, 1.0])
+def test_tau_is_the_stated_quantile(quantile):
+    fit = fit_neighbour(SupportConfig(quantile=quantile), SKILLS, BACKGROUND)
+    for k, trajectories in enumerate(SKILLS):
+        scale = np.concatenate(trajectories).std(0)
+        np.testing.assert_allclose(fit["scale"][k], scale, rtol=1e-5)
+        left_out = brute_left_out([t / scale for t in trajectories])
+        expected = np.quantile(left_out, quantile)
+        np.testing.assert_allclose(fit["tau"][k], expected, rtol=2e-3)
+
+
+def test_neighbour_support_is_brute_force():
+    fit = fitted("neighbour")
+    got = shares("neighbour", BACKGROUND)
+    for k, trajectories in enumerate(SKILLS):
+        demos, scale = np.concatenate(trajectories), np.asarray(fit["scale"][k])
+        distance = brute_distance(BACKGROUND / scale, demos / scale)
+        expected = np.exp(-((distance / fit["tau"][k]) ** 4))
+        np.testing.assert_allclose(got[:, k], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_one_on_the_demonstrations_and_zero_far_from_them(name):
+    for k, trajectories in enumerate(SKILLS):
+        own = shares(name, np.concatenate(trajectories))
+        assert own[:, k].mean() > 0.9
+        assert np.quantile(own[:, k], 0.1) > 0.7
+        assert np.quantile(own[:, 1 - k], 0.9) < 0.01
+    far = shares(name, [[30, 30], [-50, 0], [3, 40], [1e4, -1e4], [0, -9]])
+    assert far.max() < 0.01
+
+
+def test_learned_support_agrees_with_the_neighbour_support():
+    """To 0.1 on average, after a short fit; closer with the default steps."""
+    seen = np.concatenate(cloud([0, 0], 7) + cloud([7, 0], 8))
+    for states in (BACKGROUND, seen):
+        error = np.abs(shares("learned", states) - shares("neighbour", states))
+        assert error.mean() < 0.1
+
+
+def test_units_of_the_states_do_not_matter():
+    units = np.array([100, 0.02], np.float32)
+    scaled = [[t * units for t in ts] for ts in SKILLS]
+    fit = fit_neighbour(SMALL, scaled, BACKGROUND)
+    np.testing.assert_allclose(fit["tau"], fitted("neighbour")["tau"], rtol=1e-3)
+    np.testing.assert_allclose(fit["demos"], fitted("neighbour")["demos"], atol=1e-3)
+
+
+def test_demonstrations_are_thinned_evenly_and_padded():
+    config = SupportConfig(max_demos=90)
+    fit = fit_neighbour(config, SKILLS, BACKGROUND)
+    assert fit["demos"].shape == (2, 90, 2)
+    np.testing.assert_array_equal(fit["valid"].sum(1), [90, 80])
+    first = np.concatenate(SKILLS[0]) / np.asarray(fit["scale"][0])
+    kept = np.asarray(fit["demos"][0])
+    np.testing.assert_array_equal(kept[[0, -1]], first[[0, -1]])
+    assert len(np.unique(kept, axis=0)) == 90
+
+
+def test_a_variable_that_never_moves_is_no_division_by_zero():
+    still = [
+        [np.pad(t, ((0, 0), (0, 1)), constant_values=5) for t in ts] for ts in SKILLS
+    ]
+    fit = fit_neighbour(SMALL, still, BACKGROUND)
+    np.testing.assert_allclose(fit["tau"], fitted("neighbour")["tau"], rtol=1e-3)
+    support = jax.jit(functools.partial(SUPPORTS["neighbour"], fit))
+    assert support(jnp.asarray(still[0][0][3]))[0] > 0.99
+    assert support(jnp.asarray(still[0][0][3] + np.float32([0, 0, 1])))[0] < 0.01
+
+
+def test_refusals():
+    with pytest.raises(InputError, match="at least 2 demonstrations .* got 1"):
+        fit_neighbour(SMALL, [SKILLS[0], SKILLS[1][:1]], BACKGROUND)
+    same = [SKILLS[0][0], SKILLS[0][0].copy()]
+    with pytest.raises(
+        InputError, match="demonstrations of skill 1 all visit the same"
+    ):
+        fit_neighbour(SMALL, [SKILLS[0], same], BACKGROUND)
+    for quantile in (0.0, 1.1):
+        with pytest.raises(InputError, match=f"quantile: got {quantile}"):
+            SupportConfig(quantile=quantile)
