@@ -581,6 +581,7 @@ def evaluate_library(
     alpha: Sequence[float] | None = None,
     gate: str | None = None,
     level: str = "parameter",
+    matmul_dtype: str | None = None,
 ) -> dict[str, Any]:
     """Roll out what `psec_jax.policy.compose` makes of a library.
 
@@ -588,7 +589,14 @@ def evaluate_library(
       InputError: names that are not there, an environment of other sizes, or fewer
         than one episode.
     """
-    policy = load_composition(library, skills, alpha=alpha, gate=gate, level=level)
+    policy = load_composition(
+        library,
+        skills,
+        alpha=alpha,
+        gate=gate,
+        level=level,
+        matmul_dtype=matmul_dtype,
+    )
     return episodes_json(evaluate(policy.act, env, episodes, seed), env, seed)
 
 

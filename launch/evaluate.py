@@ -10,9 +10,9 @@
 from collections.abc import Sequence
 
 from absl import flags
-from launch.cli import floats, no_arguments, run
 
 from experiments import stages
+from launch.cli import floats, no_arguments, run
 from psec_jax.files import write_json
 
 LIBRARY = flags.DEFINE_string("library", "runs/library", "Folder of the skill library.")
@@ -20,10 +20,19 @@ ENV = flags.DEFINE_string(
     "env", None, "dm_control:DOMAIN-TASK or gymnasium:ID.", required=True
 )
 SKILLS = flags.DEFINE_list("skills", [], "Names of skills; none is the base alone.")
-ALPHA = flags.DEFINE_list("alpha", None, "Fixed weight of each skill.")
+ALPHA = flags.DEFINE_list(
+    "alpha",
+    None,
+    "Fixed weight of each skill; at the noise and action levels the base's comes first.",
+)
 GATE = flags.DEFINE_string("gate", None, "Name of a gate; it brings its skills.")
 LEVEL = flags.DEFINE_string(
     "level", "parameter", "Of fixed weights: parameter, noise or action."
+)
+MATMUL_DTYPE = flags.DEFINE_string(
+    "matmul_dtype",
+    None,
+    "float32, or bfloat16: products in bfloat16, sums in float32; default the base's.",
 )
 EPISODES = flags.DEFINE_integer("episodes", 10, "Whole episodes.")
 SEED = flags.DEFINE_integer("seed", 10_000, "Of initial states and the policy's noise.")
@@ -42,6 +51,7 @@ def main(argv: Sequence[str]) -> None:
         alpha=floats("alpha", ALPHA.value),
         gate=GATE.value,
         level=LEVEL.value,
+        matmul_dtype=MATMUL_DTYPE.value,
     )
     if OUT.value:
         write_json(OUT.value, episodes)

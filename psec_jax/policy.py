@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from psec_jax.composition import PolicyConfig, PolicyParams, act, weights
+from psec_jax.composition import LEVELS, PolicyConfig, PolicyParams, act, weights
 from psec_jax.diffusion import DiffusionConfig
-from psec_jax.errors import InputError
+from psec_jax.errors import InputError, lookup
 from psec_jax.gating import GateConfig
 from psec_jax.library import SkillLibrary
 from psec_jax.lora import stack_skills
@@ -118,21 +118,34 @@ def compose(
     alpha: Sequence[float] | None = None,
     gate: str | None = None,
     level: str = "parameter",
+    matmul_dtype: str | None = None,
 ) -> Policy:
     """A policy from a library on disk.
 
     Args:
       root: the library's folder.
       skills: names of skills; empty is the base alone (or the gate's own skills).
-      alpha: fixed weight of each skill; by default the strength it was trained at
-        for one skill.
+      alpha: fixed weights: at the parameter level a multiplier for each skill, by
+        default the strength one skill was trained at; at the noise and action levels
+        the share of the base and of each skill, by default 0 and 1 for one skill.
       gate: name of a gate of the library instead of fixed weights; it brings its
         skills and its level.
       level: of fixed weights, a key of `composition.LEVELS`.
+      matmul_dtype: "bfloat16" makes the products in it and sums in float32, faster on
+        processors with units for it; default the base's.
 
     Raises:
       InputError: names or numbers that do not fit the library.
     """
+    policy = _compose(root, skills, alpha, gate, level)
+    if matmul_dtype is None:
+        return policy
+    network = dataclasses.replace(policy.config.network, matmul_dtype=matmul_dtype)
+    config = dataclasses.replace(policy.config, network=network)
+    return dataclasses.replace(policy, config=config)
+
+
+def _compose(root, skills, alpha, gate, level) -> Policy:
     if gate is not None:
         return _compose_gate(root, skills, gate, alpha)
     if not skills:
@@ -140,17 +153,21 @@ def compose(
             raise InputError(f"alpha: got {len(alpha)} weights for no skills")
         return load_base(root)
     policy, library, strength, _ = load_skills(root, skills)
+    lookup(LEVELS, level, "level")
+    base_member = level != "parameter"
     if alpha is None:
         if len(skills) > 1:
             raise InputError(
                 f"{len(skills)} skills need a gate, or one alpha for each of them"
             )
-        alpha = strength if level == "parameter" else [1.0]
-    if len(alpha) != len(skills):
-        raise InputError(f"alpha: got {len(alpha)} weights for {len(skills)} skills")
-    config = dataclasses.replace(
-        policy.config, level=level, gate=GateConfig(head="constant")
-    )
+        alpha = [0.0, 1.0] if base_member else strength
+    if len(alpha) != len(skills) + base_member:
+        raise InputError(
+            f"alpha: got {len(alpha)} weights for {len(skills)} skills"
+            f"{' and the base' if base_member else ''} at the {level} level"
+        )
+    gate_form = GateConfig(head="constant", base_member=base_member)
+    config = dataclasses.replace(policy.config, level=level, gate=gate_form)
     params = policy.params._replace(
         library=library,
         strength=strength,

@@ -48,7 +48,7 @@ QUICK = {
 STANDARD = {
     "base": {"steps": 8000, "batch_size": 256},
     "skill": {
-        "steps": 12_000,
+        "steps": 8000,
         "batch_size": 128,
         "dropout": 0.0,
         "learning_rate": 1e-3,

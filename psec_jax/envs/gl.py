@@ -4,6 +4,7 @@ import contextlib
 import ctypes.util
 import importlib
 import os
+import sys
 from collections.abc import Iterator
 
 from psec_jax.errors import InputError
@@ -62,7 +63,10 @@ def import_simulator(module: str) -> None:
 @contextlib.contextmanager
 def drawing() -> Iterator[None]:
     """Turn a failure of OpenGL in the body into `CannotDraw`."""
+    failures: tuple[type[Exception], ...] = (ImportError, AttributeError, RuntimeError)
+    if "mujoco" in sys.modules:
+        failures += (sys.modules["mujoco"].FatalError,)
     try:
         yield
-    except (ImportError, AttributeError, RuntimeError) as error:
+    except failures as error:
         raise cannot_draw(error) from error
