@@ -1,4 +1,4 @@
-"""Roll a policy out in a real simulator and keep the transitions.
+r"""Roll a policy out in a real simulator and keep the transitions.
 
     python -m experiments.collect --env=dm_control:walker-walk --policy=expert \
         --episodes=10 --seed=0
@@ -194,8 +194,7 @@ def rollout(env: envs.Env, act: Any, seed: int, episode: int) -> Dataset:
 
 def main(argv: Sequence[str]) -> None:
     """Collect what the flags ask for, and print one line about it."""
-    if len(argv) > 1:
-        raise InputError(f"unexpected argument {argv[1]!r}; every option is a --flag")
+    no_arguments(argv)
     path = collect(**{name: flag.value for name, flag in FLAGS.items()})
     _, attrs = d4rl.load(path)
     returns = attrs["returns"]
@@ -206,6 +205,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _define_flags() -> dict[str, flags.FlagHolder]:
+    # Not at import: other commands import `collect`, and have flags of these names.
     return {
         "env": flags.DEFINE_string(
             "env", None, "dm_control:DOMAIN-TASK or gymnasium:ID.", required=True
@@ -231,7 +231,7 @@ def _define_flags() -> dict[str, flags.FlagHolder]:
 
 
 if __name__ == "__main__":
-    from launch.cli import run
+    from launch.cli import no_arguments, run
 
     FLAGS = _define_flags()
     run(main)

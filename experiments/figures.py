@@ -217,7 +217,7 @@ def row(column: str, method: str, place: Place) -> Policy:
         return load_base(place.library)
     if method == "Scratch":
         return table2.train_scratch(place, SETTINGS[column].task)
-    first = Place(place.config, place.root, place.config.table.seeds[0])
+    first = Place(place.config, place.root, 0)
     return table2.train_composition(place, column, method, first)
 
 
@@ -225,7 +225,7 @@ def alone(task: str, adapter: str, alpha: float | None, place: Place) -> Policy:
     """One skill at a fixed strength, by default the one it was trained at."""
     name = table2.train_skill(place, task, adapter)
     alpha = place.config.skill.alpha if alpha is None else alpha
-    return load_composition(place.library, [name], alpha=[alpha])
+    return load_composition(place.library, [name], alpha=[float(alpha)])
 
 
 def _row_cell(
@@ -628,6 +628,8 @@ def main(argv: Sequence[str]) -> None:
     if spec.cells is not None and not FLAGS["plot_only"].value:
         config = get_config(FLAGS["preset"].value)
         root = Path(FLAGS["workdir"].value or f"runs/dmc_walker/{config.preset}")
+        cache = str(root.absolute() / "compiled")
+        jax.config.update("jax_compilation_cache_dir", cache)
         run_cells(name, config, root, folder, print)
     print(f"figure   {draw(name, folder)}")
 

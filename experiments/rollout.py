@@ -251,11 +251,16 @@ def _write_mp4(path: Path, fps: float, images: Iterator[np.ndarray]) -> None:
 
     # Else imageio runs Python between fork and exec, which JAX's threads may deadlock.
     os.environ["IMAGEIO_FFMPEG_NO_PREVENT_SIGINT"] = "1"
-    with imageio.get_writer(
-        path, format="FFMPEG", fps=fps, codec="libx264", ffmpeg_log_level="error"
-    ) as writer:
-        for image in images:
-            writer.append_data(image)
+    try:
+        with imageio.get_writer(
+            path, format="FFMPEG", fps=fps, codec="libx264", ffmpeg_log_level="quiet"
+        ) as writer:
+            for image in images:
+                writer.append_data(image)
+    except OSError as error:  # its text is a whole command line
+        raise InputError(
+            f"cannot write {path}: ffmpeg stopped; is the disk full?"
+        ) from error
 
 
 def _write_gif(path: Path, fps: float, images: Iterator[np.ndarray]) -> None:
@@ -420,7 +425,12 @@ def _define_flags() -> dict[str, flags.FlagHolder]:
         "skills": flags.DEFINE_list(
             "skills", [], "Names of skills; none is the base alone."
         ),
-        "alpha": flags.DEFINE_list("alpha", None, "Fixed weight of each skill."),
+        "alpha": flags.DEFINE_list(
+            "alpha",
+            None,
+            "Fixed weights: of each skill at the parameter level, of the base and each "
+            "skill at the others.",
+        ),
         "gate": flags.DEFINE_string(
             "gate", None, "Name of a gate; it brings its skills."
         ),

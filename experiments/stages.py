@@ -5,7 +5,8 @@ The commands of launch/ and the tables call these; a finished stage is not run a
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict
 
 from experiments.collect import collect
 from psec_jax import data as datasets
-from psec_jax import support
+from psec_jax import envs, support
 from psec_jax.agents import gate as gate_agent
 from psec_jax.agents import pretrain as pretrain_agent
 from psec_jax.agents import skill as skill_agent
@@ -28,6 +29,7 @@ from psec_jax.errors import InputError, lookup
 from psec_jax.evaluation import Episodes, evaluate
 from psec_jax.gating import GateConfig, init_gate
 from psec_jax.library import SkillLibrary
+from psec_jax.lora import ADAPTERS
 from psec_jax.networks.denoiser import NetworkConfig
 from psec_jax.policy import (
     Policy,
@@ -37,11 +39,13 @@ from psec_jax.policy import (
     network_config,
 )
 from psec_jax.policy import compose as load_composition
-from psec_jax.run import open_run, versions
+from psec_jax.run import Run, open_run, versions
 from psec_jax.training import train
 from psec_jax.types import Dataset
 
 OBJECTIVES = ("bc",)
+# Least values of what no dataclass of the core checks before training starts.
+LEAST = {"steps": 1, "batch_size": 1, "episodes": 0, "rank": 1}
 
 
 class Demos(NamedTuple):
@@ -102,6 +106,101 @@ def load_demos(
     return Demos(loaded, path)
 
 
+def check_config(config: ConfigDict, section: str, evaluate_after: bool) -> None:
+    """Refuse numbers that no run can use, before anything is written.
+
+    Args:
+      config: resolved config.
+      section: of the stage.
+      evaluate_after: whether `config.evaluation` will be used.
+
+    Raises:
+      InputError: a number that is not finite or too small; the field is named.
+    """
+    for name, value in _numbers(config.to_dict()):
+        if not math.isfinite(value):
+            raise InputError(f"{name}: got {value}, expected a finite number")
+    least = {f"{section}.{field}": least for field, least in LEAST.items()}
+    least |= {f"run.{field}": 1 for field in config.run}
+    if evaluate_after:
+        least |= {"evaluation.episodes": 1, "evaluation.seed": 0}
+    for name, bound in least.items():
+        place, field = name.split(".")
+        value = config[place].get(field, bound)
+        if value < bound:
+            raise InputError(f"{name}: got {value}, expected {bound} or more")
+    if config.std_floor <= 0:
+        raise InputError(f"std_floor: got {config.std_floor}, expected above 0")
+
+
+def _numbers(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of the numbers in a nested dict."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, (int, float)):
+            yield f"{prefix}{name}", value
+
+
+def check_env(env: str, demos: Demos) -> None:
+    """Refuse demonstrations whose sizes are not the environment's.
+
+    Raises:
+      InputError: other sizes, or an environment that cannot be made.
+    """
+    made = envs.make(env)
+    made.close()
+    _check_sizes(demos, made.obs_dim, made.action_dim, env)
+
+
+def check_fit(demos: Demos, policy: Policy) -> None:
+    """Refuse demonstrations whose sizes are not the base's."""
+    obs_dim = len(policy.params.normaliser.mean)
+    _check_sizes(demos, obs_dim, policy.config.action_dim, "the library's base")
+
+
+def _check_sizes(demos: Demos, obs_dim: int, action_dim: int, owner: str) -> None:
+    for what, got, expected in (
+        ("observations", demos.dataset.obs, obs_dim),
+        ("actions", demos.dataset.action, action_dim),
+    ):
+        if got.shape[1] != expected:
+            raise InputError(
+                f"{demos.source}: {what} have {got.shape[1]} numbers, "
+                f"{owner} expects {expected}"
+            )
+
+
+def open_stage(
+    workdir: str | Path,
+    library: str | Path,
+    kind: str,
+    name: str,
+    record: Mapping[str, Any],
+) -> tuple[Run, dict[str, Any] | None]:
+    """The folder of a run, and its result where nothing is left to do.
+
+    A finished run whose entry the library lost, or never had, puts it there again.
+
+    Args:
+      workdir: the run's folder.
+      library: folder of the library that gets the entry.
+      kind: "base", "skill" or "gate".
+      name: of the entry.
+      record: everything the entry depends on.
+
+    Raises:
+      InputError: the folder holds another run, or the library an entry of this name
+        that another run made.
+    """
+    there = SkillLibrary(library).holds(kind, name, record)
+    run = open_run(workdir, kind, record)
+    done = run.result()
+    if done is None or not there:
+        return run, None
+    return run, done | {"library": str(library)}
+
+
 def train_config(config: ConfigDict, section: str) -> OptimiserConfig:
     """The optimiser of a stage: cosine decay over all of its steps."""
     stage = config[section]
@@ -142,18 +241,25 @@ def pretrain(
       The run's result: training summary, returns, library.
 
     Raises:
-      InputError: bad data, or a workdir that holds another run.
+      InputError: bad data, a workdir that holds another run, or a library whose base
+        another run made.
     """
     env = env or config.base.env
     stage = config[section]
-    demos = load_demos(config, env, stage.episodes, data)
+    check_config(config, section, evaluate_after)
+    make_normaliser = lookup(normalise.NORMALISERS, config.normaliser, "normaliser")
     network = NetworkConfig(**config.network, dropout=stage.dropout)
     diffusion = DiffusionConfig(**config.diffusion)
     agent = pretrain_agent.PretrainConfig(
         network, diffusion, train_config(config, section), stage.batch_size
     )
-    run = open_run(
+    demos = load_demos(config, env, stage.episodes, data)
+    if data and evaluate_after:
+        check_env(env, demos)
+    run, done = open_stage(
         workdir,
+        library,
+        "base",
         "base",
         {
             "name": name,
@@ -168,11 +274,10 @@ def pretrain(
             section: stage.to_dict(),
         },
     )
-    if (done := run.result()) is not None:
+    if done is not None:
         return done
-    normaliser = lookup(normalise.NORMALISERS, config.normaliser, "normaliser")(
-        demos.dataset.obs, config.std_floor
-    )
+    opened = SkillLibrary.create(library)
+    normaliser = make_normaliser(demos.dataset.obs, config.std_floor)
     init_key, train_key = jax.random.split(jax.random.key(seed))
     state = pretrain_agent.init(
         agent, init_key, demos.dataset.obs.shape[1], demos.dataset.action.shape[1]
@@ -193,7 +298,7 @@ def pretrain(
         PolicyParams(state.ema, normaliser),
     )
     returns = episodes_card(config, policy, env) if evaluate_after else None
-    SkillLibrary.create(library).add_base(
+    opened.add_base(
         state.ema,
         normaliser,
         {
@@ -225,19 +330,6 @@ def train_data(demos: Demos, normaliser: Any, frozen: Any = None) -> TrainData:
     )
 
 
-def check_fit(demos: Demos, policy: Policy) -> None:
-    """Refuse demonstrations whose sizes are not the base's."""
-    for what, got, expected in (
-        ("observations", demos.dataset.obs, len(policy.params.normaliser.mean)),
-        ("actions", demos.dataset.action, policy.config.action_dim),
-    ):
-        if got.shape[1] != expected:
-            raise InputError(
-                f"{demos.source}: {what} have {got.shape[1]} numbers, "
-                f"the library's base expects {expected}"
-            )
-
-
 def expand(
     config: ConfigDict,
     *,
@@ -262,19 +354,20 @@ def expand(
       evaluate_after: roll the skill out at its training strength.
 
     Raises:
-      InputError: bad data, an unknown objective, or a workdir of another run.
+      InputError: bad data, an unknown objective, a workdir of another run, or a name
+        that another run took.
     """
     env = env or config.skill.env
     stage = config.skill
+    check_config(config, "skill", evaluate_after)
     if stage.objective not in OBJECTIVES:
         raise InputError(
-            f"unknown objective {stage.objective!r}; choose from {OBJECTIVES}"
+            f"unknown objective {stage.objective!r}; choose from "
+            f"{', '.join(OBJECTIVES)}"
         )
+    lookup(ADAPTERS, stage.adapter, "adapter")
     opened = SkillLibrary.open(library)
     base, normaliser, base_card = opened.load_base()
-    demos = load_demos(config, env, stage.episodes, data)
-    base_policy = load_base(library)
-    check_fit(demos, base_policy)
     agent = skill_agent.SkillConfig(
         network=dataclasses.replace(network_config(base_card), dropout=stage.dropout),
         diffusion=diffusion_config(base_card),
@@ -284,9 +377,15 @@ def expand(
         adapter=stage.adapter,
         alpha=stage.alpha,
     )
-    run = open_run(
+    demos = load_demos(config, env, stage.episodes, data)
+    check_fit(demos, load_base(library))
+    if data and evaluate_after:
+        check_env(env, demos)
+    run, done = open_stage(
         workdir,
+        library,
         "skill",
+        name,
         {
             "name": name,
             "seed": seed,
@@ -296,7 +395,7 @@ def expand(
             "skill": stage.to_dict(),
         },
     )
-    if (done := run.result()) is not None:
+    if done is not None:
         return done
     init_key, train_key = jax.random.split(jax.random.key(seed))
     base = jax.tree.map(jnp.asarray, base)
@@ -337,7 +436,8 @@ def expand(
 
 
 def fit_support(
-    config: ConfigDict,
+    config: support.SupportConfig,
+    form: str,
     skill_demos: Sequence[Demos],
     background: Demos | None,
     normaliser: Any,
@@ -350,8 +450,8 @@ def fit_support(
     states = trajectories[0][0][:0]
     if background is not None:
         states = normaliser(background.dataset.obs)
-    fit = lookup(support.FITS, config.gate.support, "gate.support")
-    return fit(support.SupportConfig(**config.support), trajectories, states)
+    fit = lookup(support.FITS, form, "gate.support")
+    return fit(config, trajectories, states)
 
 
 def compose(
@@ -389,13 +489,15 @@ def compose(
       evaluate_after: roll the composition out.
 
     Raises:
-      InputError: bad data, unknown names, or a workdir of another run.
+      InputError: bad data, unknown names, a workdir of another run, or a name that
+        another run took.
     """
+    if not skills:
+        raise InputError("skills: got none, expected the names of one or more")
+    stage = config.gate
+    check_config(config, "gate", evaluate_after)
     policy, stacked, strength, cards = load_skills(library, skills)
     env = env or cards[0]["env"]
-    stage = config.gate
-    demos = load_demos(config, env, config.skill.episodes, data)
-    check_fit(demos, policy)
     base_member = stage.level != "parameter"
     gate_form = GateConfig(
         head=stage.head,
@@ -411,15 +513,12 @@ def compose(
         level=stage.level,
         gate=gate_form,
     )
-    skill_demos: list[Demos] = []
-    background = None
-    if stage.support != "none":
-        skill_demos = _skill_demos(config, cards, support_data)
-    if stage.support == "learned":
-        base_card = SkillLibrary.open(library).card("base", "base")
-        trajectories = base_card["data"]["trajectories"]
-        background = load_demos(config, base_card["env"], trajectories, base_data)
-        check_fit(background, policy)
+    if stage.head == "topk" and stage.top_k > len(skills) + base_member:
+        raise InputError(
+            f"gate.top_k: got {stage.top_k}, expected {len(skills) + base_member} or "
+            f"less for {len(skills)} skills at the {stage.level} level"
+        )
+    support_config = support.SupportConfig(**config.support)
     loss = stage.loss
     if loss == "auto":
         loss = "diffusion" if stage.level == "parameter" else "cloning"
@@ -433,9 +532,24 @@ def compose(
         compat=stage.compat,
     )
     start = start_weights(stage.start, strength, base_member, alpha)
-    run = open_run(
+    demos = load_demos(config, env, config.skill.episodes, data)
+    check_fit(demos, policy)
+    if data and evaluate_after:
+        check_env(env, demos)
+    skill_demos: list[Demos] = []
+    background = None
+    if stage.support != "none":
+        skill_demos = _skill_demos(config, cards, support_data)
+    if stage.support == "learned":
+        base_card = SkillLibrary.open(library).card("base", "base")
+        trajectories = base_card["data"]["trajectories"]
+        background = load_demos(config, base_card["env"], trajectories, base_data)
+        check_fit(background, policy)
+    run, done = open_stage(
         workdir,
+        library,
         "gate",
+        name,
         {
             "name": name,
             "seed": seed,
@@ -450,12 +564,16 @@ def compose(
             "support": config.support.to_dict(),
         },
     )
-    if (done := run.result()) is not None:
+    if done is not None:
         return done
     support_params = None
     if skill_demos:
         support_params = fit_support(
-            config, skill_demos, background, policy.params.normaliser
+            support_config,
+            stage.support,
+            skill_demos,
+            background,
+            policy.params.normaliser,
         )
     init_key, train_key = jax.random.split(jax.random.key(seed))
     gate = init_gate(
@@ -541,6 +659,11 @@ def _skill_demos(
     for i, card in enumerate(cards):
         path = paths[i] if paths else None
         trajectories = card["data"]["trajectories"]
+        if trajectories < 2:
+            raise InputError(
+                f"skill {card['name']!r} was learned from {trajectories} trajectory, a "
+                "support needs 2 or more to find its scale"
+            )
         demos = load_demos(config, card["env"], trajectories, path)
         if demos.card()["fingerprint"] != card["data"]["fingerprint"]:
             raise InputError(

@@ -1,6 +1,7 @@
 """What every command shares: help that teaches, errors in one line, exit codes."""
 
 import errno
+import math
 import os
 import sys
 import textwrap
@@ -49,13 +50,17 @@ def no_arguments(argv: Sequence[str]) -> None:
 
 
 def floats(name: str, texts: Sequence[str] | None) -> list[float] | None:
-    """Numbers of a list flag; None where the flag was not given."""
+    """Finite numbers of a list flag; None where the flag was not given."""
     if texts is None:
         return None
     try:
-        return [float(text) for text in texts]
+        numbers = [float(text) for text in texts]
     except ValueError as error:
         raise InputError(f"--{name}: {error}") from error
+    for number in numbers:
+        if not math.isfinite(number):
+            raise InputError(f"--{name}: got {number}, expected finite numbers")
+    return numbers
 
 
 def _fail(message: str, code: int) -> None:

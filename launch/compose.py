@@ -1,4 +1,4 @@
-"""Make a gate alpha(s) over skills of a library, train its head, and add it.
+r"""Make a gate alpha(s) over skills of a library, train its head, and add it.
 
     # the paper's gate over one skill
     python -m launch.compose --config=experiments/configs/dmc_walker.py:quick \

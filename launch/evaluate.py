@@ -1,4 +1,4 @@
-"""Roll a base, a skill or a composition out in the simulator: raw returns as JSON.
+r"""Roll a base, a skill or a composition out in the simulator: raw returns as JSON.
 
     python -m launch.evaluate --library=runs/library --env=dm_control:walker-stand
     python -m launch.evaluate --library=runs/library --env=dm_control:walker-walk \

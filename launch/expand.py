@@ -1,4 +1,4 @@
-"""Learn one new skill from a few demonstrations; the library's base stays frozen.
+r"""Learn one new skill from a few demonstrations; the library's base stays frozen.
 
     python -m launch.expand --config=experiments/configs/dmc_walker.py:quick \
         --workdir=runs/walk --library=runs/library --name=walk \
@@ -15,10 +15,10 @@ A skill is a small LoRA pytree. The same command resumes.
 from collections.abc import Sequence
 
 from absl import flags
-from launch.cli import no_arguments, run
 
 from experiments import stages
 from launch import options
+from launch.cli import no_arguments, run
 
 NAME = flags.DEFINE_string("name", None, "Name of the skill.", required=True)
 

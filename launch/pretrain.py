@@ -1,4 +1,4 @@
-"""Train a base policy on demonstrations and put it into a skill library.
+r"""Train a base policy on demonstrations and put it into a skill library.
 
     python -m launch.pretrain --config=experiments/configs/dmc_walker.py:quick \
         --workdir=runs/stand --library=runs/library
@@ -14,10 +14,10 @@ same command resumes where it was.
 from collections.abc import Sequence
 
 from absl import flags
-from launch.cli import no_arguments, run
 
 from experiments import stages
 from launch import options
+from launch.cli import no_arguments, run
 
 NAME = flags.DEFINE_string("name", "base", "Name of the base on its card.")
 

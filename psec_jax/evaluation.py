@@ -144,7 +144,7 @@ def _evaluate(
         keys = _policy_keys(np.uint32(seed), running, lengths[running])
         action = np.asarray(act(keys, obs), dtype=np.float32)
         if action.shape != (width, env.action_dim):
-            raise ValueError(
+            raise InputError(
                 f"the policy gave actions {action.shape}, {env.spec} expects "
                 f"{(width, env.action_dim)}"
             )

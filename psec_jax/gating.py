@@ -45,6 +45,8 @@ class GateConfig:
         lookup(SUPPORTS, self.support, "gate.support")
         if self.top_k < 1:
             raise InputError(f"gate.top_k: got {self.top_k}, expected 1 or more")
+        if min(self.widths, default=1) < 1:
+            raise InputError(f"gate.widths: got {self.widths}, expected 1 or more")
 
 
 class Head(NamedTuple):

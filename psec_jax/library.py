@@ -320,6 +320,25 @@ class SkillLibrary:
             *(("gate", name) for name in self.gates()),
         ]
 
+    def holds(self, kind: str, name: str, config: Mapping[str, Any]) -> bool:
+        """Whether the entry is there, made by a run of this config.
+
+        Raises:
+          InputError: a bad name, a damaged card, or an entry that another run made.
+        """
+        folder = self._folder(kind, name)
+        if not folder.exists():
+            return False
+        # As JSON holds it: lists for tuples.
+        mine = json.loads(json.dumps(dict(config)))
+        if self._read_card(kind, name).get("config") == mine:
+            return True
+        what = "a base" if kind == "base" else f"a {kind} {name!r}"
+        advice = "another library" if kind == "base" else "another name, or remove it"
+        raise InputError(
+            f"{self.root} has {what} already, made by another run; choose {advice}"
+        )
+
     def card(self, kind: str, name: str) -> dict[str, Any]:
         """One card.
 

@@ -39,7 +39,12 @@ class Policy:
     def act(
         self, keys: Key[Array, "*B"], obs: Float[Array | np.ndarray, "*B S"]
     ) -> Float[Array, "*B A"]:
-        """Actions in [-1, 1] for raw observations; one key for each observation."""
+        """Actions in [-1, 1] for raw observations; one key for each observation.
+
+        Raises:
+          InputError: observations of another size than the base's.
+        """
+        self._check(obs)
         one_or_batch = _act_batch if jnp.ndim(obs) == 2 else _act_one
         return one_or_batch(self.config, self.params, keys, obs)
 
@@ -47,11 +52,21 @@ class Policy:
         """The gate's weights for raw observations.
 
         Raises:
-          InputError: the policy is a base alone.
+          InputError: the policy is a base alone, or observations of another size than
+            the base's.
         """
         if self.config.gate is None:
             raise InputError("this policy is a base alone: it has no skills to weigh")
+        self._check(obs)
         return _weights_batch(self.config, self.params, obs)
+
+    def _check(self, obs: Float[Array | np.ndarray, "*B S"]) -> None:
+        # Observations of one number would be broadcast without a word.
+        got, expected = jnp.shape(obs)[-1], len(self.params.normaliser.mean)
+        if got != expected:
+            raise InputError(
+                f"observations have {got} numbers, the policy's base expects {expected}"
+            )
 
 
 @functools.partial(jax.jit, static_argnums=0)

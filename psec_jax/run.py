@@ -120,8 +120,10 @@ def open_run(
         )
     else:
         write_json(path, mine)
-    write_json(workdir / "versions.json", versions())
-    return Run(workdir, stage, mine["config"])
+    run = Run(workdir, stage, mine["config"])
+    if run.result() is None:  # a finished run keeps the versions that made it
+        write_json(workdir / "versions.json", versions())
+    return run
 
 
 def _refuse_other(workdir: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> None:

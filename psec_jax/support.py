@@ -53,6 +53,19 @@ class SupportConfig:
             raise InputError(
                 f"support.quantile: got {self.quantile}, expected 0 < quantile <= 1"
             )
+        if not 0 < self.expectile < 1:
+            raise InputError(
+                f"support.expectile: got {self.expectile}, expected 0 < expectile < 1"
+            )
+        if self.learning_rate <= 0:
+            raise InputError(
+                f"support.learning_rate: got {self.learning_rate}, expected above 0"
+            )
+        for field in ("max_demos", "queries", "steps", "batch_size"):
+            if getattr(self, field) < 1:
+                raise InputError(
+                    f"support.{field}: got {getattr(self, field)}, expected 1 or more"
+                )
 
 
 def nearest(queries: np.ndarray, demos: np.ndarray, chunk: int = 512) -> np.ndarray:

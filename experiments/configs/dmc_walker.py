@@ -1,4 +1,4 @@
-"""DeepMind Control walker: stand is the base, walk and run are skills.
+r"""DeepMind Control walker: stand is the base, walk and run are skills.
 
     python -m launch.pretrain --config=experiments/configs/dmc_walker.py:quick \
         --workdir=runs/stand --library=runs/library

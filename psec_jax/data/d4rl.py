@@ -70,7 +70,7 @@ def _read(file: h5py.File, path: Path) -> dict[str, np.ndarray]:
     arrays = {}
     for name, key in KEYS.items():
         if isinstance(file.get(key), h5py.Dataset):
-            arrays[name] = file[key][()]
+            arrays[name] = np.asarray(file[key][()])
         elif name not in OPTIONAL:
             found = ", ".join(sorted(file)) or "nothing"
             raise InputError(f"{path}: no dataset {key!r}; the file holds {found}")
@@ -137,5 +137,5 @@ def save(path: str | os.PathLike[str], ds: Dataset, attrs: Mapping[str, Any]) ->
             file.attrs[name] = value
     with files.reported(f"make the folder {path.parent}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomic(path, content.getbuffer())
+    files.write_atomic(path, content.getvalue())
     return path

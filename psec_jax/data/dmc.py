@@ -2,13 +2,12 @@
 
 import os
 import re
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from psec_jax.data import dataset
+from psec_jax.data import dataset, npz
 from psec_jax.errors import InputError
 from psec_jax.types import Dataset
 
@@ -62,21 +61,7 @@ def _order(path: Path) -> list[tuple[int, int, str]]:
 
 
 def _read(path: Path) -> Dataset:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [key for key in KEYS if key not in file.files]
-            if missing:
-                raise InputError(
-                    f"{path}: no array {missing[0]!r}; the file holds "
-                    f"{', '.join(sorted(file.files)) or 'nothing'}"
-                )
-            arrays = {key: file[key] for key in KEYS}
-    except InputError:
-        raise
-    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: not a readable .npz episode ({error})") from error
+    arrays = npz.read(path, KEYS)
     lengths = {key: len(np.atleast_1d(array)) for key, array in arrays.items()}
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"{key} {n}" for key, n in lengths.items())

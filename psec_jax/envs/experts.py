@@ -1,6 +1,5 @@
 """Policies that need no JAX: the packaged experts, weaker forms of them, random."""
 
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from psec_jax import files
+from psec_jax.data import npz
 from psec_jax.errors import InputError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "experts"
@@ -87,13 +87,7 @@ def load_expert(path: str | Path, action_dim: int) -> Expert:
         fit one another.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: not a readable .npz file ({error})") from error
+    arrays = npz.read(path)
     count = 0
     while f"layer_{count}/kernel" in arrays:
         count += 1
@@ -102,7 +96,13 @@ def load_expert(path: str | Path, action_dim: int) -> Expert:
     missing = sorted({*needed, "obs_mean", "obs_std"} - arrays.keys())
     if missing:
         raise InputError(f"{path}: no {', '.join(missing)} in this expert file")
-    width = len(arrays["obs_mean"])
+    mean, std = arrays["obs_mean"], arrays["obs_std"]
+    if mean.ndim != 1 or std.shape != mean.shape or not (std > 0).all():
+        raise InputError(
+            f"{path}: obs_mean has shape {mean.shape} and obs_std has shape "
+            f"{std.shape}, expected one number for each coordinate, obs_std above 0"
+        )
+    width = len(mean)
     blocks = []
     for name in names:
         block = {
@@ -127,13 +127,7 @@ def load_expert(path: str | Path, action_dim: int) -> Expert:
             f"{path}: the head has {width} outputs, expected {action_dim} or "
             f"{2 * action_dim} for {action_dim} actions"
         )
-    return Expert(
-        tuple(blocks[:-1]),
-        blocks[-1],
-        arrays["obs_mean"],
-        arrays["obs_std"],
-        action_dim,
-    )
+    return Expert(tuple(blocks[:-1]), blocks[-1], mean, std, action_dim)
 
 
 def make_policy(
@@ -155,6 +149,8 @@ def make_policy(
     if not action_noise >= 0 or not np.isfinite(action_noise):
         raise InputError(f"action_noise is {action_noise}, expected 0 or more")
     if name == "random":
+        if action_noise:
+            raise InputError("the random policy takes no action noise")
         return lambda obs, generator: generator.uniform(-1, 1, action_dim).astype("f4")
     if name in PRESETS:
         path = expert_path(env_spec)
@@ -163,8 +159,8 @@ def make_policy(
         path, extra = Path(name), 0.0
     else:
         raise InputError(
-            f"unknown policy {name!r}; choose from {', '.join(sorted(PRESETS))}, random "
-            "or a path ending in .npz"
+            f"unknown policy {name!r}; choose from {', '.join(sorted(PRESETS))}, "
+            "random, or a path ending in .npz"
         )
     expert = load_expert(path, action_dim)
     if len(expert.obs_mean) != obs_dim:

@@ -1,0 +1,330 @@
+"""Environments, worker processes and packaged experts; simulators really run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_env import LIMIT, SPEC
+
+from psec_jax import envs
+from psec_jax.envs import experts
+from psec_jax.envs.base import ActionBox
+from psec_jax.envs.vector import VectorEnv
+from psec_jax.envs.workers import default_workers
+from psec_jax.errors import InputError
+
+WALKER = "dm_control:walker-walk"
+
+
+@pytest.fixture(autouse=True)
+def workers_find_tiny_env(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+
+def play(env, seed, steps=30):
+    """Observations and rewards of random actions."""
+    generator = np.random.default_rng(0)
+    obs, rewards = [env.reset(seed)], []
+    for _ in range(steps):
+        step = env.step(generator.uniform(-1, 1, env.action_dim).astype(np.float32))
+        obs.append(step.obs)
+        rewards.append(step.reward)
+    return np.array(obs), np.array(rewards)
+
+
+@pytest.mark.parametrize(
+    ("spec", "sizes"),
+    [
+        (WALKER, (24, 6, 1000)),
+        ("dm_control:ball_in_cup-catch", (8, 2, 1000)),
+        ("dm_control:lqr-lqr_2_1", None),  # draws its model when it is built
+        ("gymnasium:Swimmer-v5", (8, 2, 1000)),
+    ],
+)
+def test_reset_repeats_the_episode_of_a_fresh_environment(spec, sizes):
+    if spec.startswith("dm_control:lqr"):
+        sizes = (4, 1, envs.make(spec).max_steps)
+    used = envs.make(spec)
+    assert isinstance(used, envs.Env)
+    assert (used.obs_dim, used.action_dim, used.max_steps) == sizes
+    assert used.spec == spec
+    first = play(used, seed=5)
+    other = play(used, seed=6)
+    again = play(used, seed=5)
+    fresh = envs.make(spec)
+    assert first[0].dtype == np.float32
+    for got in (again, play(fresh, seed=5)):
+        np.testing.assert_array_equal(got[0], first[0])
+        np.testing.assert_array_equal(got[1], first[1])
+    assert not np.array_equal(first[0], other[0])
+    used.close()
+    fresh.close()
+
+
+def test_dm_control_agrees_with_the_suite():
+    from dm_control import suite
+
+    raw = suite.load("walker", "walk", task_kwargs={"random": 11})
+    expected = np.concatenate([np.ravel(v) for v in raw.reset().observation.values()])
+    env = envs.make(WALKER)
+    np.testing.assert_array_equal(env.reset(11), expected.astype(np.float32))
+    action = np.linspace(-1, 1, 6, dtype=np.float32)
+    for _ in range(10):
+        result, step = raw.step(action.astype(np.float64)), env.step(action)
+    expected = np.concatenate([np.ravel(v) for v in result.observation.values()])
+    np.testing.assert_array_equal(step.obs, expected.astype(np.float32))
+    assert step.reward == result.reward
+    assert (step.cost, step.terminal, step.timeout) == (0.0, False, False)
+
+
+def test_dm_control_episode_is_cut_at_the_limit():
+    env = envs.make(WALKER)
+    env.reset(0)
+    for t in range(env.max_steps):
+        step = env.step(np.zeros(6))
+        assert step.timeout == (t == 999) and not step.terminal
+
+
+def test_gymnasium_rescales_actions_and_reads_costs():
+    env = envs.make(SPEC)
+    assert (env.obs_dim, env.action_dim, env.max_steps) == (2, 2, LIMIT)
+    seed = next(s for s in range(50) if env.reset(s)[0] <= 0.5)
+    env.reset(seed)
+    steps = [env.step(np.array([0.5, -1.0])) for _ in range(LIMIT)]
+    assert steps[0].reward == pytest.approx((3 - 1) / 2)
+    assert steps[0].cost == 2.0
+    assert [s.timeout for s in steps] == [False] * 5 + [True]
+    assert not any(s.terminal for s in steps)
+    seed = next(s for s in range(50) if env.reset(s)[0] > 0.5)
+    env.reset(seed)
+    steps = [env.step(np.zeros(2)) for _ in range(3)]
+    assert [s.terminal for s in steps] == [False, False, True]
+    assert not any(s.timeout for s in steps)
+
+
+def test_action_box():
+    same = ActionBox(-np.ones(2), np.ones(2))
+    action = np.array([0.1, -0.7], np.float32)
+    np.testing.assert_array_equal(same(action), action.astype(np.float64))
+    box = ActionBox(np.array([0.0, -2.0]), np.array([4.0, 6.0]))
+    np.testing.assert_allclose(box(np.array([[-1, 1], [0, 0]])), [[0, 6], [2, 2]])
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("walker-walk", "expected PREFIX:NAME"),
+        ("brax:ant", "unknown environment prefix 'brax'; choose from dm_control"),
+        ("dm_control:wolker-walk", "unknown domain 'wolker'; choose from acrobot"),
+        ("dm_control:walker-fly", "unknown task 'fly' of walker; choose from walker-r"),
+        ("dm_control:walker", "unknown task '' of walker"),
+        ("gymnasium:Swimmer-v99", "gymnasium:Swimmer-v99: Environment version"),
+        ("gymnasium:Nothing-v0", "`Nothing` doesn't exist"),
+        ("gymnasium:no_such_package:Nothing-v0", "no_such_package"),
+        ("gymnasium:CartPole-v1", "expected a bounded Box"),
+        ("gymnasium:tiny_env:Endless-v0", "no time limit"),
+    ],
+)
+def test_unknown_environments(spec, message):
+    with pytest.raises(InputError, match=message) as told:
+        envs.make(spec)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "missing"),
+    [("gymnasium:Swimmer-v5", "gymnasium"), (WALKER, "dm_control")],
+)
+def test_missing_package_names_the_extra(spec, missing, monkeypatch):
+    for name in list(sys.modules):
+        if name.split(".")[0] == missing:
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(InputError, match=rf"pip install 'psec_jax\[{missing}\]'"):
+        envs.make(spec)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_vector_env_equals_single_environments(workers):
+    generator = np.random.default_rng(1)
+    seeds = [4, 9, 2]
+    singles = [envs.make(WALKER) for _ in seeds]
+    with VectorEnv(WALKER, 3, workers) as vector:
+        assert (vector.obs_dim, vector.action_dim, vector.max_steps) == (24, 6, 1000)
+        obs = vector.reset([2, 0, 1], [seeds[i] for i in (2, 0, 1)])
+        expected = [singles[i].reset(seeds[i]) for i in (2, 0, 1)]
+        np.testing.assert_array_equal(obs, expected)
+        for indices in ([0, 1, 2], [2, 1], [1], [0, 2]):
+            actions = generator.uniform(-1, 1, (len(indices), 6)).astype(np.float32)
+            step = vector.step(indices, actions)
+            pairs = zip(indices, actions, strict=True)
+            expected = [singles[i].step(a) for i, a in pairs]
+            for got, values in zip(step, zip(*expected, strict=True), strict=True):
+                np.testing.assert_array_equal(got, np.array(values))
+
+
+def test_vector_env_refuses():
+    for arguments in ((SPEC, 0), (SPEC, 2, 0)):
+        with pytest.raises(InputError, match="expected 1 or more"):
+            VectorEnv(*arguments)
+    with pytest.raises(InputError, match="unknown domain 'wolker'"):
+        VectorEnv("dm_control:wolker-walk", 2)
+    with VectorEnv(SPEC, 2, 1) as vector:
+        with pytest.raises(IndexError, match="expected 0 to 1"):
+            vector.reset([2], [0])
+        with pytest.raises(ValueError, match=r"expected \(1, 2\)"):
+            vector.step([0], np.zeros((1, 3)))
+    with pytest.raises(RuntimeError, match="closed"):
+        vector.reset([0], [0])
+    vector.close()
+
+
+def test_dead_worker_is_named(monkeypatch):
+    monkeypatch.setenv("TINY_DIES", "1")
+    with VectorEnv(SPEC, 2, 2) as vector:
+        vector.reset([0, 1], [0, 0])
+        actions = np.zeros((2, 2))
+        actions[1] = 1
+        named = r"environment worker 2 of 2 .* died \(exit status 7\)"
+        for _ in range(2):  # and it stays so
+            with pytest.raises(RuntimeError, match=named):
+                vector.step([0, 1], actions)
+                vector.step([1], actions[1:])
+
+
+def test_workers_never_run_the_main_module_again(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "print('main runs')\n"
+        "from psec_jax.envs.vector import VectorEnv\n"
+        f"with VectorEnv({SPEC!r}, 2, 2) as vector:\n"
+        "    print(vector.reset([0, 1], [3, 4]).shape)\n"
+    )
+    root, tests = Path(__file__).parents[1], Path(__file__).parent
+    env = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{tests}"}
+    run = subprocess.run(
+        [sys.executable, "-W", "error", script], env=env, capture_output=True, text=True
+    )
+    assert (run.stdout, run.stderr) == ("main runs\n(2, 2)\n", "")
+
+
+def test_default_workers():
+    assert default_workers(1) == 1
+    assert 1 <= default_workers(10_000) <= (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize(("task", "least"), [("stand", 850), ("walk", 850)])
+def test_packaged_experts_do_their_task(task, least):
+    spec = f"dm_control:walker-{task}"
+    env = envs.make(spec)
+    policy = experts.make_policy("expert", spec, 24, 6)
+    obs, total = env.reset(0), 0.0
+    for _ in range(env.max_steps):
+        step = env.step(policy(obs, np.random.default_rng(0)))
+        obs, total = step.obs, total + step.reward
+    assert total > least
+
+
+def test_cards_say_where_experts_come_from():
+    cards = experts.cards()
+    assert sorted(cards) == [f"dm_control:walker-{t}" for t in ("run", "stand", "walk")]
+    for spec, card in cards.items():
+        needed = {"source", "algorithm", "steps", "returns", "licence", "medium"}
+        assert needed <= card.keys()
+        assert card["medium"]["returns"]["mean"] < 0.7 * card["returns"]["mean"]
+        assert experts.expert_path(spec).is_file()
+        json.dumps(card, allow_nan=False)
+
+
+def tiny_expert(path, norm=True, **replaced):
+    generator = np.random.default_rng(0)
+    arrays = {
+        "layer_0/kernel": generator.normal(size=(3, 5)),
+        "layer_0/bias": generator.normal(size=5),
+        "head/kernel": generator.normal(size=(5, 2)),
+        "head/bias": np.zeros(2),
+        "obs_mean": np.ones(3),
+        "obs_std": np.full(3, 2.0),
+    }
+    if norm:
+        arrays |= {"layer_0/norm_scale": np.ones(5), "layer_0/norm_bias": np.zeros(5)}
+    arrays |= replaced
+    arrays = {k: np.asarray(v, np.float32) for k, v in arrays.items() if v is not None}
+    np.savez(path, **arrays)
+    return arrays
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_expert_follows_its_formula(tmp_path, norm):
+    w = tiny_expert(tmp_path / "e.npz", norm)
+    obs = np.random.default_rng(1).normal(size=(4, 3)).astype(np.float32) * 50
+    x = np.clip((obs - 1) / 2, -10, 10) @ w["layer_0/kernel"] + w["layer_0/bias"]
+    if norm:
+        centred = x - x.mean(1, keepdims=True)
+        x = centred / np.sqrt(x.var(1, keepdims=True) + 1e-5)
+    expected = np.tanh(np.maximum(x, 0) @ w["head/kernel"])
+    expert = experts.load_expert(tmp_path / "e.npz", 2)
+    np.testing.assert_allclose(expert(obs), expected, rtol=1e-4, atol=1e-5)
+    assert expert(obs[0]).shape == (2,) and expert(obs).dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("replaced", "message"),
+    [
+        ({"head/bias": None}, "no head/bias"),
+        ({"obs_std": None}, "no obs_std"),
+        ({"obs_std": np.ones(4)}, r"obs_std has shape \(4,\)"),
+        ({"obs_std": np.zeros(3)}, "obs_std .* above 0"),
+        ({"layer_0/bias": np.ones(4)}, r"layer_0/bias has shape \(4,\)"),
+        ({"head/kernel": np.ones((4, 2))}, r"head/kernel has shape \(4, 2\)"),
+        ({"layer_0/kernel": np.full((3, 5), np.nan)}, "layer_0/kernel"),
+        ({"layer_0/norm_bias": None}, "one of norm_scale and norm_bias"),
+        (
+            {"head/kernel": np.ones((5, 3)), "head/bias": np.ones(3)},
+            "head has 3 outputs, expected 2 or 4",
+        ),
+    ],
+)
+def test_bad_expert_files(tmp_path, replaced, message):
+    tiny_expert(tmp_path / "e.npz", **replaced)
+    with pytest.raises(InputError, match=message):
+        experts.load_expert(tmp_path / "e.npz", 2)
+
+
+def test_policies_by_name(tmp_path):
+    tiny_expert(tmp_path / "e.npz")
+    path = str(tmp_path / "e.npz")
+    obs = np.zeros(3, np.float32)
+    still = experts.make_policy(path, SPEC, 3, 2)
+    noisy = experts.make_policy(path, SPEC, 3, 2, action_noise=5.0)
+    uniform = experts.make_policy("random", SPEC, 3, 2)
+    one, two = (np.random.default_rng(s) for s in (0, 1))
+    np.testing.assert_array_equal(still(obs, one), still(obs, two))
+    for policy in (noisy, uniform):
+        drawn = np.array([policy(obs, one) for _ in range(200)])
+        assert drawn.dtype == np.float32
+        assert np.abs(drawn).max() <= 1 and drawn.std() > 0.4
+    walker = np.zeros(24, np.float32)
+    medium = experts.make_policy("medium", WALKER, 24, 6)
+    assert not np.array_equal(medium(walker, one), medium(walker, one))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("expert", SPEC, 2, 2), "no packaged expert for .*; there is one for dm_con"),
+        (("best", WALKER, 24, 6), "unknown policy 'best'; choose from expert, medium"),
+        (("none.npz", WALKER, 24, 6), "none.npz: no such file"),
+        (("expert", WALKER, 24, 6, -1.0), "action_noise is -1.0"),
+        (("expert", WALKER, 24, 6, float("nan")), "action_noise is nan"),
+        (("random", WALKER, 24, 6, 0.5), "takes no action noise"),
+        (("expert", WALKER, 23, 6), "observations of size 24, .* has 23"),
+    ],
+)
+def test_bad_policies(arguments, message):
+    with pytest.raises(InputError, match=message):
+        experts.make_policy(*arguments)

@@ -1,0 +1,44 @@
+"""A Gymnasium environment with hand-checkable numbers, registered on import.
+
+Worker processes import it by the name `tiny_env:Tiny-v0`.
+"""
+
+import os
+
+import gymnasium
+import numpy as np
+
+LIMIT = 6
+SPEC = "gymnasium:tiny_env:Tiny-v0"
+
+
+class Tiny(gymnasium.Env):
+    """obs = (start, steps so far); reward = mean of the raw action; cost = 2 a step.
+
+    Starts above 0.5 truly end after 3 steps, the others are cut after LIMIT. A raw
+    action of exactly 4 on a machine told so kills the process.
+    """
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = gymnasium.spaces.Box(
+        np.array([0, -1], np.float32), np.array([4, 1], np.float32)
+    )
+
+    def _obs(self):
+        return np.array([self.start, self.count], np.float64)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.start, self.count = self.np_random.uniform(), 0
+        return self._obs(), {}
+
+    def step(self, action):
+        if action[0] == 4 and "TINY_DIES" in os.environ:
+            os._exit(7)
+        self.count += 1
+        terminal = self.start > 0.5 and self.count == 3
+        return self._obs(), float(np.mean(action)), terminal, False, {"cost": 2.0}
+
+
+gymnasium.register("Tiny-v0", Tiny, max_episode_steps=LIMIT)
+gymnasium.register("Endless-v0", Tiny)
