@@ -3,15 +3,15 @@
     python -m experiments.benchmark
     python -m experiments.benchmark --quick --only=matmul,train
 
-Measures the rate of matrix products, training steps of every stage, start-up and memory,
-the cost of composing skills, the latency of an action, evaluation and bfloat16, prints a
-table and saves it as JSON. A full run takes about six minutes of two CPU cores; let
-nothing else run beside it. --quick repeats less and starts with fewer transitions: a
-check of the benchmark itself, not figures to quote.
+Measures start-up and memory, the rate of matrix products, training steps of every
+stage, the cost of composing skills, the latency of an action, evaluation, and bfloat16;
+prints a table and saves it as JSON. A full run takes some six minutes of two CPU cores,
+on which nothing else should run. --quick repeats less and starts with fewer
+transitions: it checks the benchmark, its figures are not to be quoted.
 
-Rates and ratios come from measurements taken in turns (A B A B ...), because the speed of
-a machine drifts: each figure is a median over the turns, each ratio a median of the
-ratios within a turn.
+Rates and ratios come from measurements taken in turns (A B A B ...), because the speed
+of a machine drifts: a figure is the median over the turns, a ratio the median of the
+ratios within each turn.
 """
 
 import dataclasses
@@ -340,7 +340,7 @@ def make_stages(sizes: Sizes, batch: int) -> dict[str, Stage]:
             diffusion,
             batch_size=batch,
         )
-        made["base" if dtype == "float32" else "base, bf16 products"] = Stage(
+        made["base" if dtype == "float32" else "base (bf16)"] = Stage(
             functools.partial(pretrain_agent.update, agent),
             pretrain_agent.init(agent, key, OBS_DIM, ACTION_DIM),
             TrainData(obs, action),
@@ -446,11 +446,14 @@ def write_transitions(path: str, count: int) -> None:
     )
 
 
-def start_up(folder: str, batch: int, steps: int, started: float) -> dict[str, float]:
+def start_up(
+    folder: str, network: dict[str, Any], batch: int, steps: int, started: float
+) -> dict[str, float]:
     """Pretrain on the file in a folder, as `launch.pretrain` does.
 
     Args:
       folder: holds "demos.hdf5"; the run goes there too.
+      network: fields of the config's network.
       batch: batch size.
       steps: gradient steps.
       started: `time.time()` just before this process was started.
@@ -462,6 +465,7 @@ def start_up(folder: str, batch: int, steps: int, started: float) -> dict[str, f
     """
     imported = time.time() - started
     config = get_config("paper")
+    config.network.update(network)
     config.base.update({"episodes": 0, "steps": steps, "batch_size": batch})
     config.run.progress = False
     result = stages.pretrain(
@@ -488,7 +492,9 @@ def startup(sizes: Sizes) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="psec_benchmark_") as folder:
         _fresh("write_transitions", f"{folder}/demos.hdf5", sizes.transitions)
         batch, steps = max(sizes.batches), sizes.start_steps
-        got = _fresh("start_up", folder, batch, steps, time.time())
+        network = dataclasses.asdict(sizes.network)
+        del network["dropout"]  # the stage's own
+        got = _fresh("start_up", folder, network, batch, steps, time.time())
     label = f"{sizes.transitions} transitions"
     return [
         make_row("startup", "imports", [got["imported"]], "s"),
@@ -732,10 +738,10 @@ def table(rows: Sequence[Row]) -> str:
     lines = [rows[0].group]
     for row in rows:
         spread = f"{_number(row.low)}-{_number(row.high)}"
-        text = f"  {row.name:<47}{_number(row.value):>8} {row.unit:<8}"
-        text += "" if row.low == row.high else f"{spread:<12}"
+        text = f"  {row.name:<46} {_number(row.value):>6} {row.unit:<8}"
+        text += "" if row.low == row.high else spread
         if row.target:
-            text = f"{text:<76}{row.target} {'met' if row.met else 'NOT MET'}"
+            text = f"{text:<75} {row.target} {'met' if row.met else 'NOT MET'}"
         lines.append(text.rstrip())
     return "\n".join(lines)
 
@@ -788,8 +794,8 @@ if __name__ == "__main__":
         "out": flags.DEFINE_string(
             "out",
             None,
-            f"JSON file; default {OUT} for a full run, none for a quick or partial one, "
-            "which would overwrite it.",
+            f"JSON file; default {OUT} for a full run, none for a quick or partial "
+            "one, which would overwrite it.",
         ),
         "quick": flags.DEFINE_bool(
             "quick", False, "Few repeats: a check, not figures to quote."

@@ -467,8 +467,8 @@ FIGURES = {
             methods=table2.METHODS,
             paper=table2.PAPER,
             title="Walker: composed skills from 10 demonstrations each",
-            note=f"{INTERVALS}; dots: seeds; hatched: fixed weights, dotted: learned "
-            "support;",
+            note=f"S, W, R: stand, walk, run. {INTERVALS}; dots: seeds; hatched: fixed "
+            "weights, dotted: learned support;",
         ),
     ),
     "sample_efficiency": Spec(

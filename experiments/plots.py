@@ -24,14 +24,14 @@ from psec_jax.files import reported, write_atomic
 
 Raws = Sequence[Mapping[str, Any]]
 
-BLACK, GREY = "#000000", "#8C8C8C"
+BLACK, DARK, LIGHT = "#000000", "#707070", "#B8B8B8"
 ORANGE, SKY, GREEN = "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 
 # Of a method and of its forms: "PSEC fixed" is drawn as PSEC with a hatch.
 STYLES = {
-    "Base": (GREY, "X"),
-    "Scratch": (BLACK, "s"),
+    "Base": (LIGHT, "X"),
+    "Scratch": (DARK, "s"),
     "ASEC": (ORANGE, "v"),
     "NSEC": (SKY, "^"),
     "PSEC (MLP)": (PURPLE, "P"),
@@ -43,7 +43,7 @@ STYLES = {
     "walk skill": (BLUE, "o"),
     "run skill": (VERMILION, "D"),
 }
-TASKS = {"stand": (GREY, "X"), "walk": (BLUE, "o"), "run": (VERMILION, "D")}
+TASKS = {"stand": (DARK, "X"), "walk": (BLUE, "o"), "run": (VERMILION, "D")}
 FORMS = {" fixed": "////", " (learned)": "...."}
 RETURN = "return of an episode (0 to 1000)"
 
@@ -208,7 +208,7 @@ def groups(
                 middle = np.mean(places[-len(shown) :])
                 axes.text(middle, 1055, group, ha="center", fontweight="bold")
             x += 0.6
-        axes.set_xticks(places, names)
+        axes.set_xticks(places, names, fontsize=8)
         axes.set_ylim(0, 1030)
         axes.set_ylabel(RETURN)
         axes.grid(axis="x", visible=False)
@@ -295,7 +295,7 @@ def lines(
 def _level(axes: Axes, method: str, cell: Mapping[str, Any]) -> None:
     colour, _, _ = style(method)
     axes.axhline(cell["mean"], color=colour, ls="--", lw=1.2, label=method)
-    axes.axhspan(cell["low"], cell["high"], color=colour, alpha=0.15, lw=0)
+    axes.axhspan(cell["low"], cell["high"], color=colour, alpha=0.25, lw=0)
 
 
 def _curve(

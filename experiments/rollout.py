@@ -19,9 +19,11 @@ screen MuJoCo draws through EGL or OSMesa (`MUJOCO_GL`); where neither works onl
 .npz is written.
 """
 
+import contextlib
 import importlib.util
 import io
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -247,20 +249,27 @@ def _frames(
 
 
 def _write_mp4(path: Path, fps: float, images: Iterator[np.ndarray]) -> None:
-    import imageio.v2 as imageio
+    import imageio_ffmpeg
 
-    # Else imageio runs Python between fork and exec, which JAX's threads may deadlock.
-    os.environ["IMAGEIO_FFMPEG_NO_PREVENT_SIGINT"] = "1"
-    try:
-        with imageio.get_writer(
-            path, format="FFMPEG", fps=fps, codec="libx264", ffmpeg_log_level="quiet"
-        ) as writer:
+    # imageio's own writer does not see that ffmpeg failed, as on a full disk.
+    size = f"{WIDTH}x{FRAME_HEIGHT + PANEL_HEIGHT}"
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(fps)]
+    target = ["-c:v", "libx264", "-pix_fmt", "yuv420p", str(path)]
+    program = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error"]
+    with subprocess.Popen(
+        [*program, *source, "-i", "-", *target],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+    ) as encoder:
+        # Its own words follow on stderr where it ends early.
+        with contextlib.suppress(BrokenPipeError), encoder.stdin:
             for image in images:
-                writer.append_data(image)
-    except OSError as error:  # its text is a whole command line
-        raise InputError(
-            f"cannot write {path}: ffmpeg stopped; is the disk full?"
-        ) from error
+                encoder.stdin.write(image.tobytes())
+        told = encoder.stderr.read().decode(errors="replace").strip().splitlines()
+    if encoder.returncode:
+        reason = told[-1] if told else f"exit status {encoder.returncode}"
+        raise InputError(f"cannot write {path}: ffmpeg: {reason}")
 
 
 def _write_gif(path: Path, fps: float, images: Iterator[np.ndarray]) -> None:

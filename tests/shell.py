@@ -36,6 +36,8 @@ def call(module: str, *arguments: object) -> Answer:
         stack.enter_context(warnings.catch_warnings())
         # Of runpy, where a module was imported before it runs as a command.
         warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
+        # Of ml_collections, where it reads a config file.
+        warnings.filterwarnings("ignore", ".*load_module", DeprecationWarning)
         try:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         except SystemExit as end:

@@ -1,5 +1,6 @@
 """Gymnasium environments with a flat observation and a bounded continuous action."""
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -113,7 +114,10 @@ def make(name: str) -> GymnasiumEnv:
             f"{spec}: {error.name} is not installed; pip install 'psec_jax[gymnasium]'"
         ) from error
     try:
-        registered = gymnasium.spec(name)
+        package, _, registered_name = name.rpartition(":")
+        if package:  # registers its environments when it is imported
+            importlib.import_module(package)
+        registered = gymnasium.spec(registered_name)
         if "mujoco" in str(registered.entry_point):
             gl.import_simulator("mujoco")
         options: dict[str, Any] = {"disable_env_checker": True}

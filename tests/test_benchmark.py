@@ -1,0 +1,130 @@
+"""The benchmark: every group at a tiny size, the table, the JSON, the targets."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import benchmark
+from psec_jax.errors import InputError
+from psec_jax.files import read_json, write_json
+from psec_jax.networks.denoiser import NetworkConfig
+
+TINY = benchmark.Sizes(
+    repeats=2,
+    seconds=0,
+    latency_repeats=2,
+    matmul=8,
+    batches=(4,),
+    skills=(1, 2),
+    transitions=2000,
+    start_steps=2,
+    rows=8,
+    episodes=2,
+    evaluation_repeats=1,
+    env="gymnasium:Pendulum-v1",
+    network=NetworkConfig(
+        width=8, blocks=1, expansion=1, time_features=4, time_width=8
+    ),
+)
+VERSIONS = {"cpu": "a", "cores": 2, "device": "b", "jax": "c", "commit": "d"}
+
+
+@pytest.fixture(scope="module")
+def measured():
+    lines = []
+    return benchmark.measure(TINY, show=lines.append), "\n".join(lines)
+
+
+def without_numbers(name):
+    return re.sub(r"\d+", "#", name)
+
+
+def test_every_group_gives_figures(measured):
+    result, text = measured
+    assert {row["group"] for row in result["rows"]} == set(benchmark.GROUPS)
+    for row in result["rows"]:
+        assert 0 < row["low"] <= row["value"] <= row["high"] < np.inf, row
+        assert row["name"] in text
+    assert f"commit {result['commit']}" in text
+
+
+def test_every_target_is_of_a_figure(measured):
+    rows, _ = measured
+    names = {(r["group"], without_numbers(r["name"])) for r in rows["rows"]}
+    for group, name in benchmark.TARGETS:
+        assert (group, without_numbers(name)) in names
+
+
+def test_json(measured, tmp_path):
+    result, _ = measured
+    write_json(tmp_path / "benchmark.json", result)
+    saved = read_json(tmp_path / "benchmark.json")
+    assert saved == json.loads(json.dumps(result))
+    assert {"rows", "sizes", "flop", "commit", "versions", "cpu_flags"} <= set(saved)
+    assert saved["versions"]["cores"] >= 1
+
+
+def test_groups_run_in_their_order_and_unknown_ones_are_refused(monkeypatch):
+    order = []
+
+    def group(name):
+        def measure(sizes):
+            order.append(name)
+            return [benchmark.make_row(name, "x", [1.0], "s")]
+
+        return measure
+
+    monkeypatch.setattr(
+        benchmark, "GROUPS", {name: group(name) for name in ("startup", "train")}
+    )
+    benchmark.measure(TINY, ["train", "startup"], show=str)
+    assert order == ["startup", "train"]
+    with pytest.raises(InputError, match=r"unknown group 'speed'.*startup"):
+        benchmark.measure(TINY, ["speed"], show=str)
+
+
+def test_measurements_are_made_in_turns():
+    order = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "AB"}
+    times = benchmark.interleave(calls, repeats=3, seconds=0)
+    assert order == list("AABB") + list("AB") * 3  # compiled, calibrated, then in turns
+    assert [len(seconds) for seconds in times.values()] == [3, 3]
+
+
+def test_rows_are_judged_by_the_median():
+    name = "K = 16, batch 2048: cost over the base"
+    row = benchmark.make_row("skills", name, [1.7, 1.9, 9.0], "x")
+    assert (row.value, row.target, row.met) == (1.9, "<= 2", True)
+    missed = benchmark.make_row("skills", name, [1.7, 2.1, 9.0], "x")
+    assert not missed.met
+    assert "<= 2 met" in benchmark.table([row])
+    assert "<= 2 NOT MET" in benchmark.table([missed])
+    text = benchmark.summary([row, missed], load=3.0, found=VERSIONS)
+    assert "1 of 2 met" in text and "not met: K = 16" in text and "busy" in text
+    other = benchmark.make_row("skills", "K = 17", [1.0], "x")
+    assert other.target is None and other.met is None
+
+
+@pytest.mark.parametrize("flags", [(), ("avx2", "amx_bf16")])
+def test_bfloat16_is_judged_with_amx_only(flags, monkeypatch):
+    monkeypatch.setattr(benchmark, "cpu_flags", lambda: flags)
+    name = "sampling, batch 2048: speed over f32"
+    row = benchmark.make_row("bfloat16", name, [2.5], "x")
+    assert row.met is (True if flags else None)
+    text = benchmark.summary([row], load=0.0, found=VERSIONS)
+    assert ("not judged" in text) != bool(flags)
+
+
+def test_flop_count_is_that_of_the_compiled_products():
+    # Wide enough that products outweigh everything elementwise.
+    sizes = dataclasses.replace(TINY, rows=64, network=NetworkConfig(dropout=0.0))
+    for stage in benchmark.make_stages(sizes, 64).values():
+        lowered = jax.jit(stage.update).lower(
+            stage.state, stage.data, jax.random.key(0)
+        )
+        counted = lowered.cost_analysis()["flops"] / 64
+        assert stage.flop_per_example == pytest.approx(counted, rel=0.2)

@@ -1,0 +1,133 @@
+"""Batched rollouts: what they count, and that batching changes nothing."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_env import LIMIT, SPEC
+
+from psec_jax import envs, evaluation
+from psec_jax.data import dataset
+from psec_jax.envs.vector import VectorEnv
+from psec_jax.errors import InputError
+from psec_jax.evaluation import episode_seeds, evaluate
+
+EPISODES = 7
+
+
+@pytest.fixture(autouse=True)
+def workers_find_tiny_env(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+
+@jax.jit
+def noisy(keys, obs):
+    """Depends on the key and, elementwise, on the observation."""
+    noise = jax.vmap(lambda key: jax.random.uniform(key, (2,), minval=-1.0))(keys)
+    return 0.5 * noise + 0.25 * jnp.tanh(obs)
+
+
+@pytest.fixture(scope="module")
+def one_by_one():
+    """The same episodes, played plainly."""
+    env, key = envs.make(SPEC), jax.random.key(3)
+    result = []
+    for e, seed in enumerate(episode_seeds(3, EPISODES)):
+        obs, rewards, ended = env.reset(int(seed)), [], False
+        while not ended:
+            step_key = jax.random.fold_in(jax.random.fold_in(key, e), len(rewards))
+            action = np.asarray(noisy(step_key[None], obs[None]))[0]
+            step = env.step(action)
+            obs, ended = step.obs, step.terminal or step.timeout
+            rewards.append(step.reward)
+        result.append(rewards)
+    return result
+
+
+@pytest.mark.parametrize(("width", "workers"), [(None, 2), (3, 1), (3, 2), (9, 2)])
+def test_batching_changes_nothing(one_by_one, width, workers):
+    if width is None:
+        episodes = evaluate(noisy, SPEC, EPISODES, 3, workers)
+    else:
+        with VectorEnv(SPEC, width, workers) as vector:
+            episodes = evaluate(noisy, SPEC, EPISODES, 3, vector_env=vector)
+    lengths = [len(rewards) for rewards in one_by_one]
+    assert {3, LIMIT} == set(lengths)
+    np.testing.assert_array_equal(episodes.lengths, lengths)
+    np.testing.assert_array_equal(episodes.costs, 2.0 * np.array(lengths))
+    np.testing.assert_array_equal(episodes.seeds, episode_seeds(3, EPISODES))
+    expected = [sum(rewards) for rewards in one_by_one]
+    np.testing.assert_allclose(episodes.returns, expected, rtol=1e-6)
+
+
+def test_more_episodes_keep_the_first_ones():
+    few = evaluate(noisy, SPEC, 2, 3, workers=1)
+    np.testing.assert_array_equal(few.seeds, episode_seeds(3, EPISODES)[:2])
+    assert not np.intersect1d(few.seeds, evaluate(noisy, SPEC, 2, 4, 1).seeds).size
+
+
+def test_record_gives_every_transition():
+    with VectorEnv(SPEC, 2, 1) as vector:
+        plain = evaluate(noisy, SPEC, 5, 3, vector_env=vector)
+        result = evaluate(noisy, SPEC, 5, 3, vector_env=vector, record=True)
+    episodes, ds, slices = result
+    for got, expected in zip(episodes, plain, strict=True):
+        np.testing.assert_array_equal(got, expected)
+    dataset.check(ds, "record")
+    assert [s.stop - s.start for s in slices] == list(episodes.lengths)
+    np.testing.assert_allclose(dataset.episode_returns(ds), episodes.returns, rtol=1e-6)
+    np.testing.assert_array_equal(dataset.episode_costs(ds), episodes.costs)
+    for rows in slices:
+        np.testing.assert_array_equal(ds.obs[rows][1:], ds.next_obs[rows][:-1])
+        np.testing.assert_array_equal(ds.obs[rows][:, 1], np.arange(len(ds.obs[rows])))
+
+
+def test_actions_are_clipped_and_the_batch_keeps_its_shape():
+    shapes = set()
+
+    def wild(keys, obs):
+        shapes.add((keys.shape, obs.shape))
+        return np.full((len(obs), 2), 50.0)
+
+    with VectorEnv(SPEC, 3, 1) as vector:
+        episodes = evaluate(wild, SPEC, 4, 0, vector_env=vector)
+    assert shapes == {((3,), (3, 2))}
+    np.testing.assert_allclose(episodes.returns, 2.5 * episodes.lengths)
+
+
+def test_large_seeds():
+    assert len(evaluate(noisy, SPEC, 1, 2**32 - 1, workers=1).returns) == 1
+
+
+def test_refusals():
+    for episodes in (0, -1):
+        with pytest.raises(InputError, match=f"episodes is {episodes}, expected 1"):
+            evaluate(noisy, SPEC, episodes, 0)
+    for seed in (-1, 2**32):
+        with pytest.raises(InputError, match=f"seed is {seed}"):
+            evaluate(noisy, SPEC, 1, seed)
+    with pytest.raises(InputError, match="unknown environment prefix"):
+        evaluate(noisy, "tiny:Tiny", 1, 0)
+    with VectorEnv(SPEC, 2, 1) as vector:
+        with pytest.raises(InputError, match="expected dm_control:walker-walk"):
+            evaluate(noisy, "dm_control:walker-walk", 1, 0, vector_env=vector)
+        with pytest.raises(ValueError, match=r"actions \(2, 3\), .* expects \(2, 2\)"):
+            evaluate(lambda k, o: np.zeros((2, 3)), SPEC, 1, 0, vector_env=vector)
+        with pytest.raises(FloatingPointError, match="step 0 of episode 0"):
+            evaluate(lambda k, o: o * np.nan, SPEC, 2, 0, vector_env=vector)
+
+
+def test_width_is_bounded(monkeypatch):
+    made = []
+
+    class Watched(VectorEnv):
+        def __init__(self, spec, num_envs, workers=None):
+            made.append(num_envs)
+            super().__init__(spec, num_envs, workers)
+
+    monkeypatch.setattr(evaluation, "VectorEnv", Watched)
+    monkeypatch.setattr(evaluation, "MAX_WIDTH", 2)
+    assert len(evaluate(noisy, SPEC, 3, 0, workers=1).returns) == 3
+    assert made == [2]
