@@ -416,13 +416,12 @@ def _fresh(function: str, *args: Any) -> Any:
         "import json, sys; from experiments import benchmark; "
         f"print(json.dumps(benchmark.{function}(*json.loads(sys.argv[1]))))"
     )
+    command = [sys.executable, "-c", code, json.dumps(args)]
     done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(args)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
+        command, cwd=ROOT, capture_output=True, text=True, check=False
     )
+    if done.returncode:
+        raise RuntimeError(f"{function} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -467,7 +466,6 @@ def start_up(
     config = get_config("paper")
     config.network.update(network)
     config.base.update({"episodes": 0, "steps": steps, "batch_size": batch})
-    config.run.progress = False
     result = stages.pretrain(
         config,
         workdir=f"{folder}/run",

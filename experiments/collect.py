@@ -25,7 +25,7 @@ from absl import flags
 from psec_jax import envs
 from psec_jax.data import d4rl, dataset
 from psec_jax.data.paths import data_dir
-from psec_jax.envs.experts import expert_path, make_policy
+from psec_jax.envs.experts import PRESETS, cards, expert_path, make_policy
 from psec_jax.envs.workers import Worker, default_workers
 from psec_jax.errors import InputError
 from psec_jax.types import Dataset
@@ -106,14 +106,14 @@ def default_name(identity: dict[str, Any]) -> str:
 
 
 def _policy_hash(policy: str, env: str) -> str:
-    if policy == "random":
-        return ""
-    path = Path(policy) if policy.endswith(".npz") else None
-    if path is None and policy in ("expert", "medium"):
+    """Of the policy's file; empty where there is none, or where a worker refuses it."""
+    if policy.endswith(".npz"):
+        path = Path(policy)
+    elif policy in PRESETS and env in cards():
         path = expert_path(env)
-    if path is None or not path.is_file():
-        return ""  # refused by name where the policy is made
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    else:
+        return ""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def _check_same(path: Path, identity: dict[str, Any]) -> None:

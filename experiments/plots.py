@@ -266,7 +266,6 @@ def lines(
         figure, panels = _canvas(title, _caption(note, raws), (7.5, 4.6))
         axes = panels[0, 0]
         axes.set_xscale("log" if log else "linear")
-        axes.set_xmargin(0.07)
         if mark is not None:
             axes.axvline(mark[0], color="0.6", ls=":", lw=1.2)
             axes.text(mark[0], 1005, f" {mark[1]}", color="0.4", fontsize=8)
@@ -282,6 +281,8 @@ def lines(
         shown = ticks or {x: f"{x:g}" for x in measured}
         axes.set_xticks(list(shown), list(shown.values()))
         axes.minorticks_off()
+        seen = [*measured, *shown, *(x for m in drawn for x in paper.get(m, {}))]
+        _set_width(axes, min(seen), max(seen), log)
         axes.set_ylim(0, 1000)
         axes.set_xlabel(x_label)
         axes.set_ylabel(RETURN)
@@ -290,6 +291,16 @@ def lines(
             handles.append(_paper_mark())
         figure.legend(handles=handles, loc="outside right upper")
     return figure
+
+
+def _set_width(axes: Axes, first: float, last: float, log: bool) -> None:
+    """Room on both sides of the points, which are drawn a little aside."""
+    if log:
+        side = max(last / first, 2) ** 0.07
+        axes.set_xlim(first / side, last * side)
+    else:
+        side = 0.05 * max(last - first, 1)
+        axes.set_xlim(first - side, last + side)
 
 
 def _level(axes: Axes, method: str, cell: Mapping[str, Any]) -> None:
@@ -368,10 +379,11 @@ def traces(raws: Raws, order: Sequence[str], title: str, note: str) -> Figure:
     with matplotlib.rc_context(_RC):
         rows = -(-len(raws) // 2)
         figure, panels = _canvas(
-            title, _caption(note, raws), (9.5, 1.2 + 2.3 * rows), rows, 2
+            title, _caption(note, raws), (9.5, 1.4 + 2.2 * rows), rows, 2
         )
         for axes in panels.flat[len(raws) :]:
             axes.set_visible(False)
+        drawn = {}
         for axes, raw in zip(panels.flat, raws, strict=False):
             steps = np.arange(len(raw["reward"]))
             reward = axes.twinx()
@@ -389,7 +401,8 @@ def traces(raws: Raws, order: Sequence[str], title: str, note: str) -> Figure:
                 fontsize=10,
             )
             axes.set(xlabel="step of the episode", ylabel="alpha of a skill")
-            axes.legend(loc="upper left", ncols=2, fontsize=8)
+            drawn |= {line.get_label(): line for line in axes.get_lines()}
+        figure.legend(handles=list(drawn.values()), loc="outside upper right", ncols=2)
     return figure
 
 

@@ -251,7 +251,7 @@ def _frames(
 def _write_mp4(path: Path, fps: float, images: Iterator[np.ndarray]) -> None:
     import imageio_ffmpeg
 
-    # imageio's own writer does not see that ffmpeg failed, as on a full disk.
+    # Not imageio's writer: it does not see that ffmpeg failed, as on a full disk.
     size = f"{WIDTH}x{FRAME_HEIGHT + PANEL_HEIGHT}"
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(fps)]
     target = ["-c:v", "libx264", "-pix_fmt", "yuv420p", str(path)]
@@ -273,18 +273,20 @@ def _write_mp4(path: Path, fps: float, images: Iterator[np.ndarray]) -> None:
 
 
 def _write_gif(path: Path, fps: float, images: Iterator[np.ndarray]) -> None:
-    import imageio.v2 as imageio
+    from PIL import Image
 
-    with imageio.get_writer(path, format="GIF", duration=1000 / fps, loop=0) as writer:
-        for image in images:
-            writer.append_data(image)
+    first, *others = map(Image.fromarray, images)
+    content = io.BytesIO()
+    options = {"append_images": others, "duration": 1000 / fps, "loop": 0}
+    first.save(content, "GIF", save_all=True, **options)
+    path.write_bytes(content.getvalue())
 
 
 WRITERS: dict[str, Callable[[Path, float, Iterator[np.ndarray]], None]] = {
     ".mp4": _write_mp4,
     ".gif": _write_gif,
 }
-PACKAGES = ("imageio", "imageio_ffmpeg", "matplotlib", "PIL")
+PACKAGES = ("imageio_ffmpeg", "matplotlib", "PIL")
 
 
 def draw(

@@ -27,7 +27,7 @@ from psec_jax.data import dataset, normalise
 from psec_jax.diffusion import DiffusionConfig
 from psec_jax.errors import InputError, lookup
 from psec_jax.evaluation import Episodes, evaluate
-from psec_jax.gating import GateConfig, init_gate
+from psec_jax.gating import BOUNDED_HEADS, GateConfig, init_gate
 from psec_jax.library import SkillLibrary
 from psec_jax.lora import ADAPTERS
 from psec_jax.networks.denoiser import NetworkConfig
@@ -443,13 +443,14 @@ def fit_support(
     normaliser: Any,
 ) -> dict[str, Any]:
     """The support of each skill from its own demonstrations; see `psec_jax.support`."""
+    obs = [np.asarray(normaliser(d.dataset.obs)) for d in skill_demos]
     trajectories = [
-        [normaliser(d.dataset.obs[rows]) for rows in dataset.episode_slices(d.dataset)]
-        for d in skill_demos
+        [states[rows] for rows in dataset.episode_slices(d.dataset)]
+        for states, d in zip(obs, skill_demos, strict=True)
     ]
-    states = trajectories[0][0][:0]
+    states = obs[0][:0]
     if background is not None:
-        states = normaliser(background.dataset.obs)
+        states = np.asarray(normaliser(background.dataset.obs))
     fit = lookup(support.FITS, form, "gate.support")
     return fit(config, trajectories, states)
 
@@ -531,7 +532,7 @@ def compose(
         batch_size=stage.batch_size,
         compat=stage.compat,
     )
-    start = start_weights(stage.start, strength, base_member, alpha)
+    start = start_weights(stage.start, stage.head, strength, base_member, alpha)
     demos = load_demos(config, env, config.skill.episodes, data)
     check_fit(demos, policy)
     if data and evaluate_after:
@@ -623,6 +624,7 @@ def compose(
 
 def start_weights(
     start: str,
+    head: str,
     strength: jax.Array,
     base_member: bool,
     alpha: Sequence[float] | None = None,
@@ -632,13 +634,16 @@ def start_weights(
     "strength": at the parameter level the first skill at its training strength, the
     others at 0; at the noise and action levels weight 1 on the first skill, 0 on the
     base and the others. "zero": all 0, at the noise and action levels 1 on the base:
-    both mean the base alone.
+    both mean the base alone. Bounded heads take their largest values instead: every
+    skill's strength, or 1 for every member at the noise and action levels.
     """
     count = len(strength) + base_member
     if alpha is not None:
         if len(alpha) != count:
             raise InputError(f"alpha: got {len(alpha)} weights, expected {count}")
         return jnp.asarray(alpha, jnp.float32)
+    if head in BOUNDED_HEADS:
+        return jnp.ones(count) if base_member else strength
     starts = {
         "strength": (0.0, 1.0) if base_member else (strength[0],),
         "zero": (1.0,) if base_member else (0.0,),

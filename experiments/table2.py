@@ -307,8 +307,8 @@ def footnote(raws: Sequence[Mapping[str, Any]]) -> str:
     """What the numbers were measured with."""
     return (
         f"Mean return and 95 % bootstrap interval; {results.conditions(raws)} Falls: "
-        f"episodes below {results.FALL:.0f}. 10 demonstrations a skill. Paper: 5 seeds, "
-        "10 episodes. Rows Base, fixed and Support: see docs/methods.md."
+        f"episodes below {results.FALL:.0f}. 10 demonstrations a skill. Paper: 5 "
+        "seeds, 10 episodes. Rows Base, fixed and Support: see docs/methods.md."
     )
 
 

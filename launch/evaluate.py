@@ -23,7 +23,7 @@ SKILLS = flags.DEFINE_list("skills", [], "Names of skills; none is the base alon
 ALPHA = flags.DEFINE_list(
     "alpha",
     None,
-    "Fixed weight of each skill; at the noise and action levels the base's comes first.",
+    "Fixed weight of each skill; at the noise and action levels the base's is first.",
 )
 GATE = flags.DEFINE_string("gate", None, "Name of a gate; it brings its skills.")
 LEVEL = flags.DEFINE_string(

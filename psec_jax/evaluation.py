@@ -167,13 +167,13 @@ def _evaluate(
         lengths[current] += 1
         obs[slots] = step.obs
         ended = step.terminal | step.timeout
-        for slot in slots[ended]:
-            if waiting < episodes:
-                running[slot] = waiting
-                obs[slot] = env.reset([slot], seeds[[waiting]])[0]
-                ended[slots == slot] = False
-                waiting += 1
-        slots = slots[~ended]
+        free = slots[ended][: episodes - waiting]
+        if len(free):
+            fresh = np.arange(waiting, waiting + len(free))
+            running[free] = fresh
+            obs[free] = env.reset(free, seeds[fresh])
+            waiting += len(free)
+        slots = slots[~ended | np.isin(slots, free)]
     result = Episodes(returns, costs, lengths, seeds)
     if not record:
         return result

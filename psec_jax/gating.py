@@ -104,6 +104,7 @@ def _topk(config, params, obs):
     return jax.lax.stop_gradient(params["strength"]) * share
 
 
+BOUNDED_HEADS = ("softmax", "sigmoid", "topk")  # their start is their largest value
 HEADS = {
     "constant": Head(_init_constant, _constant),
     "linear": Head(_init_linear, _linear),

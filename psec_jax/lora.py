@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 from psec_jax import tree
@@ -177,7 +178,7 @@ def check_skill(base: Params, skill: Params, name: str = "skill") -> None:
 def pad(skill: Params, rank: int) -> Params:
     """Zero-pad one skill to a larger rank; the function it computes is unchanged."""
 
-    def leaf(path: str, x: Array) -> Array:
+    def leaf(path: str, x: Array | np.ndarray) -> Array:
         extra = rank - x.shape[0 if path.endswith("/b") else -1]
         if extra < 0:
             raise InputError(f"cannot pad {path!r} {x.shape} down to rank {rank}")

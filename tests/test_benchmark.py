@@ -120,11 +120,11 @@ def test_bfloat16_is_judged_with_amx_only(flags, monkeypatch):
 
 
 def test_flop_count_is_that_of_the_compiled_products():
-    # Wide enough that products outweigh everything elementwise.
+    # The paper's network: its products outweigh everything elementwise.
     sizes = dataclasses.replace(TINY, rows=64, network=NetworkConfig(dropout=0.0))
     for stage in benchmark.make_stages(sizes, 64).values():
         lowered = jax.jit(stage.update).lower(
             stage.state, stage.data, jax.random.key(0)
         )
         counted = lowered.cost_analysis()["flops"] / 64
-        assert stage.flop_per_example == pytest.approx(counted, rel=0.2)
+        assert stage.flop_per_example == pytest.approx(counted, rel=0.1)

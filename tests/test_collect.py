@@ -36,7 +36,7 @@ def command(*flags):
 def test_same_content_whatever_the_number_of_processes(tmp_path):
     files = [
         collect(SPEC, "random", 5, 7, workers=n, out=tmp_path / f"{n}.hdf5")
-        for n in (1, 2, 9)
+        for n in (1, 3)
     ]
     assert len({path.read_bytes() for path in files}) == 1
     other = collect(SPEC, "random", 5, 8, workers=1, out=tmp_path / "other.hdf5")
@@ -136,7 +136,6 @@ def test_command(tmp_path):
     [
         ([f"--env={SPEC}", "--policy=random", "--episodes=0"], "episodes is 0"),
         (["--env=dm_control:nothing-at_all"], "unknown domain 'nothing'"),
-        ([], "--env"),
         ([f"--env={SPEC}", "stray"], "unexpected argument 'stray'"),
     ],
 )

@@ -27,6 +27,7 @@ OBS = jnp.zeros(tiny.OBS_DIM)
 POINT = jnp.array([0.6, -0.3])
 
 
+@functools.cache
 def point_denoise(config):
     """The exact noise predictor where every action is POINT."""
     alpha_bar = jnp.asarray(make_schedule(config).alpha_bar)
@@ -53,10 +54,15 @@ def network_denoise(obs, a_t, t):
     return make_denoise(tiny.NET, tiny.base())(obs, a_t, t)
 
 
+@functools.cache
+def sampler_of(denoise, config):
+    one = functools.partial(sample, denoise, config)
+    return jax.jit(jax.vmap(lambda key: one(key, OBS, 2)))
+
+
 def draw(denoise, config, keys):
     """Actions [B, A], one for each key."""
-    one = functools.partial(sample, denoise, config)
-    return jax.jit(jax.vmap(lambda key: one(key, OBS, 2)))(keys)
+    return np.asarray(sampler_of(denoise, config)(keys))
 
 
 @pytest.mark.parametrize("steps", [1, 5, 100])

@@ -28,21 +28,28 @@ def head_params(head):
     return jax.jit(make)(jax.random.key(0), start=START)["head"]
 
 
-def alphas(config, params, obs=OBS):
+@functools.cache
+def compiled(config):
+    return jax.jit(jax.vmap(functools.partial(gate_alpha, config), (None, 0)))
+
+
+def alphas(config, params):
     """Weights [B, K] of a batch."""
-    return np.asarray(
-        jax.jit(jax.vmap(functools.partial(gate_alpha, config), (None, 0)))(params, obs)
-    )
+    return np.asarray(compiled(config)(params, OBS))
 
 
 def bounded(head):
     return "strength" in head_params(head)
 
 
+def _given(params, obs):
+    return params
+
+
 @pytest.fixture
 def given(monkeypatch):
     """A support that is its own parameters."""
-    monkeypatch.setitem(SUPPORTS, "given", lambda params, obs: params)
+    monkeypatch.setitem(SUPPORTS, "given", _given)
     return "given"
 
 
@@ -124,16 +131,15 @@ def test_priority_never_hands_out_more_than_everything(given):
     config = configured("constant", support=given)
     generator = np.random.default_rng(0)
     params = {"head": {"alpha": jnp.ones(5)}}
-    run = jax.jit(functools.partial(gate_alpha, config))
     for _ in range(20):
         share = generator.uniform(size=5).astype(np.float32)
-        got = run(params | {"support": share}, OBS[0])
+        got = alphas(config, params | {"support": share})[0]
         left = 1.0
         for k in range(5):
             np.testing.assert_allclose(got[k], share[k] * left, rtol=1e-4)
             left *= 1 - share[k]
         np.testing.assert_allclose(np.sum(got), 1 - left, rtol=1e-4)
-    first = run(params | {"support": np.ones(5, np.float32)}, OBS[0])
+    first = alphas(config, params | {"support": np.ones(5, np.float32)})[0]
     np.testing.assert_array_equal(first, [1, 0, 0, 0, 0])
 
 
@@ -161,15 +167,18 @@ def test_where_no_skill_reaches_the_base_has_all(given, head):
     np.testing.assert_allclose(got[:, 0], alone.sum(1), rtol=1e-5)
 
 
+distance = jax.jit(gating.neighbour_distance)
+
+
 def test_neighbour_distance():
     demos, x = tiny.normal(50, 4), tiny.normal(4, seed=1)
     expected = np.linalg.norm(np.asarray(demos) - x, axis=1)
-    distance = jax.jit(gating.neighbour_distance)
-    valid = jnp.arange(50) < 30
+    valid = np.arange(50) < 30
     np.testing.assert_allclose(
-        distance(demos, valid, x), expected[:30].min(), rtol=1e-5
+        distance(demos, jnp.asarray(valid), x), expected[:30].min(), rtol=1e-5
     )
-    assert distance(demos, valid, demos[7]) < 1e-2
+    near = distance(demos, jnp.asarray(valid), jnp.asarray(np.asarray(demos)[7]))
+    assert near < 1e-2
     assert distance(demos, jnp.zeros(50, bool), x) == np.inf
 
 
@@ -177,7 +186,7 @@ def test_neighbour_distance_far_from_the_origin():
     offset = 5000.0
     demos, x = offset + tiny.normal(50, 4), offset + tiny.normal(4, seed=1)
     expected = np.linalg.norm(np.asarray(demos) - x, axis=1).min()
-    got = jax.jit(gating.neighbour_distance)(demos, jnp.ones(50, bool), x)
+    got = distance(demos, jnp.ones(50, bool), x)
     np.testing.assert_allclose(got, expected, rtol=1e-3)
 
 

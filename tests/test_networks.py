@@ -30,12 +30,17 @@ INPUTS = (
 )
 
 
-def eps(base=None, alpha=None, library=None, **changes):
+@functools.cache
+def compiled(network):
+    """(base, library, alpha) -> noise [B, A] on INPUTS."""
+    net = Denoiser(network, tiny.ACTION_DIM)
+    return jax.jit(lambda *params: jax.vmap(make_denoise(net, *params))(*INPUTS))
+
+
+def eps(base=None, library=None, alpha=None, **changes):
     """Noise [B, A] of the tiny network with some fields of its config changed."""
     network = dataclasses.replace(tiny.NETWORK, **changes)
-    net = Denoiser(network, tiny.ACTION_DIM)
-    denoise = make_denoise(net, base or tiny.base(), library, alpha)
-    return jax.jit(jax.vmap(denoise))(*INPUTS)
+    return compiled(network)(base or tiny.base(), library, alpha)
 
 
 def test_mish():

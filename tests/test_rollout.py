@@ -175,3 +175,9 @@ def test_bad_options_are_named(policy, tmp_path, monkeypatch, options, message):
     with pytest.raises(InputError, match=message):
         rollout.film(policy, ENV, **({"out": "walk.mp4"} | options))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_video_that_cannot_be_written_is_told(tmp_path):
+    images = [np.zeros((HEIGHT, rollout.WIDTH, 3), np.uint8)] * 3
+    with pytest.raises(InputError, match="cannot write .*: ffmpeg: "):
+        rollout.WRITERS[".mp4"](tmp_path / "missing" / "x.mp4", 20, iter(images))

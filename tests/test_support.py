@@ -17,7 +17,9 @@ from psec_jax.support import (
     nearest,
 )
 
-SMALL = SupportConfig(steps=700, queries=6000, batch_size=256, learning_rate=2e-3)
+SMALL = SupportConfig(
+    steps=600, queries=6000, batch_size=128, learning_rate=2e-3, expectile=0.6
+)
 
 
 def cloud(centre, seed, trajectories=5, steps=20):

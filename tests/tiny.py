@@ -23,13 +23,12 @@ def randomised(make, seed):
     """A tree in the shape of `make()`, filled with normal numbers scaled by fan-in."""
     generator = np.random.default_rng(seed)
 
-    shapes = jax.eval_shape(make)
-
     def leaf(shape):
         scale = 1 / np.sqrt(shape.shape[-2]) if len(shape.shape) > 1 else 0.3
         return jnp.asarray(scale * generator.normal(size=shape.shape), jnp.float32)
 
-        # Never a tracer, even where a cached tree is first asked for while tracing.
+    shapes = jax.eval_shape(make)
+    # Never a tracer, even where a cached tree is first asked for while tracing.
     with jax.ensure_compile_time_eval():
         return jax.tree.map(leaf, shapes)
 

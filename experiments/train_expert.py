@@ -1,0 +1,262 @@
+r"""Train an expert from nothing, with SAC from stable-baselines3.
+
+    pip install 'psec_jax[experts]'
+    python -m experiments.train_expert --env=dm_control:walker-stand --steps=100000 \
+        --seed=0 --out=stand.npz
+
+writes stand.npz, which `experiments.collect --policy=stand.npz` rolls out, and its card
+stand.json. Every --eval_every steps the deterministic policy plays a few episodes; the
+best so far is what the file holds, so that a run can be stopped at any time.
+"""
+
+import io
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from experiments.collect import rollout
+from psec_jax import envs, files
+from psec_jax.envs.experts import OBS_CLIP, load_expert
+from psec_jax.errors import InputError
+
+EVAL_SEED = 1_000_003  # far from the seeds data are collected with
+VAR_FLOOR = 1e-4
+SETTINGS = {
+    "learning_rate": 5e-4,
+    "batch_size": 128,
+    "gamma": 0.99,
+    "tau": 0.005,
+    "ent_coef": "auto_0.1",
+    "learning_starts": 4000,
+    "train_freq": 2,  # one update for two environment steps
+    "gradient_steps": 1,
+    "policy_kwargs": {"net_arch": [256, 256]},
+}
+
+
+def train_expert(
+    env: str,
+    steps: int,
+    seed: int,
+    out: str | Path,
+    eval_every: int = 10_000,
+    eval_episodes: int = 3,
+    overwrite: bool = False,
+) -> Path:
+    """Train, keep the best policy, and write its card beside it.
+
+    Args:
+      env: "dm_control:walker-walk", "gymnasium:ID".
+      steps: environment steps in all.
+      seed: of the training.
+      out: the expert file, NAME.npz; the card is NAME.json.
+      eval_every: environment steps from one evaluation to the next.
+      eval_episodes: deterministic episodes an evaluation plays.
+      overwrite: replace a file that is there.
+
+    Returns:
+      The expert file's path.
+
+    Raises:
+      InputError: bad arguments, a file that is there or cannot be written, or a package
+        that is missing.
+    """
+    out = Path(out)
+    numbers = {
+        "steps": steps,
+        "eval_every": eval_every,
+        "eval_episodes": eval_episodes,
+    }
+    for name, number in numbers.items():
+        if number < 1:
+            raise InputError(f"{name} is {number}, expected 1 or more")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed is {seed}, expected 0 to {2**32 - 1}")
+    if out.suffix != ".npz":
+        raise InputError(f"out is {out}, expected a name ending in .npz")
+    if out.exists() and not overwrite:
+        raise InputError(f"{out} is there already; give another name, or --overwrite")
+    try:
+        import stable_baselines3 as sb3
+        import torch
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"{error.name} is not installed; pip install 'psec_jax[experts]'"
+        ) from error
+    with files.reported(f"make the folder {out.parent}"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+
+    torch.set_num_threads(1)  # the networks are too small to share
+    judge = envs.make(env)
+    vector = sb3.common.vec_env.VecNormalize(
+        sb3.common.vec_env.DummyVecEnv([lambda: _gymnasium_env(env)]),
+        norm_reward=False,
+        clip_obs=OBS_CLIP,
+        epsilon=VAR_FLOOR,
+    )
+    model = sb3.SAC("MlpPolicy", vector, seed=seed, device="cpu", **SETTINGS)
+    start, curve, best = time.monotonic(), [], -np.inf
+    while model.num_timesteps < steps:
+        chunk = min(eval_every, steps - model.num_timesteps)
+        model.learn(chunk, reset_num_timesteps=False)
+        state = {k: v.numpy() for k, v in model.policy.actor.state_dict().items()}
+        arrays = export(state, vector.obs_rms.mean, vector.obs_rms.var)
+        returns = _judge(judge, arrays, out, eval_episodes)
+        minutes = (time.monotonic() - start) / 60
+        point = {
+            "steps": model.num_timesteps,
+            "minutes": round(minutes, 2),
+            "returns": [round(float(value), 2) for value in returns],
+        }
+        curve.append(point)
+        kept = returns.mean() > best
+        print(
+            f"step {model.num_timesteps} of {steps}: return {returns.mean():.1f}"
+            f"{' (kept)' if kept else ''}, {minutes:.1f} min, "
+            f"{model.num_timesteps / minutes / 60:.0f} steps/s",
+            flush=True,
+        )
+        if kept:
+            best = returns.mean()
+            _write(out, arrays)
+            card = _card(env, out, seed, point, curve, steps)
+        files.write_json(out.with_suffix(".json"), card | {"training_curve": curve})
+    judge.close()
+    vector.close()
+    return out
+
+
+def export(
+    state: Mapping[str, np.ndarray], mean: np.ndarray, var: np.ndarray
+) -> dict[str, np.ndarray]:
+    """An actor of stable-baselines3's SAC as the arrays of an expert file.
+
+    Args:
+      state: its state dict: latent_pi.{0, 2, ...} and mu, weights [out, in]; the
+        standard deviation is left out, for an expert acts by its mean.
+      mean: [S], of the observations.
+      var: [S].
+
+    Returns:
+      float32 arrays; there are no layer norms.
+    """
+    indices = sorted({int(name.split(".")[1]) for name in state if "latent_pi" in name})
+    names = {f"latent_pi.{j}": f"layer_{i}" for i, j in enumerate(indices)}
+    arrays = {}
+    for source, target in (names | {"mu": "head"}).items():
+        arrays[f"{target}/kernel"] = state[f"{source}.weight"].T
+        arrays[f"{target}/bias"] = state[f"{source}.bias"]
+    arrays |= {"obs_mean": mean, "obs_std": np.sqrt(var + VAR_FLOOR)}
+    return {k: np.ascontiguousarray(v, dtype=np.float32) for k, v in arrays.items()}
+
+
+def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    files.write_atomic(path, content.getvalue())
+
+
+def _judge(
+    env: envs.Env, arrays: Mapping[str, np.ndarray], out: Path, episodes: int
+) -> np.ndarray:
+    """Returns of the policy as it will be read from the file."""
+    trial = out.with_name(f".{out.name}.trial.npz")
+    _write(trial, arrays)
+    try:
+        expert = load_expert(trial, env.action_dim)
+    finally:
+        trial.unlink()
+    played = [
+        rollout(env, lambda obs, generator: expert(obs), EVAL_SEED, e)
+        for e in range(episodes)
+    ]
+    return np.array([np.sum(ds.reward, dtype=np.float64) for ds in played])
+
+
+def _card(
+    env: str, out: Path, seed: int, point: Mapping[str, Any], curve: list, steps: int
+) -> dict[str, Any]:
+    returns = point["returns"]
+    packages = ("stable-baselines3", "torch", "gymnasium", "numpy")
+    return {
+        "environment": env,
+        "file": out.name,
+        "source": "experiments.train_expert",
+        "algorithm": "SAC (stable-baselines3), running observation normalisation",
+        "settings": SETTINGS,
+        "seed": seed,
+        "steps": point["steps"],
+        "steps_asked": steps,
+        "returns": {
+            "episodes": len(returns),
+            "policy": "deterministic",
+            "mean": float(np.mean(returns)),
+            "std": float(np.std(returns)),
+            "min": min(returns),
+            "max": max(returns),
+        },
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in packages},
+    }
+
+
+def _gymnasium_env(spec: str) -> Any:
+    """One of our environments, as stable-baselines3 wants it."""
+    import gymnasium
+
+    class Adapter(gymnasium.Env):
+        def __init__(self) -> None:
+            self.inner = envs.make(spec)
+            sizes = self.inner.obs_dim, self.inner.action_dim
+            self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, sizes[:1])
+            self.action_space = gymnasium.spaces.Box(-1.0, 1.0, sizes[1:])
+
+        def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+            super().reset(seed=seed)
+            return self.inner.reset(int(self.np_random.integers(2**32))), {}
+
+        def step(self, action: np.ndarray) -> Any:
+            step = self.inner.step(action)
+            return step.obs, step.reward, step.terminal, step.timeout, {}
+
+    return Adapter()
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train what the flags ask for."""
+    no_arguments(argv)
+    path = train_expert(**{name: flag.value for name, flag in FLAGS.items()})
+    print(f"{path} and {path.with_suffix('.json')}")
+
+
+def _define_flags() -> dict[str, flags.FlagHolder]:
+    return {
+        "env": flags.DEFINE_string(
+            "env", None, "dm_control:DOMAIN-TASK or gymnasium:ID.", required=True
+        ),
+        "steps": flags.DEFINE_integer("steps", 200_000, "Environment steps."),
+        "seed": flags.DEFINE_integer("seed", 0, "Of the training."),
+        "out": flags.DEFINE_string(
+            "out", None, "Expert file to write, NAME.npz.", required=True
+        ),
+        "eval_every": flags.DEFINE_integer(
+            "eval_every", 10_000, "Environment steps between evaluations."
+        ),
+        "eval_episodes": flags.DEFINE_integer(
+            "eval_episodes", 3, "Episodes of an evaluation."
+        ),
+        "overwrite": flags.DEFINE_bool("overwrite", False, "Replace a file."),
+    }
+
+
+if __name__ == "__main__":
+    from launch.cli import no_arguments, run
+
+    FLAGS = _define_flags()
+    run(main)

@@ -1,0 +1,347 @@
+"""The commands end to end on dm_control's walker, with budgets of a few steps."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import short
+from ml_collections import ConfigDict
+from shell import call
+
+from experiments import results, stages, table2
+from experiments.collect import collect
+from experiments.configs.dmc_walker import get_config
+from psec_jax import tree
+from psec_jax.library import SkillLibrary
+from psec_jax.training import Stopped, train
+
+ROOT = Path(__file__).parents[1]
+BASE, SKILL = "dm_control:walker-stand", "dm_control:walker-walk"
+TINY = {
+    "network.width": 16,
+    "network.blocks": 1,
+    "base.episodes": 2,
+    "base.steps": 2,
+    "base.batch_size": 8,
+    "skill.episodes": 2,
+    "skill.steps": 2,
+    "skill.batch_size": 8,
+    "gate.steps": 2,
+    "gate.batch_size": 8,
+    "gate.widths": (8,),
+    "support.queries": 64,
+    "support.steps": 2,
+    "evaluation.episodes": 1,
+    "run.log_every": 1,
+    "run.save_every": 1,
+}
+FLAGS = tuple(f"--config.{name}={value}" for name, value in TINY.items())
+
+
+def tiny(**changes):
+    """The quick preset with tiny budgets."""
+    config = get_config("quick")
+    config.update_from_flattened_dict(TINY | changes)
+    return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def place(tmp_path_factory):
+    """A folder to work in, where data is collected too."""
+    folder = tmp_path_factory.mktemp("commands")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("PSEC_DATA_DIR", str(folder / "data"))
+        patch.setenv("PYTHONPATH", os.path.dirname(short.__file__))
+        (folder / "experiments").symlink_to(ROOT / "experiments")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def stand(place):
+    """Two demonstrations of the base's task."""
+    return str(collect(BASE, "expert", 2, seed=0))
+
+
+@pytest.fixture(scope="module")
+def walk(place):
+    """Two demonstrations of the skill's task."""
+    return str(collect(SKILL, "expert", 2, seed=1))
+
+
+@pytest.fixture(scope="module")
+def library(stand, walk):
+    """A library with a base and the skills walk and run, made without evaluation."""
+    run = short.SPEC.format("run")
+    options = {"library": "lib", "seed": 0, "evaluate_after": False}
+    stages.pretrain(tiny(), workdir="lib_base", data=stand, **options)
+    for name, env, data in (
+        ("walk", SKILL, walk),
+        ("run", run, str(collect(run, "random", 2, seed=2))),
+    ):
+        stages.expand(
+            tiny(), workdir=f"lib_{name}", name=name, env=env, data=data, **options
+        )
+    return SkillLibrary.open("lib")
+
+
+def done(module, *arguments):
+    """What a command printed; it must succeed."""
+    answer = call(module, *arguments)
+    assert answer.code == 0, answer.err
+    return answer.out
+
+
+def numbers(root, kind, name):
+    """Every array of one entry of a library."""
+    library = SkillLibrary.open(root)
+    load = {"base": library.load_base, "skill": library.load_skill}
+    loaded = load[kind]() if kind == "base" else load[kind](name)
+    return tree.flatten(loaded[0])
+
+
+def assert_equal(left, right):
+    assert left.keys() == right.keys()
+    for path in left:
+        np.testing.assert_array_equal(left[path], right[path], err_msg=path)
+
+
+def test_main_job(stand, walk):
+    common = (*FLAGS, "--library=main")
+    out = done("launch.pretrain", *common, "--workdir=base", f"--data={stand}")
+    assert out.startswith("base 'base' is in main; return ")
+    assert out.endswith(f"in {BASE} (1 episode)\n")
+
+    skill = (*common, "--workdir=walk", "--name=walk", f"--env={SKILL}")
+    out = done("launch.expand", *skill, f"--data={walk}")
+    assert out.startswith("skill 'walk' is in main; return ") and SKILL in out
+
+    gate = (*common, "--workdir=gate", "--name=gate", "--skills=walk")
+    out = done("launch.compose", *gate, f"--data={walk}", "--noevaluate")
+    assert out == "gate 'gate' is in main\n"
+
+    evaluate = ("launch.evaluate", "--library=main", f"--env={SKILL}", "--gate=gate")
+    out = done(*evaluate, "--episodes=1", "--out=returns/gate.json")
+    found = json.loads(Path("returns/gate.json").read_text())
+    assert len(found["returns"]) == 1 and found["lengths"] == [1000]
+    assert found["env"] == SKILL and 0 < found["mean"] < 1000
+    assert f"return mean {found['mean']:.1f}" in out
+
+    listed = done("launch.library", "list", "--library=main").splitlines()
+    assert [line.split()[:2] for line in listed[1:]] == [
+        ["base", "base"],
+        ["skill", "walk"],
+        ["gate", "gate"],
+    ]
+    shown = done("launch.library", "show", "walk", "--library=main")
+    assert "rank" in shown and "walker-walk" in shown and "input/a" in shown
+    assert "3 entries" in done("launch.library", "verify", "--library=main")
+    done("launch.library", "remove", "gate", "--library=main")
+    done("launch.library", "remove", "walk", "--library=main")
+    assert SkillLibrary.open("main").entries() == [("base", "base")]
+
+    again = call("launch.expand", *skill, f"--data={walk}", "--noevaluate")
+    assert again.code == 0 and "resumed at step 2" in again.err
+    assert SkillLibrary.open("main").skills() == ["walk"]
+
+
+def test_run_folder(library):
+    for name in ("config.json", "versions.json", "metrics.jsonl", "result.json"):
+        assert Path("lib_walk", name).is_file()
+    lines = [json.loads(x) for x in Path("lib_walk/metrics.jsonl").open()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert "loss/skill" in lines[0] and "grad/norm" in lines[0]
+    assert list(Path("lib_walk/events").glob("events.out.tfevents.*"))
+    card = library.card("skill", "walk")
+    assert card["config"] == json.loads(Path("lib_walk/config.json").read_text())["config"]
+    assert card["data"]["trajectories"] == 2 and card["steps"] == 2
+
+
+SUPPORTS = ("none", "neighbour", "learned")
+LEVELS = ("parameter", "noise", "action")
+
+
+@pytest.mark.parametrize(
+    ("level", "head", "support"),
+    [
+        ("parameter", "constant", "neighbour"),
+        ("parameter", "linear", "learned"),
+        ("noise", "linear", "none"),
+        ("noise", "constant", "neighbour"),
+        ("action", "constant", "none"),
+        ("action", "softmax", "neighbour"),
+    ],
+)
+def test_compositions(library, stand, walk, level, head, support):
+    name = f"{level}-{head}-{support}"
+    run = library.card("skill", "run")["data"]["source"]
+    changes = {"gate.level": level, "gate.head": head, "gate.support": support}
+    result = stages.compose(
+        tiny(**changes),
+        workdir=f"lib_{name}",
+        library="lib",
+        seed=0,
+        name=name,
+        skills=["walk", "run"],
+        env=short.SPEC.format("walk"),
+        data=walk,
+        support_data=[walk, f"data/{run}"] if support != "none" else (),
+        base_data=stand,
+    )
+    assert len(result["returns"]["returns"]) == 1
+    assert result["returns"]["lengths"] == [short.STEPS]
+    params, card = library.load_gate(name)
+    assert card["level"] == level and card["returns"] == result["returns"]
+    assert ("support" in params) == (support != "none")
+    assert (result["summary"] is None) == (head == "constant")
+
+
+def test_demonstrations_of_a_support_are_collected_again(library, walk, monkeypatch):
+    asked = []
+
+    def load_demos(config, env, episodes, path=None):
+        asked.append((env, episodes, path))
+        return original(config, env, episodes, path or walk)
+
+    original = stages.load_demos
+    monkeypatch.setattr(stages, "load_demos", load_demos)
+    changes = {"gate.head": "constant", "gate.support": "neighbour"}
+    stages.compose(
+        tiny(**changes),
+        workdir="lib_again",
+        library="lib",
+        seed=0,
+        name="again",
+        skills=["walk"],
+        evaluate_after=False,
+    )
+    assert asked == [(SKILL, 2, None)] * 2
+
+
+def test_a_stopped_stage_goes_on_to_the_same_result(library, stand, monkeypatch):
+    def stopped_at_2(*arguments, **options):
+        def stop(step, state):
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return train(*arguments, **options, on_save=stop)
+
+    config = tiny(**{"base.steps": 4})
+    options = {"seed": 0, "data": stand, "evaluate_after": False}
+    stages.pretrain(config, workdir="whole", library="whole_lib", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "train", stopped_at_2)
+        with pytest.raises(Stopped, match="stopped by SIGTERM at step 2"):
+            stages.pretrain(config, workdir="halves", library="halves_lib", **options)
+    assert not Path("halves/result.json").exists()
+    assert not Path("halves_lib/base").exists()
+    result = stages.pretrain(config, workdir="halves", library="halves_lib", **options)
+    assert result["summary"]["resumed_at"] == 2
+    assert_equal(numbers("halves_lib", "base", ""), numbers("whole_lib", "base", ""))
+    left, right = (
+        [json.loads(x) for x in Path(f, "metrics.jsonl").open()] for f in ("halves", "whole")
+    )
+    for a, b in zip(left, right, strict=True):
+        assert a["step"] == b["step"] and a["loss/base"] == b["loss/base"]
+
+
+def test_a_finished_stage_is_not_run_again(library, walk, monkeypatch):
+    def never(*arguments, **options):
+        raise AssertionError("trained again")
+
+    versions = Path("lib_walk/versions.json")
+    versions.write_text("{}")
+    monkeypatch.setattr(stages, "train", never)
+    options = {"seed": 0, "name": "walk", "env": SKILL, "evaluate_after": False}
+    result = stages.expand(
+        tiny(), workdir="lib_walk", library="lib", data=walk, **options
+    )
+    assert result["summary"]["steps"] == 2 and result["library"] == "lib"
+    assert versions.read_text() == "{}", "these are the versions that made it"
+
+
+def test_a_changed_config_is_refused_by_field(library, walk):
+    with pytest.raises(stages.InputError) as caught:
+        stages.expand(
+            tiny(**{"skill.rank": 4, "skill.learning_rate": 1e-4}),
+            workdir="lib_walk",
+            library="lib",
+            seed=0,
+            name="walk2",
+            env=SKILL,
+            data=walk,
+        )
+    for words in (
+        'config.name: got "walk2", the run has "walk"',
+        "config.skill.rank: got 4, the run has 8",
+        "config.skill.learning_rate: got 0.0001, the run has 0.001",
+    ):
+        assert words in str(caught.value)
+
+
+def test_own_data_and_environment_by_flag(place):
+    env = "--env=gymnasium:HalfCheetah-v5"
+    collected = ("--policy=random", "--episodes=1", "--out=cheetah.hdf5", "--workers=1")
+    out = done("experiments.collect", env, *collected)
+    assert out.startswith("cheetah.hdf5: 1 episode, return mean ")
+    with h5py.File("cheetah.hdf5") as file:
+        assert file["observations"].shape == (1000, 17)
+        assert np.abs(file["actions"][()]).max() <= 1
+    mine = (*FLAGS, "--library=cheetah", env, "--data=cheetah.hdf5", "--noevaluate")
+    everything = ("--config.base.episodes=0", "--config.skill.episodes=0")
+    done("launch.pretrain", *mine, *everything, "--workdir=cheetah_base")
+    done("launch.expand", *mine, *everything, "--workdir=cheetah_hop", "--name=hop")
+    card = SkillLibrary.open("cheetah").card("skill", "hop")
+    assert (card["obs_dim"], card["action_dim"]) == (17, 6)
+    assert card["env"] == env.removeprefix("--env=")
+    assert card["data"]["trajectories"] == 1
+    evaluate = ("launch.evaluate", "--library=cheetah", env, "--skills=hop")
+    assert "1 episode in gymnasium:HalfCheetah-v5" in done(*evaluate, "--episodes=1")
+
+
+def test_table(place, monkeypatch):
+    monkeypatch.setattr(table2, "ENV", short.SPEC)
+    monkeypatch.setattr(table2, "GRIDS", {k: v[-1:] for k, v in table2.GRIDS.items()})
+    config = tiny(
+        **{
+            "base.env": short.SPEC.format("stand"),
+            "data.policy": "random",
+            "table.methods": ("Base", "Scratch", "PSEC", "ASEC fixed", "Support"),
+            "table.seeds": (0,),
+            "table.tuning_episodes": 1,
+        }
+    )
+    monkeypatch.setattr(table2, "get_config", lambda preset: ConfigDict(config.to_dict()))
+    flags = ("--preset=quick", "--results=results", "--workdir=table")
+    out = done("experiments.table2", *flags)
+    assert "S->W Base seed 0: mean" in out
+    table = json.loads(Path("results/table2.json").read_text())
+    assert list(table) == ["S->W", "S->R", "S+W->R"]
+    for setting in table.values():
+        assert set(setting) == set(config.table.methods)
+        for cell in setting.values():
+            assert cell["low"] <= cell["mean"] <= cell["high"]
+            assert len(cell["returns"]) == cell["episodes"] == 1
+    text = Path("results/table2.md").read_text()
+    assert out.endswith(text + "\n") and "| PSEC |" in text
+    assert Path("results/table2.csv").read_text().count("\n") == 16
+
+    with monkeypatch.context() as patch:
+        patch.setattr(table2, "roll_out", None)
+        assert done("experiments.table2", *flags) == text + "\n", "cells are kept"
+    assert done("experiments.table2", "--tables_only", "--results=results") == text + "\n"
+
+
+def test_a_process(library):
+    """One command as a real process: what every other test here takes for granted."""
+    command = [sys.executable, "-m", "launch.library", "verify", "--library=lib"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert answer.returncode == 0 and answer.stderr == ""
+    assert "every file matches its hash" in answer.stdout
