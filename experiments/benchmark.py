@@ -656,7 +656,7 @@ def bfloat16(sizes: Sizes) -> list[Row]:
         for short, policy in policies.items()
     }
     rows = []
-    for batch in (10, *sizes.batches):
+    for batch in sorted({10, *sizes.batches}):
         inputs = (normal(0, batch, OBS_DIM), normal(1, batch, ACTION_DIM))
         inputs += (jnp.ones(batch), normal(2, batch, 1))
         calls = {}

@@ -79,6 +79,8 @@ def collect(
         "action_noise": float(action_noise),
     }
     path = Path(out) if out else data_dir() / default_name(identity)
+    if path.is_dir():
+        raise InputError(f"out is {path}, a folder; expected a file name")
     if path.exists() and not overwrite:
         _check_same(path, identity)
         return path
@@ -199,7 +201,8 @@ def main(argv: Sequence[str]) -> None:
     _, attrs = d4rl.load(path)
     returns = attrs["returns"]
     print(
-        f"{path}: {len(returns)} episodes, return mean {returns.mean():.1f} "
+        f"{path}: {len(returns)} episode{'s' * (len(returns) != 1)}, "
+        f"return mean {returns.mean():.1f} "
         f"min {returns.min():.1f} max {returns.max():.1f}"
     )
 

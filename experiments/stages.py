@@ -733,6 +733,11 @@ def describe(what: str, result: Mapping[str, Any]) -> str:
     line = f"{what} is in {result['library']}"
     if result["returns"]:
         returns = result["returns"]
-        count = len(returns["returns"])
-        line += f"; return {returns['mean']:.1f} in {returns['env']} ({count} episodes)"
+        line += f"; return {returns['mean']:.1f} in {returns['env']}"
+        line += f" ({count_episodes(returns['returns'])})"
     return line
+
+
+def count_episodes(returns: Sequence[float]) -> str:
+    """1 episode, 2 episodes, ..."""
+    return f"{len(returns)} episode{'s' * (len(returns) != 1)}"

@@ -318,6 +318,13 @@ def _changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     return copy
 
 
+def _seeds(texts: Sequence[str]) -> tuple[int, ...]:
+    for text in texts:
+        if not text.isdecimal():
+            raise InputError(f"--seeds: got {text!r}, expected numbers from 0 up")
+    return tuple(int(text) for text in texts)
+
+
 def main(argv: Sequence[str]) -> None:
     """Run what is missing, then write the tables."""
     no_arguments(argv)
@@ -325,7 +332,7 @@ def main(argv: Sequence[str]) -> None:
     if not FLAGS["tables_only"].value:
         config = get_config(FLAGS["preset"].value)
         if FLAGS["seeds"].value:
-            config.table.seeds = tuple(int(seed) for seed in FLAGS["seeds"].value)
+            config.table.seeds = _seeds(FLAGS["seeds"].value)
         methods = FLAGS["methods"].value or config.table.methods
         for method in methods:
             if method not in METHODS:

@@ -23,14 +23,17 @@ _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 def run(main: Callable[[list[str]], None]) -> None:
     """Parse the flags, call `main(argv)` with what is left, and exit.
 
-    Exit codes: 0 done; 1 training failed; 2 input that cannot be used, told in one line
-    on stderr that starts with "error: "; 128 + the signal's number when stopped. Any
-    other exception is a fault of this project and keeps its traceback.
+    Exit codes: 0 done; 1 numbers that are not finite, in training or of a policy; 2
+    input that cannot be used. Both are told in one line on stderr that starts with
+    "error: ". 128 + the signal's number when stopped. Any other exception is a fault of
+    this project and keeps its traceback.
     """
     try:
         app.run(_quiet(main), flags_parser=_parse)
-    except (InputError, TrainingError) as error:
-        _fail(str(error), 1 if isinstance(error, TrainingError) else 2)
+    except InputError as error:
+        _fail(str(error), 2)
+    except (TrainingError, FloatingPointError) as error:
+        _fail(str(error), 1)
     except OSError as error:
         if error.errno not in _FULL_DISK:
             raise
@@ -152,5 +155,7 @@ def _flag_help(flag: flags.Flag) -> list[str]:
         default = ",".join(map(str, default))
     if default not in (None, ""):
         text += f" (default: {default})"
+    elif any("must have a value" in check.message for check in flag.validators):
+        text += " Required."
     wrapped = textwrap.wrap(text, 88, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return [head, *wrapped]

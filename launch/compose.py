@@ -9,9 +9,14 @@ r"""Make a gate alpha(s) over skills of a library, train its head, and add it.
         --name=walk-support --skills=walk \
         --config.gate.head=constant --config.gate.support=neighbour
 
+The weights are head times support, made of config.gate:
+  level    parameter (the paper's), noise or action: where skills are added up
+  head     linear (the paper's), softmax, sigmoid or topk are learned; constant is not
+  support  none (the paper's), neighbour or learned: 1 where a skill's demonstrations
+           reach, and 0, which leaves the state to the base, where they do not
 Skills are in order of priority: with a support, a skill gets what those before it left
-over. The target's demonstrations are --data, by default those of the first skill's
-environment. The same command resumes.
+over. A learned head is trained on the first config.skill.episodes trajectories of the
+target's demonstrations, --data, 0 for all of them. The same command resumes.
 """
 
 from collections.abc import Sequence
@@ -23,9 +28,14 @@ from launch import options
 from launch.cli import floats, no_arguments, run
 
 NAME = flags.DEFINE_string("name", None, "Name of the gate.", required=True)
-SKILLS = flags.DEFINE_list("skills", None, "Names of skills.", required=True)
+SKILLS = flags.DEFINE_list(
+    "skills", None, "Names of skills, separated by commas.", required=True
+)
 ALPHA = flags.DEFINE_list(
-    "alpha", None, "Weights the head starts from; a constant head keeps them."
+    "alpha",
+    None,
+    "Weights the head starts from, one for each skill; at the noise and action levels "
+    "the base's first. A constant head keeps them. Default by config.gate.start.",
 )
 SUPPORT_DATA = flags.DEFINE_list(
     "support_data",

@@ -13,7 +13,7 @@ from absl import flags
 
 from experiments import stages
 from launch.cli import floats, no_arguments, run
-from psec_jax.files import write_json
+from psec_jax.files import make_room, write_json
 
 LIBRARY = flags.DEFINE_string("library", "runs/library", "Folder of the skill library.")
 ENV = flags.DEFINE_string(
@@ -42,6 +42,8 @@ OUT = flags.DEFINE_string("out", None, "JSON file for the raw returns.")
 def main(argv: Sequence[str]) -> None:
     """Flags to one call."""
     no_arguments(argv)
+    if OUT.value:
+        make_room(OUT.value)
     episodes = stages.evaluate_library(
         LIBRARY.value,
         ENV.value,
@@ -57,8 +59,8 @@ def main(argv: Sequence[str]) -> None:
         write_json(OUT.value, episodes)
     returns = episodes["returns"]
     print(
-        f"{len(returns)} episodes in {ENV.value}: return mean {episodes['mean']:.1f}, "
-        f"min {min(returns):.1f}, max {max(returns):.1f}"
+        f"{stages.count_episodes(returns)} in {ENV.value}: return mean "
+        f"{episodes['mean']:.1f}, min {min(returns):.1f}, max {max(returns):.1f}"
     )
 
 

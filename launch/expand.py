@@ -9,7 +9,9 @@ r"""Learn one new skill from a few demonstrations; the library's base stays froz
         --data=kick.hdf5 --env=dm_control:walker-walk \
         --config.skill.episodes=20 --config.skill.rank=16
 
-A skill is a small LoRA pytree. The same command resumes.
+A skill is a small LoRA pytree, learned from the first config.skill.episodes
+trajectories of the data, 0 for all of them. The same command resumes. Next:
+launch.compose makes a gate that says when the skill acts.
 """
 
 from collections.abc import Sequence

@@ -7,7 +7,7 @@ from launch.cli import define_config
 CONFIG = define_config(
     "experiments/configs/dmc_walker.py:quick",
     "Config file and preset, FILE:PRESET with PRESET one of quick, standard, paper; "
-    "change any field with --config.FIELD=VALUE.",
+    "the file lists the fields, and --config.FIELD=VALUE changes one.",
 )
 WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -17,15 +17,17 @@ WORKDIR = flags.DEFINE_string(
     required=True,
 )
 LIBRARY = flags.DEFINE_string("library", "runs/library", "Folder of the skill library.")
-SEED = flags.DEFINE_integer("seed", 0, "Of parameters, batches and noise.", 0)
+SEED = flags.DEFINE_integer(
+    "seed", 0, "Of parameters, batches and noise.", 0, 2**32 - 1
+)
 ENV = flags.DEFINE_string(
     "env", None, "dm_control:DOMAIN-TASK or gymnasium:ID; default from the config."
 )
 DATA = flags.DEFINE_string(
     "data",
     None,
-    "Demonstrations: a D4RL-layout HDF5 file, an episode .npz or a folder of them. "
-    "Without it they are collected in --env.",
+    "Demonstrations: a D4RL-layout HDF5 file, an episode .npz or a folder of them; "
+    "default collects in --env with the policy config.data.policy.",
 )
 EVALUATE = flags.DEFINE_bool(
     "evaluate", True, "Roll the result out and record its returns."

@@ -7,8 +7,9 @@ r"""Train a base policy on demonstrations and put it into a skill library.
     python -m launch.pretrain --workdir=runs/cheetah --library=runs/cheetah_library \
         --data=cheetah.hdf5 --env=gymnasium:HalfCheetah-v5 --config.base.episodes=0
 
-The base is a diffusion policy trained by behaviour cloning. Stop it at any time: the
-same command resumes where it was.
+The base is a diffusion policy trained by behaviour cloning on the first
+config.base.episodes trajectories of the data, 0 for all of them. Stop it at any time:
+the same command resumes where it was. Next: launch.expand learns a skill on top of it.
 """
 
 from collections.abc import Sequence

@@ -45,6 +45,19 @@ def write_atomic(path: Path | str, content: bytes | str) -> None:
             raise
 
 
+def make_room(path: Path | str) -> None:
+    """Make the folder of a file to come, before the work that fills it.
+
+    Raises:
+      InputError: the folder cannot be made, or `path` is a folder itself.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder")
+    with reported(f"make the folder {path.parent}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def write_json(path: Path | str, value: Any) -> None:
     """Write a JSON file atomically; NaN and infinity are refused (`ValueError`)."""
     write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

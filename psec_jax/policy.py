@@ -152,6 +152,7 @@ def compose(
     Raises:
       InputError: names or numbers that do not fit the library.
     """
+    lookup(LEVELS, level, "level")
     policy = _compose(root, skills, alpha, gate, level)
     if matmul_dtype is None:
         return policy
@@ -168,7 +169,6 @@ def _compose(root, skills, alpha, gate, level) -> Policy:
             raise InputError(f"alpha: got {len(alpha)} weights for no skills")
         return load_base(root)
     policy, library, strength, _ = load_skills(root, skills)
-    lookup(LEVELS, level, "level")
     base_member = level != "parameter"
     if alpha is None:
         if len(skills) > 1:

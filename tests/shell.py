@@ -30,7 +30,9 @@ def call(module: str, *arguments: object) -> Answer:
     with contextlib.ExitStack() as stack:
         stack.callback(_forget)
         stack.callback(flagsaver.restore_flag_values, saved)
-        stack.enter_context(mock.patch.object(sys, "argv", [module, *map(str, arguments)]))
+        stack.enter_context(
+            mock.patch.object(sys, "argv", [module, *map(str, arguments)])
+        )
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         stack.enter_context(warnings.catch_warnings())

@@ -1,6 +1,5 @@
 """Bad input to the commands: one line, exit code 2, nothing lost."""
 
-import itertools
 import os
 import shutil
 import subprocess
@@ -13,7 +12,6 @@ import pytest
 import short
 from shell import call
 
-from psec_jax.checkpoint import Checkpoints
 from psec_jax.data import d4rl
 from psec_jax.types import Dataset
 
@@ -120,7 +118,9 @@ def place(tmp_path_factory):
             + ("--support_data=walker.hdf5",),
         )
         for module, *arguments in made:
-            answer = call(module, *TINY, "--library=lib", WALKER, "--noevaluate", *arguments)
+            answer = call(
+                module, *TINY, "--library=lib", WALKER, "--noevaluate", *arguments
+            )
             assert answer.code == 0, answer.err
         yield folder
 
@@ -144,8 +144,8 @@ def refused(words, *command):
     assert words in answer.err, answer.err
     assert answer.out == ""
     after = files()
-    assert {k for k in before if after.get(k) != before[k]} == set()
-    assert not {k for k in after.keys() - before.keys()}
+    names = before.keys() | after.keys()
+    assert not [name for name in names if before.get(name) != after.get(name)]
 
 
 FILES = {
@@ -156,7 +156,7 @@ FILES = {
     "text.hdf5": "text.hdf5: not a readable HDF5 file",
     "text.npz": "text.npz: not a readable .npz episode",
     "folder": "folder: no episode files (*.npz) in this folder",
-    "no_rewards.hdf5": "no dataset 'rewards'; the file holds actions, next_observations",
+    "no_rewards.hdf5": "no dataset 'rewards'; the file holds actions, next_",
     "short_actions.hdf5": "actions has shape (23, 6) but observations has 24 rows",
     "flat.hdf5": "expected [N, S] and [N, A]",
     "nan.hdf5": "obs holds 1 NaN or infinite of 576 values",
@@ -191,7 +191,7 @@ SIZES = {
     ),
     "obs of the environment": (
         (*PRETRAIN, "--data=cheetah.hdf5"),
-        "cheetah.hdf5: observations have 17 numbers, dm_control:walker-stand expects 24",
+        "observations have 17 numbers, dm_control:walker-stand expects 24",
     ),
     "actions of the environment": (
         (*PRETRAIN, "--data=other_action.hdf5"),
@@ -437,7 +437,14 @@ FORMS = {
         "support_data: got 1 files for 2 skills",
     ),
     "a name with a slash": (
-        ("launch.expand", *TINY, "--workdir=new", "--library=lib", "--name=a/b", WALKER),
+        (
+            "launch.expand",
+            *TINY,
+            "--workdir=new",
+            "--library=lib",
+            "--name=a/b",
+            WALKER,
+        ),
         "skill name 'a/b': expected letters, digits",
     ),
     "a name that is taken": (
@@ -451,7 +458,8 @@ FORMS = {
         "lib has a gate 'gate' already, made by another run",
     ),
     "a base that is there": (
-        ("launch.pretrain", *TINY, "--workdir=new", "--library=lib", WALKER),
+        ("launch.pretrain", *TINY, "--workdir=new", "--library=lib", WALKER)
+        + ("--seed=5",),
         "lib has a base already, made by another run; choose another library",
     ),
     "a library that is a file": (
@@ -461,16 +469,22 @@ FORMS = {
     "a workdir of another stage": (
         ("launch.expand", *TINY, "--workdir=base", "--library=lib", "--name=new")
         + (WALKER,),
-        "holds another run; stage: got \"skill\", the run has \"base\"",
+        'holds another run; stage: got "skill", the run has "base"',
     ),
     "a workdir of another config": (
         ("launch.expand", *TINY, "--workdir=walk", "--library=lib", "--name=new")
         + (WALKER, "--config.skill.rank=4", "--seed=7"),
-        'config.name: got "new", the run has "walk"; config.seed: got 7, the run has 0; '
-        "config.skill.rank: got 4, the run has 8",
+        "config.seed: got 7, the run has 0; config.skill.rank: got 4, the run has 8",
     ),
     "a workdir of other files": (
-        ("launch.expand", *TINY, "--workdir=lib", "--library=lib", "--name=new", WALKER),
+        (
+            "launch.expand",
+            *TINY,
+            "--workdir=lib",
+            "--library=lib",
+            "--name=new",
+            WALKER,
+        ),
         "holds base but no config.json",
     ),
     "a workdir that is a file": (
@@ -536,7 +550,9 @@ def test_library_damaged_by_hand(file, damage):
     shutil.copytree("lib", "damaged")
     damage(Path("damaged", file))
     try:
-        refused(file, "launch.evaluate", "--library=damaged", *EVALUATE[2:], "--gate=gate")
+        refused(
+            file, "launch.evaluate", "--library=damaged", *EVALUATE[2:], "--gate=gate"
+        )
         answer = call("launch.library", "verify", "--library=damaged")
         assert answer.code == 2 and file in answer.out
         assert answer.err.startswith("error: damaged: ") and answer.err.count("\n") == 1
@@ -551,7 +567,13 @@ def test_damaged_base_stops_a_stage():
     try:
         command = ("launch.expand", *TINY, "--workdir=new", "--library=damaged", WALKER)
         refused("base.safetensors: SHA-256 is", *command, "--name=new")
-        command = ("launch.compose", *TINY, "--workdir=new", "--library=damaged", WALKER)
+        command = (
+            "launch.compose",
+            *TINY,
+            "--workdir=new",
+            "--library=damaged",
+            WALKER,
+        )
         refused("base.safetensors: SHA-256 is", *command, "--name=new", "--skills=walk")
     finally:
         shutil.rmtree("damaged")
@@ -595,3 +617,10 @@ def test_loss_that_is_not_finite():
     assert files("lib") == before
     assert not Path("wild/result.json").exists()
     print(last)
+
+
+def test_policy_that_is_not_finite():
+    evaluate = ("launch.evaluate", "--library=lib", f"--env={short.SPEC.format('walk')}")
+    answer = call(*evaluate, "--skills=walk", "--alpha=1e38", "--episodes=1")
+    assert answer.code == 1 and answer.err.count("\n") == 1
+    assert answer.err.startswith("error: the policy's action is not finite in step 0")

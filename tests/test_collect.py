@@ -111,6 +111,7 @@ def test_a_file_is_kept_refused_or_replaced(tmp_path):
         ({"policy": "brilliant"}, "unknown policy 'brilliant'"),
         ({"policy": "none.npz"}, "none.npz: no such file"),
         ({"action_noise": 0.5}, "takes no action noise"),
+        ({"out": "/"}, "out is /, a folder"),
     ],
 )
 def test_refusals(changes, message, tmp_path):

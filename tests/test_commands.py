@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import h5py
+import jax
 import numpy as np
 import pytest
 import short
-from ml_collections import ConfigDict
 from shell import call
 
-from experiments import results, stages, table2
+from experiments import stages, table2
 from experiments.collect import collect
 from experiments.configs.dmc_walker import get_config
 from psec_jax import tree
@@ -159,12 +159,10 @@ def test_run_folder(library):
     assert "loss/skill" in lines[0] and "grad/norm" in lines[0]
     assert list(Path("lib_walk/events").glob("events.out.tfevents.*"))
     card = library.card("skill", "walk")
-    assert card["config"] == json.loads(Path("lib_walk/config.json").read_text())["config"]
+    assert (
+        card["config"] == json.loads(Path("lib_walk/config.json").read_text())["config"]
+    )
     assert card["data"]["trajectories"] == 2 and card["steps"] == 2
-
-
-SUPPORTS = ("none", "neighbour", "learned")
-LEVELS = ("parameter", "noise", "action")
 
 
 @pytest.mark.parametrize(
@@ -245,7 +243,8 @@ def test_a_stopped_stage_goes_on_to_the_same_result(library, stand, monkeypatch)
     assert result["summary"]["resumed_at"] == 2
     assert_equal(numbers("halves_lib", "base", ""), numbers("whole_lib", "base", ""))
     left, right = (
-        [json.loads(x) for x in Path(f, "metrics.jsonl").open()] for f in ("halves", "whole")
+        [json.loads(x) for x in Path(f, "metrics.jsonl").open()]
+        for f in ("halves", "whole")
     )
     for a, b in zip(left, right, strict=True):
         assert a["step"] == b["step"] and a["loss/base"] == b["loss/base"]
@@ -308,34 +307,39 @@ def test_own_data_and_environment_by_flag(place):
 def test_table(place, monkeypatch):
     monkeypatch.setattr(table2, "ENV", short.SPEC)
     monkeypatch.setattr(table2, "GRIDS", {k: v[-1:] for k, v in table2.GRIDS.items()})
+    methods = ("Base", "Scratch", "PSEC", "ASEC fixed", "Support")
     config = tiny(
         **{
             "base.env": short.SPEC.format("stand"),
             "data.policy": "random",
-            "table.methods": ("Base", "Scratch", "PSEC", "ASEC fixed", "Support"),
+            "table.methods": methods,
             "table.seeds": (0,),
             "table.tuning_episodes": 1,
         }
     )
-    monkeypatch.setattr(table2, "get_config", lambda preset: ConfigDict(config.to_dict()))
-    flags = ("--preset=quick", "--results=results", "--workdir=table")
-    out = done("experiments.table2", *flags)
-    assert "S->W Base seed 0: mean" in out
+    lines = []
+    compiled = jax.config.jax_compilation_cache_dir
+    try:
+        table2.run_cells(config, Path("table"), Path("results"), lines.append)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", compiled)
+    assert len(lines) == 15 and lines[0].startswith("S->W Base seed 0: mean")
+    text = table2.write_table(Path("results"))
     table = json.loads(Path("results/table2.json").read_text())
     assert list(table) == ["S->W", "S->R", "S+W->R"]
     for setting in table.values():
-        assert set(setting) == set(config.table.methods)
+        assert set(setting) == set(methods)
         for cell in setting.values():
             assert cell["low"] <= cell["mean"] <= cell["high"]
             assert len(cell["returns"]) == cell["episodes"] == 1
-    text = Path("results/table2.md").read_text()
-    assert out.endswith(text + "\n") and "| PSEC |" in text
+    assert Path("results/table2.md").read_text() == text and "| PSEC |" in text
     assert Path("results/table2.csv").read_text().count("\n") == 16
+    tables = ("experiments.table2", "--tables_only", "--results=results")
+    assert done(*tables) == text + "\n"
 
-    with monkeypatch.context() as patch:
-        patch.setattr(table2, "roll_out", None)
-        assert done("experiments.table2", *flags) == text + "\n", "cells are kept"
-    assert done("experiments.table2", "--tables_only", "--results=results") == text + "\n"
+    monkeypatch.setattr(table2, "roll_out", None)
+    table2.run_cells(config, Path("table"), Path("results"), lines.append)
+    assert len(lines) == 15, "finished cells are kept"
 
 
 def test_a_process(library):
