@@ -40,7 +40,7 @@ from psec_jax import tree
 from psec_jax.agents import gate as gate_agent
 from psec_jax.agents import pretrain as pretrain_agent
 from psec_jax.agents import skill as skill_agent
-from psec_jax.agents.common import TrainData
+from psec_jax.agents.common import TrainData, init_state
 from psec_jax.composition import PolicyConfig, PolicyParams
 from psec_jax.data import d4rl
 from psec_jax.diffusion import DiffusionConfig
@@ -216,8 +216,9 @@ def rates(amount: float, seconds: Sequence[float]) -> list[float]:
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
-    """Random numbers on the device."""
-    return jax.random.normal(jax.random.key(seed), shape)
+    """Random numbers on the device, drawn on the host: nothing to compile."""
+    generator = np.random.default_rng(seed)
+    return jnp.asarray(generator.standard_normal(shape, np.float32))
 
 
 def weights_of(params: Params) -> int:
@@ -327,12 +328,11 @@ def make_stages(sizes: Sizes, batch: int) -> dict[str, Stage]:
     """Every stage as the commands train it, on random data."""
     network, diffusion = sizes.network, DiffusionConfig()
     obs = normal(0, sizes.rows, OBS_DIM)
-    action = jnp.clip(normal(1, sizes.rows, ACTION_DIM), -1, 1)
+    action = jnp.tanh(normal(1, sizes.rows, ACTION_DIM))
     policy = make_policy(sizes, skills=1)
     base, gate = policy.params.base, policy.params.gate
     n, m = weights_of(base), tree.size(policy.params.library)
     g = weights_of(gate["head"])
-    key = jax.random.key(0)
     made = {}
     for dtype in DTYPES:
         agent = pretrain_agent.PretrainConfig(
@@ -342,14 +342,14 @@ def make_stages(sizes: Sizes, batch: int) -> dict[str, Stage]:
         )
         made["base" if dtype == "float32" else "base (bf16)"] = Stage(
             functools.partial(pretrain_agent.update, agent),
-            pretrain_agent.init(agent, key, OBS_DIM, ACTION_DIM),
+            init_state(agent.optimiser, base),
             TrainData(obs, action),
             6.0 * n,
         )
     agent = skill_agent.SkillConfig(network, diffusion, batch_size=batch, rank=RANK)
     made["skill"] = Stage(
         functools.partial(skill_agent.update, agent),
-        skill_agent.init(agent, key, base),
+        init_state(agent.optimiser, make_skill(base)),
         TrainData(obs, action, base),
         4.0 * n + 6.0 * m,
     )
@@ -516,14 +516,15 @@ def make_policy(
 ) -> Policy:
     """A random policy: the base alone, or skills under the paper's gate."""
     network = dataclasses.replace(sizes.network, dropout=0.0, matmul_dtype=dtype)
-    base = init_base(network, jax.random.key(0), obs_dim, action_dim)
+    key = jax.random.key(0)
+    base = randomised(lambda: init_base(network, key, obs_dim, action_dim))
     normaliser = Normaliser(jnp.zeros(obs_dim), jnp.ones(obs_dim))
     config = PolicyConfig(network, DiffusionConfig(), action_dim)
     if not skills:
         return Policy(config, PolicyParams(base, normaliser))
     gate_form = GateConfig()
     strength = jnp.full(skills, STRENGTH)
-    gate = init_gate(gate_form, jax.random.key(1), obs_dim, strength)
+    gate = randomised(lambda: init_gate(gate_form, key, obs_dim, strength))
     return Policy(
         dataclasses.replace(config, gate=gate_form),
         PolicyParams(base, normaliser, make_library(base, skills), strength, gate),
@@ -531,10 +532,27 @@ def make_policy(
     )
 
 
+def make_skill(base: Params) -> Params:
+    """A random skill."""
+    return randomised(lambda: init_skill(jax.random.key(0), base, RANK))
+
+
 def make_library(base: Params, count: int) -> Params:
-    """Fresh skills: leaves [K, ...]."""
-    keys = jax.random.split(jax.random.key(2), count)
-    return jax.vmap(lambda key: init_skill(key, base, RANK))(keys)
+    """Random skills: leaves [K, ...]."""
+    keys = jax.random.split(jax.random.key(0), count)
+    return randomised(lambda: jax.vmap(lambda k: init_skill(k, base, RANK))(keys))
+
+
+def randomised(make: Callable[[], Params]) -> Params:
+    """Random numbers in the shapes of `make()`, which is not run: its compilation would
+    take longer than the measurements."""
+    generator = np.random.default_rng(0)
+
+    def leaf(like: jax.ShapeDtypeStruct) -> jax.Array:
+        scale = like.shape[-2] ** -0.5 if len(like.shape) > 1 else 0.1
+        return jnp.asarray(scale * generator.standard_normal(like.shape), like.dtype)
+
+    return jax.tree.map(leaf, jax.eval_shape(make))
 
 
 def _forward(net: Denoiser) -> Callable[..., jax.Array]:

@@ -691,7 +691,7 @@ def episodes_json(episodes: Episodes, env: str, seed: int) -> dict[str, Any]:
     """Raw returns, costs and lengths of every episode, and their mean."""
     return {
         "env": env,
-        "seed": seed,
+        "evaluation_seed": seed,
         "mean": float(np.mean(episodes.returns)),
         "returns": episodes.returns.tolist(),
         "costs": episodes.costs.tolist(),

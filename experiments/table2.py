@@ -244,8 +244,9 @@ def tuned_weights(place: Place, setting: str, method: str) -> list[float]:
         path = results.raw_path(folder, setting, f"{method} {weights}", place.seed)
         raw = results.read_raw(path, fingerprint)
         if raw is None:
+            alpha = [float(weight) for weight in weights]
             policy = load_composition(
-                place.library, skills, alpha=weights, level=form.level
+                place.library, skills, alpha=alpha, level=form.level
             )
             raw = roll_out(place, policy, setting, f"{method} {weights}", tuning=True)
             results.write_raw(path, raw)

@@ -7,12 +7,20 @@ r"""Train an expert from nothing, with SAC from stable-baselines3.
 writes stand.npz, which `experiments.collect --policy=stand.npz` rolls out, and its card
 stand.json. Every --eval_every steps the deterministic policy plays a few episodes; the
 best so far is what the file holds, so that a run can be stopped at any time.
+
+Measured on walker stand, seed 0, one core of a busy machine: evaluations of two episodes
+returned 228 after 10,000 steps, 199 after 20,000, 648 after 30,000 and 874 after 40,000,
+which took 7 minutes (about 100 steps/s). Four fresh episodes of the last gave 647, from
+266 to 1000: the best of several short evaluations flatters, and 40,000 steps are too few.
+Walk and run have not been tried with these settings. The packaged experts were trained
+otherwise; see their cards.
 """
 
 import io
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -100,7 +108,7 @@ def train_expert(
         clip_obs=OBS_CLIP,
         epsilon=VAR_FLOOR,
     )
-    model = sb3.SAC("MlpPolicy", vector, seed=seed, device="cpu", **SETTINGS)
+    model = sb3.SAC("MlpPolicy", vector, seed=seed, device="cpu", **deepcopy(SETTINGS))
     start, curve, best = time.monotonic(), [], -np.inf
     while model.num_timesteps < steps:
         chunk = min(eval_every, steps - model.num_timesteps)

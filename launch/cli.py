@@ -132,7 +132,10 @@ def _explain(error: BaseException) -> str:
     while "Traceback" in str(error) and error.__context__ is not None:
         error = error.__context__
     if isinstance(error, (AttributeError, KeyError)):
-        return f"unknown config field {str(error.args[0]).strip(_QUOTES)!r}"
+        while isinstance(error.args[0], BaseException):
+            error = error.args[0]
+        name, _, hint = str(error.args[0]).partition("\n")
+        return f"unknown config field {name.strip(_QUOTES)!r}. {hint}".rstrip(". ")
     return str(error)
 
 

@@ -142,9 +142,14 @@ def init_distance(key: Key[Array, ""], obs_dim: int) -> Params:
 
 
 def learned_distance(net: Params, x: Float[Array, " S"]) -> Float[Array, ""]:
-    """The same distance as a small network predicts it: no search at run time."""
-    x = jnp.clip(x, -_DISTANCE_CLIP, _DISTANCE_CLIP)
-    return jax.nn.softplus(_DISTANCE_NET.apply({"params": net}, x)[0])
+    """The same distance as a small network predicts it: no search at run time.
+
+    A state beyond the clip is as far again as it lies beyond it: what the network makes
+    of the clipped state alone may be anything.
+    """
+    clipped = jnp.clip(x, -_DISTANCE_CLIP, _DISTANCE_CLIP)
+    distance = jax.nn.softplus(_DISTANCE_NET.apply({"params": net}, clipped)[0])
+    return distance + jnp.sum(jnp.abs(x - clipped))
 
 
 def _falloff(distance: Array, tau: Array) -> Array:

@@ -57,7 +57,7 @@ class SkillLibrary:
 
     def __init__(self, root: str | Path) -> None:
         """Use `open` or `create`."""
-        self.root = Path(root)
+        self.root = Path(root).expanduser()
 
     @classmethod
     def open(cls, root: str | Path) -> "SkillLibrary":

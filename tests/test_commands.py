@@ -106,6 +106,12 @@ def numbers(root, kind, name):
     return tree.flatten(loaded[0])
 
 
+def metrics(workdir):
+    """The lines of a run's metrics."""
+    text = Path(workdir, "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def assert_equal(left, right):
     assert left.keys() == right.keys()
     for path in left:
@@ -154,7 +160,7 @@ def test_main_job(stand, walk):
 def test_run_folder(library):
     for name in ("config.json", "versions.json", "metrics.jsonl", "result.json"):
         assert Path("lib_walk", name).is_file()
-    lines = [json.loads(x) for x in Path("lib_walk/metrics.jsonl").open()]
+    lines = metrics("lib_walk")
     assert [line["step"] for line in lines] == [1, 2]
     assert "loss/skill" in lines[0] and "grad/norm" in lines[0]
     assert list(Path("lib_walk/events").glob("events.out.tfevents.*"))
@@ -242,10 +248,7 @@ def test_a_stopped_stage_goes_on_to_the_same_result(library, stand, monkeypatch)
     result = stages.pretrain(config, workdir="halves", library="halves_lib", **options)
     assert result["summary"]["resumed_at"] == 2
     assert_equal(numbers("halves_lib", "base", ""), numbers("whole_lib", "base", ""))
-    left, right = (
-        [json.loads(x) for x in Path(f, "metrics.jsonl").open()]
-        for f in ("halves", "whole")
-    )
+    left, right = metrics("halves"), metrics("whole")
     for a, b in zip(left, right, strict=True):
         assert a["step"] == b["step"] and a["loss/base"] == b["loss/base"]
 

@@ -11,7 +11,14 @@ import tiny
 
 from psec_jax import gating
 from psec_jax.errors import InputError
-from psec_jax.gating import HEADS, SUPPORTS, GateConfig, gate_alpha, init_gate
+from psec_jax.gating import (
+    BOUNDED_HEADS,
+    HEADS,
+    SUPPORTS,
+    GateConfig,
+    gate_alpha,
+    init_gate,
+)
 
 K, B = 3, 16
 OBS = tiny.normal(B, tiny.OBS_DIM)
@@ -59,9 +66,9 @@ def test_every_head_weighs_every_skill(head):
     got = alphas(config, params)
     assert got.shape == (B, K)
     assert np.isfinite(got).all()
-    with jax.disable_jit():
-        one = gate_alpha(config, params, OBS[3])
+    one = gate_alpha(config, params, OBS[3])
     np.testing.assert_allclose(one, got[3], rtol=1e-5)
+    assert bounded(head) == (head in BOUNDED_HEADS)
     if bounded(head):
         assert (got >= 0).all()
         assert (got <= START).all()

@@ -107,6 +107,7 @@ def test_one_on_the_demonstrations_and_zero_far_from_them(name):
         assert np.quantile(own[:, k], 0.1) > 0.7
         assert np.quantile(own[:, 1 - k], 0.9) < 0.01
     far = shares(name, [[30, 30], [-50, 0], [3, 40], [1e4, -1e4], [0, -9]])
+    assert far.shape == (5, 2)
     assert far.max() < 0.01
 
 
@@ -156,6 +157,12 @@ def test_refusals():
         InputError, match="demonstrations of skill 1 all visit the same"
     ):
         fit_neighbour(SMALL, [SKILLS[0], same], BACKGROUND)
-    for quantile in (0.0, 1.1):
-        with pytest.raises(InputError, match=f"quantile: got {quantile}"):
-            SupportConfig(quantile=quantile)
+    for field, value in {
+        "quantile": 1.1,
+        "expectile": 1.0,
+        "learning_rate": 0.0,
+        "steps": 0,
+        "queries": 0,
+    }.items():
+        with pytest.raises(InputError, match=f"support.{field}: got {value}"):
+            SupportConfig(**{field: value})

@@ -94,7 +94,10 @@ def _assemble(arrays: Mapping[str, np.ndarray], path: Path) -> Dataset:
                 f"observations has {n} rows"
             )
     for name in ("terminal", "timeout"):
-        arrays[name] = arrays[name].astype(bool)
+        array = arrays[name]
+        if array.dtype.kind not in "biuf" or not np.isin(array, (0, 1)).all():
+            raise InputError(f"{path}: {KEYS[name]} holds other values than 0 and 1")
+        arrays[name] = array.astype(bool)
     if "next_obs" in arrays:
         return Dataset(**arrays)
     cut = arrays["timeout"] & ~arrays["terminal"]

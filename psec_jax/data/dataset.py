@@ -57,17 +57,19 @@ def check(ds: Dataset, source: str, clip_actions: bool = False) -> Dataset:
     floats = {}
     for name in ("obs", "action", "reward", "cost", "next_obs"):
         array = np.asarray(getattr(ds, name))
-        if not (np.issubdtype(array.dtype, np.number) or array.dtype == bool):
+        if array.dtype.kind not in "biuf":
             raise InputError(
                 f"{source}: {name} has type {array.dtype}, expected numbers"
             )
+        with np.errstate(over="ignore"):  # told below, as infinity
+            array = array.astype(np.float32)
         bad = array.size - np.count_nonzero(np.isfinite(array))
         if bad:
             raise InputError(
                 f"{source}: {name} holds {bad} NaN or infinite of {array.size} "
                 "values, expected finite numbers"
             )
-        floats[name] = np.asarray(array, dtype=np.float32)
+        floats[name] = array
     floats["action"] = _check_actions(floats["action"], source, clip_actions)
     terminal = np.asarray(ds.terminal, dtype=bool)
     timeout = np.asarray(ds.timeout, dtype=bool) & ~terminal
@@ -85,6 +87,11 @@ def _check_shapes(ds: Dataset, source: str) -> None:
     n = len(ds.obs)
     if n == 0:
         raise InputError(f"{source}: holds no transitions")
+    if 0 in (ds.obs.shape[1], ds.action.shape[1]):
+        raise InputError(
+            f"{source}: obs {ds.obs.shape} and action {ds.action.shape}, expected one "
+            "number or more in each"
+        )
     expected = {
         "action": (n, ds.action.shape[1]),
         "reward": (n,),

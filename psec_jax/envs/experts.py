@@ -68,7 +68,8 @@ def expert_path(env_spec: str) -> Path:
     if env_spec not in known:
         raise InputError(
             f"no packaged expert for {env_spec}; there is one for "
-            f"{', '.join(sorted(known))} (or give a path to your own .npz)"
+            f"{', '.join(sorted(known))} (or give a policy's .npz, or "
+            "your own demonstrations)"
         )
     return ASSETS / known[env_spec]["file"]
 
