@@ -384,6 +384,7 @@ def traces(raws: Raws, order: Sequence[str], title: str, note: str) -> Figure:
         for axes in panels.flat[len(raws) :]:
             axes.set_visible(False)
         drawn = {}
+        every = np.concatenate([list(raw["alpha"].values()) for raw in raws], axis=None)
         for axes, raw in zip(panels.flat, raws, strict=False):
             steps = np.arange(len(raw["reward"]))
             reward = axes.twinx()
@@ -401,6 +402,7 @@ def traces(raws: Raws, order: Sequence[str], title: str, note: str) -> Figure:
                 fontsize=10,
             )
             axes.set(xlabel="step of the episode", ylabel="alpha of a skill")
+            axes.set_ylim(min(0, every.min()) - 1, max(0, every.max()) + 1)
             drawn |= {line.get_label(): line for line in axes.get_lines()}
         figure.legend(handles=list(drawn.values()), loc="outside upper right", ncols=2)
     return figure

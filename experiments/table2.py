@@ -111,10 +111,21 @@ PAPER = {
 # Weights tried for the fixed rows, in the order of the gate's weights: at the parameter
 # level a multiplier for each skill, at the others the base's share and each skill's.
 GRIDS = {
-    ("parameter", 1): ((8,), (12,), (16,), (20,)),
-    ("parameter", 2): ((12, 4), (16, 4), (8, 8), (4, 12), (16, 16)),
-    ("shares", 1): ((0.5, 0.5), (0.25, 0.75), (0, 1)),
-    ("shares", 2): ((0.5, 0.25, 0.25), (0, 0.5, 0.5), (0.25, 0.75, 0), (0, 1, 0)),
+    ("parameter", 1): ((8.0,), (12.0,), (16.0,), (20.0,)),
+    ("parameter", 2): (
+        (12.0, 4.0),
+        (16.0, 4.0),
+        (8.0, 8.0),
+        (4.0, 12.0),
+        (16.0, 16.0),
+    ),
+    ("shares", 1): ((0.5, 0.5), (0.25, 0.75), (0.0, 1.0)),
+    ("shares", 2): (
+        (0.5, 0.25, 0.25),
+        (0.0, 0.5, 0.5),
+        (0.25, 0.75, 0.0),
+        (0.0, 1.0, 0.0),
+    ),
 }
 
 
@@ -241,17 +252,17 @@ def tuned_weights(place: Place, setting: str, method: str) -> list[float]:
     fingerprint = results.config_fingerprint(place.config.to_dict())
     tried = []
     for weights in GRIDS[kind, len(skills)]:
-        path = results.raw_path(folder, setting, f"{method} {weights}", place.seed)
+        label = f"{method} ({', '.join(f'{w:g}' for w in weights)})"
+        path = results.raw_path(folder, setting, label, place.seed)
         raw = results.read_raw(path, fingerprint)
         if raw is None:
-            alpha = [float(weight) for weight in weights]
             policy = load_composition(
-                place.library, skills, alpha=alpha, level=form.level
+                place.library, skills, alpha=weights, level=form.level
             )
-            raw = roll_out(place, policy, setting, f"{method} {weights}", tuning=True)
+            raw = roll_out(place, policy, setting, label, tuning=True)
             results.write_raw(path, raw)
         tried.append((raw["mean"], weights))
-    return [float(w) for w in max(tried)[1]]
+    return list(max(tried)[1])
 
 
 def roll_out(
@@ -263,9 +274,27 @@ def roll_out(
     count = config.table.tuning_episodes if tuning else config.evaluation.episodes
     seed = config.evaluation.seed + (1 if tuning else 0)
     episodes = evaluate(policy.act, env, count, seed)
-    return results.header(config.to_dict(), setting, method, place.seed) | (
-        stages.episodes_json(episodes, env, seed)
+    header = results.header(config.to_dict(), setting, method, place.seed)
+    return (
+        header
+        | {"budget": budget(config, method)}
+        | stages.episodes_json(episodes, env, seed)
     )
+
+
+def budget(config: ConfigDict, method: str) -> dict[str, Any]:
+    """Steps and batch of the stages that a method trains, tuned weights included."""
+    name = method.partition(" (")[0] if method not in METHODS else method
+    parts = {"Base": ["base"], "Scratch": ["skill"]}.get(name, ["base", "skill"])
+    sizes = {part: config[part] for part in parts}
+    form = COMPOSITIONS.get(name)
+    if form is not None and form.head != "constant":
+        cloned = form.level != "parameter"
+        sizes["gate"] = config.table.cloning if cloned else config.gate
+    return {
+        part: {"steps": size.steps, "batch_size": size.batch_size}
+        for part, size in sizes.items()
+    }
 
 
 def run_cells(

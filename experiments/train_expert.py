@@ -8,12 +8,12 @@ writes stand.npz, which `experiments.collect --policy=stand.npz` rolls out, and 
 stand.json. Every --eval_every steps the deterministic policy plays a few episodes; the
 best so far is what the file holds, so that a run can be stopped at any time.
 
-Measured on walker stand, seed 0, one core of a busy machine: evaluations of two episodes
-returned 228 after 10,000 steps, 199 after 20,000, 648 after 30,000 and 874 after 40,000,
-which took 7 minutes (about 100 steps/s). Four fresh episodes of the last gave 647, from
-266 to 1000: the best of several short evaluations flatters, and 40,000 steps are too few.
-Walk and run have not been tried with these settings. The packaged experts were trained
-otherwise; see their cards.
+Measured on walker stand, seed 0, one core of a busy machine: evaluations of two
+episodes returned 228 after 10,000 steps, 199 after 20,000, 648 after 30,000 and 874
+after 40,000, which took 7 minutes (about 100 steps/s). Four fresh episodes of the last
+gave 647, from 266 to 1000: the best of several short evaluations flatters, and 40,000
+steps are too few. Walk and run have not been tried with these settings. The packaged
+experts were trained otherwise; see their cards.
 """
 
 import io
