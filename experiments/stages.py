@@ -636,6 +636,10 @@ def start_weights(
     base and the others. "zero": all 0, at the noise and action levels 1 on the base:
     both mean the base alone. Bounded heads take their largest values instead: every
     skill's strength, or 1 for every member at the noise and action levels.
+
+    Raises:
+      InputError: an unknown name, another number of weights, or no weights for a
+        constant head over several skills, which would leave all but the first out.
     """
     count = len(strength) + base_member
     if alpha is not None:
@@ -644,6 +648,11 @@ def start_weights(
         return jnp.asarray(alpha, jnp.float32)
     if head in BOUNDED_HEADS:
         return jnp.ones(count) if base_member else strength
+    if head == "constant" and len(strength) > 1:
+        raise InputError(
+            f"alpha: a constant head over {len(strength)} skills needs {count} weights"
+            f"{', the first for the base' if base_member else ''}"
+        )
     starts = {
         "strength": (0.0, 1.0) if base_member else (strength[0],),
         "zero": (1.0,) if base_member else (0.0,),

@@ -9,6 +9,11 @@ r"""Make a gate alpha(s) over skills of a library, train its head, and add it.
         --name=walk-support --skills=walk \
         --config.gate.head=constant --config.gate.support=neighbour
 
+    # two skills, each as far as its own demonstrations reach
+    python -m launch.compose --workdir=runs/both --library=runs/library --name=both \
+        --skills=run,walk --alpha=16,16 --env=dm_control:walker-run \
+        --config.gate.head=constant --config.gate.support=neighbour
+
 The weights are head times support, made of config.gate:
   level    parameter (the paper's), noise or action: where skills are added up
   head     linear (the paper's), softmax, sigmoid or topk are learned; constant is not
@@ -35,7 +40,8 @@ ALPHA = flags.DEFINE_list(
     "alpha",
     None,
     "Weights the head starts from, one for each skill; at the noise and action levels "
-    "the base's first. A constant head keeps them. Default by config.gate.start.",
+    "the base's first. A constant head keeps them, and needs them for several skills. "
+    "Default by config.gate.start.",
 )
 SUPPORT_DATA = flags.DEFINE_list(
     "support_data",

@@ -219,8 +219,10 @@ class _Loop:
         self.metrics = {name: float(total) / count for name, total in sums.items()}
         bad = [name for name, value in self.metrics.items() if not np.isfinite(value)]
         if bad:
+            # A loss, where it is among them, rather than what follows from it.
+            name = min(bad, key=lambda name: not name.startswith("loss/"))
             raise TrainingError(
-                f"{bad[0]} is not finite between steps {self.since} and {self.step}; "
+                f"{name} is not finite between steps {self.since} and {self.step}; "
                 f"{self._good()}"
             )
         self.sums, self.since = self.zeros(), self.step

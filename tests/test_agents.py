@@ -283,38 +283,26 @@ def test_a_library_trained_at_once_is_its_skills_trained_alone():
 
 
 def test_jit_on_and_off_agree():
-    update, state, data = stage_of("gate")
-    key = jax.random.key(7)
-    expected, metrics = jax.jit(update)(state, data, key)
-    got, plain = update(state, data, key)
+    config = dataclasses.replace(gate_config("diffusion", "parameter"), batch_size=16)
+    update = functools.partial(gate.update, config)
+    data = demonstrations([SIDE / 2, SIDE / 2], frozen())
+    state = gate.init(config, init_gate_params())
+    expected, metrics = jax.jit(update)(state, data, jax.random.key(7))
+    got, plain = update(state, data, jax.random.key(7))
     tiny.assert_trees_close(got.params, expected.params, atol=1e-4)
     tiny.assert_trees_close(plain, metrics, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("stage", ["base", "gate"])
-def test_data_sharded_over_eight_devices(stage):
-    update, state, data = stage_of(stage)
+def test_data_sharded_over_eight_devices():
+    update, state, data = compiled(pretrain, BASE), init_base(), demonstrations(sides())
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
     rows = NamedSharding(mesh, PartitionSpec("batch"))
     whole = NamedSharding(mesh, PartitionSpec())
     sharded = jax.device_put(data, TrainData(rows, rows, whole))
-    update = jax.jit(update)
     expected, metrics = run(update, state, data, 2)
     got, on_eight = run(update, jax.device_put(state, whole), sharded, 2)
     tiny.assert_trees_close(got.params, expected.params, atol=1e-4)
     tiny.assert_trees_close(on_eight, metrics, atol=1e-4, rtol=1e-3)
-
-
-def stage_of(stage):
-    """An update on a small batch, its state and data."""
-    if stage == "base":
-        config = dataclasses.replace(BASE, batch_size=16)
-        update = functools.partial(pretrain.update, config)
-        return update, init_base(), demonstrations(sides())
-    config = dataclasses.replace(gate_config("diffusion", "parameter"), batch_size=16)
-    update = functools.partial(gate.update, config)
-    data = demonstrations([SIDE / 2, SIDE / 2], frozen())
-    return update, gate.init(config, init_gate_params()), data
 
 
 def test_released_gate_training_repeats_its_noise_and_regularises():

@@ -444,6 +444,10 @@ FORMS = {
         (*COMPOSE, WALKER, "--skills=walk,thin", *SUPPORT, "--support_data=one.hdf5"),
         "support_data: got 1 files for 2 skills",
     ),
+    "a constant head without weights": (
+        (*COMPOSE, WALKER, "--skills=walk,thin", "--config.gate.head=constant"),
+        "alpha: a constant head over 2 skills needs 2 weights",
+    ),
     "a name with a slash": (
         (
             "launch.expand",
@@ -624,12 +628,14 @@ def test_loss_that_is_not_finite():
     command += ("--config.skill.learning_rate=1e30", "--config.skill.steps=6")
     answer = call(*command)
     assert answer.code == 1
-    *progress, last = answer.err.splitlines()
-    assert last.startswith("error: ") and not any("error" in p for p in progress)
-    assert "is not finite" in last
-    assert files("lib") == before
+    *_, last = answer.err.splitlines()
+    assert last == (
+        "error: loss/skill is not finite between steps 0 and 2; last good save: step 1"
+    )
+    assert answer.err.count("error") == 1 and answer.out == ""
+    assert [p.name for p in Path("wild/checkpoints").iterdir()] == ["1"]
     assert not Path("wild/result.json").exists()
-    print(last)
+    assert files("lib") == before
 
 
 def test_policy_that_is_not_finite():

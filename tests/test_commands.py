@@ -193,6 +193,9 @@ def test_run_folder(library):
     assert card["data"]["trajectories"] == 2 and card["steps"] == 2
 
 
+FIXED = {"parameter": (8.0, 8.0), "noise": (0.0, 0.5, 0.5), "action": (1.0, 0.0, 0.0)}
+
+
 @pytest.mark.parametrize(
     ("level", "head", "support"),
     [
@@ -219,6 +222,7 @@ def test_compositions(library, stand, walk, quick_starts, level, head, support):
         data=walk,
         support_data=[walk, f"data/{run}"] if support != "none" else (),
         base_data=stand,
+        alpha=FIXED[level] if head == "constant" else None,
     )
     assert len(result["returns"]["returns"]) == 1
     assert result["returns"]["lengths"] == [short.STEPS]
