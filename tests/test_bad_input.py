@@ -441,7 +441,8 @@ FORMS = {
         "other_obs.hdf5: not the data skill 'walk' was learned from",
     ),
     "support data for other skills": (
-        (*COMPOSE, WALKER, "--skills=walk,thin", *SUPPORT, "--support_data=one.hdf5"),
+        (*COMPOSE, WALKER, "--skills=walk,thin", *SUPPORT, "--alpha=8,8")
+        + ("--support_data=one.hdf5",),
         "support_data: got 1 files for 2 skills",
     ),
     "a constant head without weights": (
