@@ -165,8 +165,13 @@ def _neighbour(params: Params, obs: Float[Array, " S"]) -> Float[Array, " K"]:
 
 
 def _learned(params: Params, obs: Float[Array, " S"]) -> Float[Array, " K"]:
-    distance = jax.vmap(learned_distance)(params["net"], obs / params["scale"])
-    return _falloff(distance, params["tau"])
+    x = obs / params["scale"]
+    distance = jax.vmap(learned_distance)(params["net"], x)
+    # How far x lies outside the box of the demonstrations bounds its distance from
+    # below, however far from its data the network is asked.
+    outside = jnp.maximum(jnp.maximum(params["low"] - x, x - params["high"]), 0)
+    bound = jnp.linalg.norm(outside, axis=-1) / params["reach"]
+    return _falloff(jnp.maximum(distance, bound), params["tau"])
 
 
 SUPPORTS: dict[str, Callable[[Params, Array], Array] | None] = {

@@ -160,6 +160,8 @@ def fit_learned(
         base's own data.
 
     Returns:
+      "low" and "high" [K, S], the box of the demonstrations, and "reach" [K], the
+      reference's tau: outside the box the distance is at least that to the box;
       "net" leaves [K, ...], "tau" [K] (all 1: the network speaks in units of tau),
       "scale" [K, S].
 
@@ -169,9 +171,11 @@ def fit_learned(
     reference = fit_neighbour(config, skills, background)
     every = np.concatenate([background, *(np.concatenate(t) for t in skills)])
     generator = np.random.default_rng(0)
-    nets = []
+    nets, low, high = [], [], []
     for k in range(len(skills)):
         demos = np.asarray(reference["demos"][k][reference["valid"][k]])
+        low.append(demos.min(0))
+        high.append(demos.max(0))
         others = every / np.asarray(reference["scale"][k])
         pool = _queries(generator, demos, others, config.queries)
         target = nearest(pool, demos) / float(reference["tau"][k])
@@ -180,6 +184,9 @@ def fit_learned(
         "net": tree.stack(nets),
         "tau": jnp.ones(len(skills)),
         "scale": reference["scale"],
+        "low": jnp.stack(low),
+        "high": jnp.stack(high),
+        "reach": reference["tau"],
     }
 
 
