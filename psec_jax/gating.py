@@ -132,7 +132,6 @@ def neighbour_distance(
 
 
 _DISTANCE_NET = MLP((256, 256), 1)
-_DISTANCE_CLIP = 20.0  # keeps the network's inputs where it was fitted
 DISTANCE_CAP = 4.0  # in units of tau: beyond it every support is zero anyway
 
 
@@ -144,12 +143,9 @@ def init_distance(key: Key[Array, ""], obs_dim: int) -> Params:
 def learned_distance(net: Params, x: Float[Array, " S"]) -> Float[Array, ""]:
     """The same distance as a small network predicts it: no search at run time.
 
-    A state beyond the clip is as far again as it lies beyond it: what the network makes
-    of the clipped state alone may be anything.
+    Trust it near the states it was fitted on alone; `SUPPORTS` bounds it elsewhere.
     """
-    clipped = jnp.clip(x, -_DISTANCE_CLIP, _DISTANCE_CLIP)
-    distance = jax.nn.softplus(_DISTANCE_NET.apply({"params": net}, clipped)[0])
-    return distance + jnp.sum(jnp.abs(x - clipped))
+    return jax.nn.softplus(_DISTANCE_NET.apply({"params": net}, x)[0])
 
 
 def _falloff(distance: Array, tau: Array) -> Array:

@@ -48,8 +48,8 @@ QUICK = {
 STANDARD = {
     "base": {"steps": 8000, "batch_size": 256},
     "skill": {
-        "steps": 8000,
-        "batch_size": 128,
+        "steps": 9000,
+        "batch_size": 256,
         "dropout": 0.0,
         "learning_rate": 1e-3,
     },
