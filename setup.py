@@ -37,7 +37,7 @@ EXTRAS = {
     "dm_control": ["dm_control>=1.0.50,<1.1", "mujoco>=3.17,<4"],
     "gymnasium": ["gymnasium[mujoco]>=1.2,<2", "mujoco>=3.17,<4"],
     "plot": ["matplotlib>=3.11,<4", "scikit-learn>=1.7,<2"],
-    "video": ["imageio>=2.37,<3", "imageio-ffmpeg>=0.6,<1", "pillow>=11"],
+    "video": ["imageio-ffmpeg>=0.6,<1", "pillow>=11"],
     "experts": ["stable-baselines3>=2.9,<3"],
     "wandb": ["wandb>=0.20,<1"],
     "cuda": ["jax[cuda12]"],

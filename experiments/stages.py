@@ -16,6 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.collect import collect
+from experiments.configs.dmc_walker import get_config
 from psec_jax import data as datasets
 from psec_jax import envs, support
 from psec_jax.agents import gate as gate_agent
@@ -115,13 +116,27 @@ def check_config(config: ConfigDict, section: str, evaluate_after: bool) -> None
       evaluate_after: whether `config.evaluation` will be used.
 
     Raises:
-      InputError: a number that is not finite or too small; the field is named.
+      InputError: a field that is missing, or a number that is not finite or too
+        small; the field is named.
     """
+    used = ("normaliser", "std_floor", "network", "diffusion", "data", "skill")
+    used += ("support", "evaluation", "run", section)
+    known = get_config().to_dict()
+    wanted = _fields({name: known[name] for name in used})
+    if missing := sorted(wanted - _fields(config.to_dict())):
+        raise InputError(
+            f"config: has no field {missing[0]!r}; experiments/configs/dmc_walker.py "
+            "shows every field"
+        )
     for name, value in _numbers(config.to_dict()):
         if not math.isfinite(value):
             raise InputError(f"{name}: got {value}, expected a finite number")
     least = {f"{section}.{field}": least for field, least in LEAST.items()}
-    least |= {f"run.{field}": 1 for field in config.run}
+    least |= {
+        f"run.{field}": 1
+        for field, value in config.run.items()
+        if not isinstance(value, bool)
+    }
     if evaluate_after:
         least |= {"evaluation.episodes": 1, "evaluation.seed": 0}
     for name, bound in least.items():
@@ -140,6 +155,18 @@ def _numbers(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield from _numbers(value, f"{prefix}{name}.")
         elif isinstance(value, (int, float)):
             yield f"{prefix}{name}", value
+
+
+def _fields(config: Mapping[str, Any], prefix: str = "") -> set[str]:
+    """Dotted names of the fields of a nested dict."""
+    names = set()
+    for name, value in config.items():
+        # The environments under data.seeds are the user's own.
+        if isinstance(value, Mapping) and name != "seeds":
+            names |= _fields(value, f"{prefix}{name}.")
+        else:
+            names.add(f"{prefix}{name}")
+    return names
 
 
 def check_env(env: str, demos: Demos) -> None:
@@ -244,9 +271,9 @@ def pretrain(
       InputError: bad data, a workdir that holds another run, or a library whose base
         another run made.
     """
-    env = env or config.base.env
-    stage = config[section]
     check_config(config, section, evaluate_after)
+    stage = config[section]
+    env = env or config.base.env
     make_normaliser = lookup(normalise.NORMALISERS, config.normaliser, "normaliser")
     network = NetworkConfig(**config.network, dropout=stage.dropout)
     diffusion = DiffusionConfig(**config.diffusion)
@@ -357,9 +384,9 @@ def expand(
       InputError: bad data, an unknown objective, a workdir of another run, or a name
         that another run took.
     """
-    env = env or config.skill.env
-    stage = config.skill
     check_config(config, "skill", evaluate_after)
+    stage = config.skill
+    env = env or stage.env
     if stage.objective not in OBJECTIVES:
         raise InputError(
             f"unknown objective {stage.objective!r}; choose from "
@@ -495,10 +522,14 @@ def compose(
     """
     if not skills:
         raise InputError("skills: got none, expected the names of one or more")
-    stage = config.gate
     check_config(config, "gate", evaluate_after)
+    stage = config.gate
     policy, stacked, strength, cards = load_skills(library, skills)
-    env = env or cards[0]["env"]
+    env = env or cards[0].get("env")
+    if env is None:
+        raise InputError(
+            f"env: the card of skill {skills[0]!r} names no environment; give one"
+        )
     base_member = stage.level != "parameter"
     gate_form = GateConfig(
         head=stage.head,
@@ -543,8 +574,7 @@ def compose(
         skill_demos = _skill_demos(config, cards, support_data)
     if stage.support == "learned":
         base_card = SkillLibrary.open(library).card("base", "base")
-        trajectories = base_card["data"]["trajectories"]
-        background = load_demos(config, base_card["env"], trajectories, base_data)
+        background = _card_demos(config, "base", base_card, base_data, "base_data")
         check_fit(background, policy)
     run, done = open_stage(
         workdir,
@@ -671,22 +701,36 @@ def _skill_demos(
         )
     loaded = []
     for i, card in enumerate(cards):
-        path = paths[i] if paths else None
-        trajectories = card["data"]["trajectories"]
+        what, path = f"skill {card['name']!r}", paths[i] if paths else None
+        demos = _card_demos(config, what, card, path, "support_data")
+        trajectories = demos.card()["trajectories"]
         if trajectories < 2:
             raise InputError(
-                f"skill {card['name']!r} was learned from {trajectories} trajectory, a "
-                "support needs 2 or more to find its scale"
+                f"{what} was learned from {trajectories} trajectory, a support needs 2 "
+                "or more to find its scale"
             )
-        demos = load_demos(config, card["env"], trajectories, path)
-        if demos.card()["fingerprint"] != card["data"]["fingerprint"]:
+        known = card.get("data")
+        if known and demos.card()["fingerprint"] != known["fingerprint"]:
             raise InputError(
-                f"{demos.source}: not the data skill {card['name']!r} was learned from "
-                f"(fingerprint {demos.card()['fingerprint']}, expected "
-                f"{card['data']['fingerprint']}); name it with --support_data"
+                f"{demos.source}: not the data {what} was learned from (fingerprint "
+                f"{demos.card()['fingerprint']}, expected {known['fingerprint']}); "
+                "name it with --support_data"
             )
         loaded.append(demos)
     return loaded
+
+
+def _card_demos(
+    config: ConfigDict, what: str, card: Mapping[str, Any], path: str | None, flag: str
+) -> Demos:
+    """The demonstrations a card names, from a file or collected again."""
+    known = card.get("data")
+    if path is None and not (known and card.get("env")):
+        raise InputError(
+            f"{what}: its card names no data to collect again; give --{flag}"
+        )
+    trajectories = known["trajectories"] if known else 0
+    return load_demos(config, card.get("env"), trajectories, path)
 
 
 def episodes_card(config: ConfigDict, policy: Policy, env: str) -> dict[str, Any]:

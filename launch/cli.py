@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from psec_jax.errors import InputError
-from psec_jax.training import Stopped, TrainingError
+from psec_jax.errors import InputError, Stopped, TrainingError
 
 _PROJECT = ("launch", "experiments", "psec_jax")
 _HELP = ("--help", "-help", "-h", "-?", "--helpshort")

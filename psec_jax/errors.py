@@ -1,4 +1,4 @@
-"""The one error a user sees for input that cannot be used."""
+"""The errors that a command tells its user in one line."""
 
 from collections.abc import Mapping
 from typing import TypeVar
@@ -11,6 +11,22 @@ class InputError(ValueError):
 
     The command line prints the message and exits with code 2.
     """
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: a metric or the state is not finite."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Training was asked to stop by a signal; the state was saved if it was finite.
+
+    Attributes:
+      signum: the signal's number.
+    """
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum
 
 
 def lookup(table: Mapping[str, T], name: str, what: str) -> T:

@@ -164,6 +164,7 @@ class SkillLibrary:
         Raises:
           InputError: a bad name, another base, other layers, or a full disk.
         """
+        _check_card("skill", name, card, ("alpha",))
         base, _, base_card = self.load_base()
         check_skill(base, params, f"skill {name!r}")
         card = self._adopt("skill", name, card, base_card, overwrite)
@@ -192,6 +193,7 @@ class SkillLibrary:
         Raises:
           InputError: a bad name, an unknown skill, another base, or a full disk.
         """
+        _check_card("gate", name, card, ("skills", "level", "gate"))
         _, _, base_card = self.load_base()
         card = self._adopt("gate", name, card, base_card, overwrite)
         prints = [self._read_card("skill", skill) for skill in card["skills"]]
@@ -448,6 +450,14 @@ class SkillLibrary:
                 replace_folder(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_card(
+    kind: str, name: str, card: Mapping[str, Any], fields: Sequence[str]
+) -> None:
+    for field in fields:
+        if field not in card:
+            raise InputError(f"{kind} {name!r}: its card has no {field!r}")
 
 
 def _layout(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from psec_jax.checkpoint import Checkpoints
-from psec_jax.errors import InputError
+from psec_jax.errors import InputError, Stopped, TrainingError
 from psec_jax.metrics import Writer
 from psec_jax.run import Run
 
@@ -26,22 +26,6 @@ Update = Callable[[State, Any, jax.Array], tuple[State, dict[str, jax.Array]]]
 # enough that a stop is prompt and that no queue of buffers builds up.
 _IN_FLIGHT = 2
 _REFRESH_SECONDS = 1.0
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on: a metric or the state is not finite."""
-
-
-class Stopped(KeyboardInterrupt):
-    """Training was asked to stop by a signal; the state was saved if it was finite.
-
-    Attributes:
-      signum: the signal's number.
-    """
-
-    def __init__(self, message: str, signum: int) -> None:
-        super().__init__(message)
-        self.signum = signum
 
 
 def train(

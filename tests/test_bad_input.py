@@ -13,6 +13,7 @@ import short
 from shell import call
 
 from psec_jax.data import d4rl
+from psec_jax.library import SkillLibrary
 from psec_jax.types import Dataset
 
 OBS_DIM, ACTION_DIM = 24, 6  # the walker's
@@ -110,6 +111,10 @@ def place(tmp_path_factory):
         (folder / "experiments").symlink_to(root / "experiments")
         d4rl.save("walker.hdf5", demos(), {})
         write_bad_files()
+        Path("small.py").write_text(
+            "from ml_collections import ConfigDict\n\n\n"
+            "def get_config():\n    return ConfigDict({'skill': {'steps': 2}})\n"
+        )
         made = (
             ("launch.pretrain", "--workdir=base"),
             ("launch.expand", "--workdir=walk", "--name=walk"),
@@ -126,6 +131,8 @@ def place(tmp_path_factory):
                 module, *TINY, "--library=lib", WALKER, "--noevaluate", *arguments
             )
             assert answer.code == 0, answer.err
+        library = SkillLibrary.open("lib")
+        library.add_skill("bare", library.load_skill("walk")[0], {"alpha": 16.0})
         yield folder
 
 
@@ -250,16 +257,16 @@ UNKNOWN = {
     ),
     "skill of a gate": (
         (*COMPOSE, WALKER, "--skills=fly"),
-        "lib has no skill 'fly'; it has mlp, thin, walk",
+        "lib has no skill 'fly'; it has bare, mlp, thin, walk",
     ),
     "skill of an evaluation": (
         (*EVALUATE, "--skills=fly"),
-        "lib has no skill 'fly'; it has mlp, thin, walk",
+        "lib has no skill 'fly'; it has bare, mlp, thin, walk",
     ),
     "gate": ((*EVALUATE, "--gate=fly"), "lib has no gate 'fly'; it has gate"),
     "entry": (
         ("launch.library", "show", "fly", "--library=lib"),
-        "lib has no 'fly'; it has base, mlp, thin, walk, gate",
+        "lib has no 'fly'; it has base, bare, mlp, thin, walk, gate",
     ),
     "level of a gate": (
         (*COMPOSE, WALKER, "--skills=walk", "--config.gate.level=soul"),
@@ -435,6 +442,20 @@ FORMS = {
     "a thin skill has no support": (
         (*COMPOSE, WALKER, "--skills=thin", *SUPPORT, "--support_data=one.hdf5"),
         "skill 'thin' was learned from 1 trajectory",
+    ),
+    "a card without an environment": (
+        (*COMPOSE, WALKER, "--skills=bare"),
+        "env: the card of skill 'bare' names no environment; give one",
+    ),
+    "a card without data": (
+        (*COMPOSE, WALKER, "--skills=bare", "--env=dm_control:walker-walk", *SUPPORT),
+        "skill 'bare': its card names no data to collect again; give --support_data",
+    ),
+    "a config file without a section": (
+        (*EXPAND[:1], "--config=small.py", "--workdir=new", "--library=lib")
+        + ("--name=new", WALKER),
+        "config: has no field 'data.action_noise'; experiments/configs/dmc_walker.py "
+        "shows every field",
     ),
     "support data of another skill": (
         (*COMPOSE, WALKER, "--skills=walk", *SUPPORT, "--support_data=other_obs.hdf5"),

@@ -42,8 +42,7 @@ COMMAND = '''
     from absl import flags, logging
     from launch import cli
 
-    from psec_jax.errors import InputError
-    from psec_jax.training import Stopped, TrainingError
+    from psec_jax.errors import InputError, Stopped, TrainingError
 
     CONFIG = cli.define_config("config.py:quick", "Config file and preset.")
     SEED = flags.DEFINE_integer("seed", 0, "Of everything.", lower_bound=0)

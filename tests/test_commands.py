@@ -21,9 +21,10 @@ from experiments.collect import collect
 from experiments.configs.dmc_walker import get_config
 from psec_jax import tree
 from psec_jax.envs.vector import VectorEnv
+from psec_jax.errors import Stopped
 from psec_jax.evaluation import evaluate
 from psec_jax.library import SkillLibrary
-from psec_jax.training import Stopped, train
+from psec_jax.training import train
 
 ROOT = Path(__file__).parents[1]
 BASE, SKILL = "dm_control:walker-stand", "dm_control:walker-walk"

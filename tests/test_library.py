@@ -130,6 +130,16 @@ def test_failed_exchange_puts_the_old_entry_back(library, monkeypatch):
     assert files_of(library.root) == before
 
 
+@pytest.mark.parametrize("field", ["skills", "level", "gate"])
+def test_cards_without_what_loading_needs_are_refused(library, field):
+    with pytest.raises(InputError, match="skill 'new': its card has no 'alpha'"):
+        library.add_skill("new", tiny.skill(2), {"objective": "bc"})
+    card = {key: value for key, value in GATE_CARD.items() if key != field}
+    with pytest.raises(InputError, match=f"gate 'new': its card has no '{field}'"):
+        library.add_gate("new", GATE, card)
+    assert library.skills() == ["run", "walk"]
+
+
 def test_full_disk_while_recording_returns_keeps_the_card(library, monkeypatch):
     before = files_of(library.root)
     monkeypatch.setattr(os, "fsync", full_disk)

@@ -96,6 +96,12 @@ def descend(
 def draw(
     key: Key[Array, ""], data: TrainData, batch_size: int
 ) -> tuple[Float[Array, "B S"], Float[Array, "B A"]]:
-    """A batch of transitions, uniformly with replacement."""
+    """A batch of transitions, uniformly with replacement.
+
+    Raises:
+      InputError: a batch below 1.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size: got {batch_size}, expected 1 or more")
     index = jax.random.randint(key, (batch_size,), 0, data.obs.shape[0])
     return data.obs[index], data.action[index]
