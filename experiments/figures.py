@@ -583,7 +583,9 @@ def run_cells(
             if raw is None:
                 prepare(place)
                 raw = cell.measure(place)
-            budgets = {stage: raw["budget"][stage] for stage in cell.trained}
+            budgets = {
+                s: size for s, size in raw["budget"].items() if s in cell.trained
+            }
             here = {"setting": cell.setting, "x": cell.x, "budget": budgets}
             results.write_raw(path, raw | here)
             mean = f": mean {raw['mean']:.1f}" if "mean" in raw else ""

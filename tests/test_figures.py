@@ -1,5 +1,6 @@
 """Figures: one end to end in the real simulator, the others from raw files."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -66,6 +67,19 @@ def test_figure_end_to_end(place):
     other.skill.steps = 3
     with pytest.raises(InputError, match="made with config"):
         figures.run_cells(NAME, other, root, folder, lines.append)
+
+
+def test_a_cell_counts_only_the_stages_that_it_trained(place, monkeypatch):
+    root, folder = place
+
+    def cells(budget):
+        return [figures._row_cell("S->W", "Base")]
+
+    spec = dataclasses.replace(figures.FIGURES[NAME], cells=cells)
+    monkeypatch.setitem(figures.FIGURES, NAME, spec)
+    figures.run_cells(NAME, tiny_config(), root, folder, print)
+    (raw,) = results.load_all(folder, f"raw_figures/{NAME}")
+    assert raw["budget"] == {"base": {"steps": 2, "batch_size": 4}}
 
 
 def raw_file(setting, method, seed=0, **fields):
