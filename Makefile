@@ -11,6 +11,9 @@ PYTHON = python3.11 python3 python3.12 python3.13
 VENV = .venv
 STAMP = $(VENV)/.installed
 PIP_ARGS = --disable-pip-version-check -qq
+# Huge memory pages on Linux, unless the user has set GLIBC_TUNABLES: training with large
+# batches is a quarter faster.
+PAGES = GLIBC_TUNABLES=$${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}
 # Test processes: two, so that compilation, most of the time, uses both cores.
 JOBS = 2
 
@@ -18,10 +21,10 @@ test: lint
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 demo: install
-	$(VENV)/bin/python -m experiments.demo
+	$(PAGES) $(VENV)/bin/python -m experiments.demo
 
 bench: install
-	$(VENV)/bin/python -m experiments.benchmark
+	$(PAGES) $(VENV)/bin/python -m experiments.benchmark
 
 lint: install
 	$(VENV)/bin/ruff format --check .

@@ -49,33 +49,55 @@ OBJECTIVES = ("bc",)
 LEAST = {"steps": 1, "batch_size": 1, "episodes": 0, "rank": 1}
 
 
+class Selection(NamedTuple):
+    """Which trajectories of the data are taken, where not all of them are.
+
+    Attributes:
+      best: those of highest return, not the first ones.
+      min_return: none below this return.
+    """
+
+    best: bool = False
+    min_return: float | None = None
+
+
+FIRST = Selection()
+
+
 class Demos(NamedTuple):
     """Demonstrations of one task.
 
     Attributes:
       dataset: whole trajectories.
       source: file or folder they come from.
+      selection: how they were chosen there.
     """
 
     dataset: Dataset
     source: str
+    selection: Selection = FIRST
 
     def card(self) -> dict[str, Any]:
         """What cards and configs record of the data."""
         returns = dataset.episode_returns(self.dataset)
+        chosen = self.selection != FIRST
         return {
             "source": Path(self.source).name,
             "fingerprint": dataset.fingerprint(self.dataset),
             "transitions": len(self.dataset.obs),
             "trajectories": len(returns),
             "return_mean": float(np.mean(returns)),
-        }
+        } | ({"selection": self.selection._asdict()} if chosen else {})
 
 
 def load_demos(
-    config: ConfigDict, env: str, episodes: int, path: str | None = None
+    config: ConfigDict,
+    env: str,
+    episodes: int,
+    path: str | None = None,
+    selection: Selection = FIRST,
 ) -> Demos:
-    """The first `episodes` trajectories of a file, or of a fresh collection.
+    """`episodes` trajectories of a file, or of a fresh collection.
 
     Args:
       config: its `data` section says how to collect.
@@ -83,6 +105,7 @@ def load_demos(
       episodes: trajectories; 0 takes all that a file has.
       path: an HDF5 file, an episode file or a folder of them; None collects with
         `config.data.policy` in `env`, or uses what was collected before.
+      selection: by default the first ones.
 
     Raises:
       InputError: the data cannot be used.
@@ -102,9 +125,12 @@ def load_demos(
             )
         )
     loaded = datasets.load(
-        path, first=episodes or None, clip_actions=config.data.clip_actions
+        path,
+        min_return=selection.min_return,
+        clip_actions=config.data.clip_actions,
+        **{"best" if selection.best else "first": episodes or None},
     )
-    return Demos(loaded, path)
+    return Demos(loaded, path, selection)
 
 
 def check_config(config: ConfigDict, section: str, evaluate_after: bool) -> None:
@@ -247,6 +273,7 @@ def pretrain(
     seed: int,
     env: str | None = None,
     data: str | None = None,
+    selection: Selection = FIRST,
     name: str = "base",
     section: str = "base",
     evaluate_after: bool = True,
@@ -260,6 +287,7 @@ def pretrain(
       seed: of parameters, batches and noise.
       env: environment; default `config.base.env`.
       data: demonstrations; default collects.
+      selection: which of them.
       name: of the base in its card.
       section: "skill" trains a base on a skill's budget: the Scratch baseline.
       evaluate_after: roll the base out and record its returns on the card.
@@ -280,7 +308,7 @@ def pretrain(
     agent = pretrain_agent.PretrainConfig(
         network, diffusion, train_config(config, section), stage.batch_size
     )
-    demos = load_demos(config, env, stage.episodes, data)
+    demos = load_demos(config, env, stage.episodes, data, selection)
     if data and evaluate_after:
         check_env(env, demos)
     run, done = open_stage(
@@ -366,6 +394,7 @@ def expand(
     name: str,
     env: str | None = None,
     data: str | None = None,
+    selection: Selection = FIRST,
     evaluate_after: bool = True,
 ) -> dict[str, Any]:
     """Learn one skill from demonstrations, the library's base frozen, and add it.
@@ -378,6 +407,7 @@ def expand(
       name: of the skill.
       env: environment; default `config.skill.env`.
       data: demonstrations; default collects.
+      selection: which of them.
       evaluate_after: roll the skill out at its training strength.
 
     Raises:
@@ -404,7 +434,7 @@ def expand(
         adapter=stage.adapter,
         alpha=stage.alpha,
     )
-    demos = load_demos(config, env, stage.episodes, data)
+    demos = load_demos(config, env, stage.episodes, data, selection)
     check_fit(demos, load_base(library))
     if data and evaluate_after:
         check_env(env, demos)
@@ -492,6 +522,7 @@ def compose(
     skills: Sequence[str],
     env: str | None = None,
     data: str | None = None,
+    selection: Selection = FIRST,
     support_data: Sequence[str] = (),
     base_data: str | None = None,
     alpha: Sequence[float] | None = None,
@@ -508,6 +539,7 @@ def compose(
       skills: names, in order of priority.
       env: the target's environment; default the last-learned skill's, skills[0].
       data: the target's demonstrations; default collects.
+      selection: which of them.
       support_data: demonstrations of each skill, for a support; default collects
         again what the skill's card names.
       base_data: the base's demonstrations, shown to a learned support as states where
@@ -564,7 +596,7 @@ def compose(
         compat=stage.compat,
     )
     start = start_weights(stage.start, stage.head, strength, base_member, alpha)
-    demos = load_demos(config, env, config.skill.episodes, data)
+    demos = load_demos(config, env, config.skill.episodes, data, selection)
     check_fit(demos, policy)
     if data and evaluate_after:
         check_env(env, demos)
@@ -730,7 +762,8 @@ def _card_demos(
             f"{what}: its card names no data to collect again; give --{flag}"
         )
     trajectories = known["trajectories"] if known else 0
-    return load_demos(config, card.get("env"), trajectories, path)
+    selection = Selection(**(known or {}).get("selection", {}))
+    return load_demos(config, card.get("env"), trajectories, path, selection)
 
 
 def episodes_card(config: ConfigDict, policy: Policy, env: str) -> dict[str, Any]:

@@ -69,6 +69,7 @@ def main(argv: Sequence[str]) -> None:
         skills=SKILLS.value,
         env=options.ENV.value,
         data=options.DATA.value,
+        selection=options.selection(),
         support_data=SUPPORT_DATA.value,
         base_data=BASE_DATA.value,
         alpha=floats("alpha", ALPHA.value),

@@ -10,8 +10,9 @@ r"""Learn one new skill from a few demonstrations; the library's base stays froz
         --config.skill.episodes=20 --config.skill.rank=16
 
 A skill is a small LoRA pytree, learned from the first config.skill.episodes
-trajectories of the data, 0 for all of them. The same command resumes. Next:
-launch.compose makes a gate that says when the skill acts.
+trajectories of the data, with --best from those of highest return; 0 takes all of them.
+The same command resumes. Next: launch.compose makes a gate that says when the skill
+acts.
 """
 
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ def main(argv: Sequence[str]) -> None:
         name=NAME.value,
         env=options.ENV.value,
         data=options.DATA.value,
+        selection=options.selection(),
         evaluate_after=options.EVALUATE.value,
     )
     print(stages.describe(f"skill {NAME.value!r}", result))

@@ -2,6 +2,7 @@
 
 from absl import flags
 
+from experiments.stages import Selection
 from launch.cli import define_config
 
 CONFIG = define_config(
@@ -29,6 +30,17 @@ DATA = flags.DEFINE_string(
     "Demonstrations: a D4RL-layout HDF5 file, an episode .npz or a folder of them; "
     "default collects in --env with the policy config.data.policy.",
 )
+BEST = flags.DEFINE_bool(
+    "best", False, "Take the trajectories of highest return, not the first ones."
+)
+MIN_RETURN = flags.DEFINE_float(
+    "min_return", None, "Take no trajectory of a lower return."
+)
 EVALUATE = flags.DEFINE_bool(
     "evaluate", True, "Roll the result out and record its returns."
 )
+
+
+def selection() -> Selection:
+    """Which trajectories the flags ask for."""
+    return Selection(BEST.value, MIN_RETURN.value)

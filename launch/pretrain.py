@@ -8,8 +8,9 @@ r"""Train a base policy on demonstrations and put it into a skill library.
         --data=cheetah.hdf5 --env=gymnasium:HalfCheetah-v5 --config.base.episodes=0
 
 The base is a diffusion policy trained by behaviour cloning on the first
-config.base.episodes trajectories of the data, 0 for all of them. Stop it at any time:
-the same command resumes where it was. Next: launch.expand learns a skill on top of it.
+config.base.episodes trajectories of the data, with --best on those of highest return; 0
+takes all of them. Stop it at any time: the same command resumes where it was. Next:
+launch.expand learns a skill on top of it.
 """
 
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ def main(argv: Sequence[str]) -> None:
         seed=options.SEED.value,
         env=options.ENV.value,
         data=options.DATA.value,
+        selection=options.selection(),
         name=NAME.value,
         evaluate_after=options.EVALUATE.value,
     )

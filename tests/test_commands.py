@@ -20,11 +20,13 @@ from experiments import stages, table2
 from experiments.collect import collect
 from experiments.configs.dmc_walker import get_config
 from psec_jax import tree
+from psec_jax.data import d4rl, dataset
 from psec_jax.envs.vector import VectorEnv
 from psec_jax.errors import Stopped
 from psec_jax.evaluation import evaluate
 from psec_jax.library import SkillLibrary
 from psec_jax.training import train
+from psec_jax.types import Dataset
 
 ROOT = Path(__file__).parents[1]
 BASE, SKILL = "dm_control:walker-stand", "dm_control:walker-walk"
@@ -236,9 +238,9 @@ def test_compositions(library, stand, walk, quick_starts, level, head, support):
 def test_demonstrations_of_a_support_are_collected_again(library, walk, monkeypatch):
     asked = []
 
-    def load_demos(config, env, episodes, path=None):
-        asked.append((env, episodes, path))
-        return original(config, env, episodes, path or walk)
+    def load_demos(config, env, episodes, path, selection):
+        asked.append((env, episodes, path, selection))
+        return original(config, env, episodes, path or walk, selection)
 
     original = stages.load_demos
     monkeypatch.setattr(stages, "load_demos", load_demos)
@@ -252,7 +254,35 @@ def test_demonstrations_of_a_support_are_collected_again(library, walk, monkeypa
         skills=["walk"],
         evaluate_after=False,
     )
-    assert asked == [(SKILL, 2, None)] * 2
+    assert asked == [(SKILL, 2, None, stages.FIRST)] * 2
+
+
+def test_the_best_trajectories_by_flag(library, walk):
+    ds, _ = d4rl.load(walk)
+    slices = dataset.episode_slices(ds)
+    returns = np.array([3.0, 1.0, 2.0, 0.5])
+    rows = np.concatenate(
+        [np.arange(slices[i % 2].start, slices[i % 2].stop) for i in range(4)]
+    )
+    many = Dataset(*(column[rows] for column in ds))
+    for i, part in enumerate(dataset.episode_slices(many)):
+        many.reward[part] = returns[i] / (part.stop - part.start)
+        many.obs[part] += 1e-3 * i
+    d4rl.save("many.hdf5", many, {})
+    mine = (*FLAGS, "--library=lib", f"--env={SKILL}", "--data=many.hdf5", "--best")
+    mine += ("--noevaluate", "--workdir=lib_best")
+    answer = call("launch.expand", *mine, "--name=best", "--min_return=2.5")
+    assert answer.code == 2
+    assert "asked for 2 trajectories, many.hdf5 has 1 with return >= 2.5" in answer.err
+    done("launch.expand", *mine, "--name=best")
+    data = library.card("skill", "best")["data"]
+    assert data["trajectories"] == 2
+    assert data["return_mean"] == pytest.approx(2.5)
+    assert data["selection"] == {"best": True, "min_return": None}
+    # The support takes the same trajectories of the file again.
+    support = ("--config.gate.head=constant", "--config.gate.support=neighbour")
+    support += ("--skills=best", "--support_data=many.hdf5", "--workdir=lib_support")
+    done("launch.compose", *mine, "--name=best-support", *support)
 
 
 def test_a_stopped_stage_goes_on_to_the_same_result(library, stand, monkeypatch):
