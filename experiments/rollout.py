@@ -36,7 +36,7 @@ from psec_jax import policy as policies
 from psec_jax.envs.gl import CannotDraw
 from psec_jax.envs.rendering import Renderer
 from psec_jax.errors import InputError, lookup
-from psec_jax.evaluation import evaluate
+from psec_jax.evaluation import record
 from psec_jax.files import reported, write_atomic
 from psec_jax.policy import Policy
 
@@ -91,7 +91,7 @@ def make_trace(
     """
     if steps is not None and steps < 1:
         raise InputError(f"steps is {steps}, expected 1 or more")
-    played, data, rows = evaluate(policy.act, env, episodes, seed, record=True)
+    played, data, rows = record(policy.act, env, episodes, seed)
     rows = [slice(r.start, r.stop if steps is None else r.start + steps) for r in rows]
     obs = [data.obs[r] for r in rows]
     names, alpha = _alpha(policy, np.concatenate(obs))

@@ -1,7 +1,7 @@
 """Batched rollouts of a policy: raw returns, costs and lengths of every episode."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -48,7 +48,6 @@ def _policy_keys(seed: jax.Array, episode: jax.Array, step: jax.Array) -> jax.Ar
     return jax.vmap(one)(episode, step)
 
 
-@overload
 def evaluate(
     act: Act,
     env_spec: str,
@@ -56,32 +55,7 @@ def evaluate(
     seed: int,
     workers: int | None = None,
     vector_env: VectorEnv | None = None,
-    record: Literal[False] = False,
-) -> Episodes: ...
-
-
-@overload
-def evaluate(
-    act: Act,
-    env_spec: str,
-    episodes: int,
-    seed: int,
-    workers: int | None = None,
-    vector_env: VectorEnv | None = None,
-    *,
-    record: Literal[True],
-) -> tuple[Episodes, Dataset, list[slice]]: ...
-
-
-def evaluate(
-    act: Act,
-    env_spec: str,
-    episodes: int,
-    seed: int,
-    workers: int | None = None,
-    vector_env: VectorEnv | None = None,
-    record: bool = False,
-) -> Episodes | tuple[Episodes, Dataset, list[slice]]:
+) -> Episodes:
     """Roll a policy out for whole episodes, many at once.
 
     Episode e starts from the state of SeedSequence((seed, e)), and its step s gives the
@@ -98,11 +72,6 @@ def evaluate(
       workers: processes; by default one for every core.
       vector_env: environments to use again, of `env_spec`; by default min(E, 64) are
         made, and closed at the end.
-      record: also give every transition.
-
-    Returns:
-      The episodes; with `record` also their transitions in episode order, with the
-      rows of each episode.
 
     Raises:
       InputError: `episodes` below 1, a spec that cannot be made, or environments of
@@ -110,28 +79,70 @@ def evaluate(
       FloatingPointError: the policy gave NaN or infinity.
       RuntimeError: a worker process has died.
     """
+    return _roll_out(act, env_spec, episodes, seed, workers, vector_env)
+
+
+def record(
+    act: Act,
+    env_spec: str,
+    episodes: int,
+    seed: int,
+    workers: int | None = None,
+    vector_env: VectorEnv | None = None,
+) -> tuple[Episodes, Dataset, list[slice]]:
+    """`evaluate` that also gives every transition.
+
+    Returns:
+      The episodes, their transitions in episode order, and the rows of each episode.
+
+    Raises:
+      As `evaluate`.
+    """
+    rows: list[list[tuple]] = []
+    result = _roll_out(act, env_spec, episodes, seed, workers, vector_env, rows)
+    types = (np.float32,) * 5 + (bool,) * 2
+    columns = zip(*[row for episode in rows for row in episode], strict=True)
+    ds = Dataset(*(np.array(c, dtype=t) for c, t in zip(columns, types, strict=True)))
+    return result, ds, dataset.episode_slices(ds)
+
+
+def _roll_out(
+    act: Act,
+    env_spec: str,
+    episodes: int,
+    seed: int,
+    workers: int | None,
+    vector_env: VectorEnv | None,
+    rows: list[list[tuple]] | None = None,
+) -> Episodes:
+    """`evaluate`; `rows` gets the transitions of each episode."""
     if episodes < 1:
         raise InputError(f"episodes is {episodes}, expected 1 or more")
     if not 0 <= seed < 2**32:
         raise InputError(f"seed is {seed}, expected 0 to {2**32 - 1}")
+    if rows is not None:
+        rows += [[] for _ in range(episodes)]
     if vector_env is None:
         with VectorEnv(env_spec, min(episodes, MAX_WIDTH), workers) as made:
-            return _evaluate(act, made, episodes, seed, record)
+            return _play(act, made, episodes, seed, rows)
     if vector_env.spec != env_spec:
         raise InputError(
             f"the environments given are {vector_env.spec}, expected {env_spec}"
         )
-    return _evaluate(act, vector_env, episodes, seed, record)
+    return _play(act, vector_env, episodes, seed, rows)
 
 
-def _evaluate(
-    act: Act, env: VectorEnv, episodes: int, seed: int, record: bool
-) -> Episodes | tuple[Episodes, Dataset, list[slice]]:
+def _play(
+    act: Act,
+    env: VectorEnv,
+    episodes: int,
+    seed: int,
+    rows: list[list[tuple]] | None,
+) -> Episodes:
     width = env.num_envs
     seeds = episode_seeds(seed, episodes)
     returns, costs = np.zeros(episodes), np.zeros(episodes)
     lengths = np.zeros(episodes, dtype=np.int64)
-    rows: list[list[tuple]] = [[] for _ in range(episodes)]
     # Slot b plays episode running[b]; idle slots keep stale observations, so that the
     # batch never changes its shape.
     slots = np.arange(min(width, episodes))
@@ -156,7 +167,7 @@ def _evaluate(
                 f"{bad}"
             )
         step = env.step(slots, action)
-        if record:
+        if rows is not None:
             columns = (obs[slots], action, step.reward, step.cost, step.obs)
             for e, *row in zip(
                 current, *columns, step.terminal, step.timeout, strict=True
@@ -174,14 +185,4 @@ def _evaluate(
             obs[free] = env.reset(free, seeds[fresh])
             waiting += len(free)
         slots = slots[~ended | np.isin(slots, free)]
-    result = Episodes(returns, costs, lengths, seeds)
-    if not record:
-        return result
-    ds = _dataset(rows)
-    return result, ds, dataset.episode_slices(ds)
-
-
-def _dataset(rows: list[list[tuple]]) -> Dataset:
-    types = (np.float32,) * 5 + (bool,) * 2
-    columns = zip(*[row for episode in rows for row in episode], strict=True)
-    return Dataset(*(np.array(c, dtype=t) for c, t in zip(columns, types, strict=True)))
+    return Episodes(returns, costs, lengths, seeds)

@@ -12,7 +12,7 @@ from psec_jax import envs, evaluation
 from psec_jax.data import dataset
 from psec_jax.envs.vector import VectorEnv
 from psec_jax.errors import InputError
-from psec_jax.evaluation import episode_seeds, evaluate
+from psec_jax.evaluation import episode_seeds, evaluate, record
 
 EPISODES = 7
 
@@ -71,7 +71,7 @@ def test_more_episodes_keep_the_first_ones():
 def test_record_gives_every_transition():
     with VectorEnv(SPEC, 2, 1) as vector:
         plain = evaluate(noisy, SPEC, 5, 3, vector_env=vector)
-        result = evaluate(noisy, SPEC, 5, 3, vector_env=vector, record=True)
+        result = record(noisy, SPEC, 5, 3, vector_env=vector)
     episodes, ds, slices = result
     for got, expected in zip(episodes, plain, strict=True):
         np.testing.assert_array_equal(got, expected)
