@@ -14,7 +14,7 @@ from psec_jax import envs
 from psec_jax.envs import experts
 from psec_jax.envs.base import ActionBox
 from psec_jax.envs.vector import VectorEnv
-from psec_jax.envs.workers import default_workers
+from psec_jax.envs.workers import Worker, default_workers
 from psec_jax.errors import InputError
 
 WALKER = "dm_control:walker-walk"
@@ -208,6 +208,14 @@ def test_workers_never_run_the_main_module_again(tmp_path):
         [sys.executable, "-W", "error", script], env=env, capture_output=True, text=True
     )
     assert (run.stdout, run.stderr) == ("main runs\n(2, 2)\n", "")
+
+
+def test_a_refusal_that_nobody_waits_for_is_silent(monkeypatch, capfd):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    worker = Worker("tiny_env:refuse_late", name="late")
+    worker.close()
+    assert worker._process.returncode == 0
+    assert capfd.readouterr() == ("", "")
 
 
 def test_default_workers():

@@ -3,10 +3,13 @@
 Worker processes import it by the name `tiny_env:Tiny-v0`.
 """
 
+import contextlib
 import os
 
 import gymnasium
 import numpy as np
+
+from psec_jax.errors import InputError
 
 LIMIT = 6
 SPEC = "gymnasium:tiny_env:Tiny-v0"
@@ -42,3 +45,10 @@ class Tiny(gymnasium.Env):
 
 gymnasium.register("Tiny-v0", Tiny, max_episode_steps=LIMIT)
 gymnasium.register("Endless-v0", Tiny)
+
+
+def refuse_late(pipe):
+    """A worker's job that refuses its input when its parent has gone."""
+    with contextlib.suppress(EOFError):
+        pipe.recv()
+    raise InputError("too late")

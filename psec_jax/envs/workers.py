@@ -96,11 +96,12 @@ class Worker:
 def _child() -> None:
     pipe = Connection(int(sys.argv[1]))
     try:
-        serve, args = pipe.recv()
-        module, function = serve.split(":")
-        getattr(import_module(module), function)(pipe, *args)
-    except InputError as error:
-        pipe.send(error)
+        try:
+            serve, args = pipe.recv()
+            module, function = serve.split(":")
+            getattr(import_module(module), function)(pipe, *args)
+        except InputError as error:
+            pipe.send(error)
     except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
         return  # the parent has gone, or Ctrl-C went to the whole group
 
