@@ -12,7 +12,7 @@ VENV = .venv
 STAMP = $(VENV)/.installed
 PIP_ARGS = --disable-pip-version-check -qq
 # Huge memory pages on Linux, unless the user has set GLIBC_TUNABLES: training with large
-# batches is a quarter faster.
+# batches is a tenth to a third faster.
 PAGES = GLIBC_TUNABLES=$${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}
 # Test processes: two, so that compilation, most of the time, uses both cores.
 JOBS = 2
