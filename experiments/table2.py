@@ -8,7 +8,8 @@ episodes (raw/*.json) and table2.md, table2.csv and table2.json made from them. 
 runs and cells are kept: start it again after a stop. --tables_only makes the tables
 again from the raw files.
 
-Expected: quick minutes, standard about an hour of two CPU cores, paper a day of a GPU.
+Expected: quick minutes, standard half an hour a seed on two CPU cores, paper a day of a
+GPU.
 """
 
 import re

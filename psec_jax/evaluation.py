@@ -87,7 +87,6 @@ def record(
     env_spec: str,
     episodes: int,
     seed: int,
-    workers: int | None = None,
     vector_env: VectorEnv | None = None,
 ) -> tuple[Episodes, Dataset, list[slice]]:
     """`evaluate` that also gives every transition.
@@ -99,7 +98,7 @@ def record(
       As `evaluate`.
     """
     rows: list[list[tuple]] = []
-    result = _roll_out(act, env_spec, episodes, seed, workers, vector_env, rows)
+    result = _roll_out(act, env_spec, episodes, seed, None, vector_env, rows)
     types = (np.float32,) * 5 + (bool,) * 2
     columns = zip(*[row for episode in rows for row in episode], strict=True)
     ds = Dataset(*(np.array(c, dtype=t) for c, t in zip(columns, types, strict=True)))

@@ -192,7 +192,7 @@ def init_gate(
       obs_dim: S.
       start: the weights the head starts from (a constant head stays there; bounded
         heads take them as their largest values).
-      support: made by `fit_neighbour_support` or its learned twin.
+      support: made by one of `psec_jax.support.FITS`.
 
     Raises:
       InputError: a support is configured and not given, or the reverse.

@@ -5,7 +5,7 @@ r"""DeepMind Control walker: stand is the base, walk and run are skills.
 
 Presets (any field can be changed with --config.FIELD=VALUE):
   quick     minutes on 2 CPU cores; what `make demo` runs
-  standard  what the committed tables were made with, under an hour of 2 CPU cores
+  standard  what the committed tables were made with, half an hour a seed on 2 CPU cores
   paper     the paper's budgets: batch 2048, 1 M / 50 k / 1 k steps; wants a GPU or TPU
 Expected returns of each preset are in README.md and docs/reproducing.md.
 """
@@ -30,8 +30,8 @@ ALL_METHODS = (
     "PSEC + support",
 )
 
-# Dropout in a skill's training is 0 in the two small presets: at their budgets the
-# paper's 0.1 leaves the walk skill at about half the return (docs/reproducing.md).
+# Dropout in a skill's training is 0 in the two small presets: a trial without the
+# paper's 0.1, and with more steps, gave far higher returns (docs/reproducing.md).
 QUICK = {
     "base": {"steps": 5000, "batch_size": 256, "ema": 5e-3},
     "skill": {
