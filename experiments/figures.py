@@ -49,9 +49,9 @@ WALK = "S->W"
 SKILL_ONLY = ("base", "skill")  # trained where no gate is
 ALPHAS = (0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24)
 SHORT = {"skill.steps": 300, "gate.steps": 50}
-# Averaged weights of a short run must not remember its start.
-BRIEF = {"skill.ema": 5e-3}
-# Many skills on one budget: less than a quarter of Table 2's.
+# Averaged weights of a short run must not remember its start; the rank is the paper's.
+BRIEF = {"skill.ema": 5e-3, "skill.rank": 8}
+# Many skills on one budget: a sixth of Table 2's.
 SMALL = BRIEF | {"skill.steps": 2000}
 
 # points: what the figure varies; changes: config fields beside those of the preset;
