@@ -30,8 +30,8 @@ ALL_METHODS = (
     "PSEC + support",
 )
 
-# Skills of the two small presets differ from the paper's in what trials showed to matter
-# (docs/reproducing.md): no dropout, a higher rate, and rank 16 in place of 8 in standard.
+# Skills of the two small presets differ from the paper's in what trials showed to
+# matter (docs/reproducing.md): no dropout, a higher rate, in standard rank 16, not 8.
 QUICK = {
     "base": {"steps": 5000, "batch_size": 256, "ema": 5e-3},
     "skill": {
