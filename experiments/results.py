@@ -148,8 +148,9 @@ def conditions(raws: Sequence[Mapping[str, Any]]) -> str:
             budget.append(f"{stage} {steps} steps of {batch}")
     presets = " and ".join(sorted({raw["preset"] for raw in raws}))
     made = raws[0]["versions"]
+    cores = f"{made['cores']} core{'s' * (made['cores'] > 1)}"
     return (
-        f"{measured}. Preset {presets}: {', '.join(budget)}; {made['cores']} cores of "
+        f"{measured}. Preset {presets}: {', '.join(budget)}; {cores} of "
         f"{made['cpu']}, jax {made['jax']}."
     )
 

@@ -8,7 +8,7 @@ episodes (raw/*.json) and table2.md, table2.csv and table2.json made from them. 
 runs and cells are kept: start it again after a stop. --tables_only makes the tables
 again from the raw files.
 
-Expected: quick minutes, standard half an hour a seed on two CPU cores, paper a day of a
+Expected: quick minutes, standard an hour a seed on one CPU core, paper a day of a
 GPU.
 """
 
@@ -184,7 +184,7 @@ def train_skill(place: Place, task: str, adapter: str) -> str:
     """One skill; returns its name in the library."""
     train_base(place)
     name = task if adapter == "lora" else f"{task}-{adapter}"
-    config = _changed(place.config, {"skill.adapter": adapter})
+    config = changed(place.config, {"skill.adapter": adapter})
     stages.expand(
         config,
         workdir=place.workdir(name),
@@ -218,7 +218,7 @@ def train_composition(
         cloning = place.config.table.cloning
         changes |= {f"gate.{field}": value for field, value in cloning.items()}
     stages.compose(
-        _changed(place.config, changes),
+        changed(place.config, changes),
         workdir=place.workdir(name),
         library=place.library,
         seed=place.seed,
@@ -344,13 +344,19 @@ def footnote(raws: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+def changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """A copy of a config with other values under these dotted names."""
     copy = ConfigDict(config.to_dict())
     copy.update_from_flattened_dict(dict(changes))
     return copy
 
 
-def _seeds(texts: Sequence[str]) -> tuple[int, ...]:
+def table_seeds(texts: Sequence[str]) -> tuple[int, ...]:
+    """The seeds of a list flag.
+
+    Raises:
+      InputError: something else than a number.
+    """
     for text in texts:
         if not text.isdecimal():
             raise InputError(f"--seeds: got {text!r}, expected numbers from 0 up")
@@ -364,7 +370,7 @@ def main(argv: Sequence[str]) -> None:
     if not FLAGS["tables_only"].value:
         config = get_config(FLAGS["preset"].value)
         if FLAGS["seeds"].value:
-            config.table.seeds = _seeds(FLAGS["seeds"].value)
+            config.table.seeds = table_seeds(FLAGS["seeds"].value)
         methods = FLAGS["methods"].value or config.table.methods
         for method in methods:
             if method not in METHODS:

@@ -5,7 +5,7 @@ r"""DeepMind Control walker: stand is the base, walk and run are skills.
 
 Presets (any field can be changed with --config.FIELD=VALUE):
   quick     minutes on 2 CPU cores; what `make demo` runs
-  standard  what the committed tables were made with, half an hour a seed on 2 CPU cores
+  standard  what the committed tables were made with, an hour a seed on one CPU core
   paper     the paper's budgets: batch 2048, 1 M / 50 k / 1 k steps; wants a GPU or TPU
 Expected returns of each preset are in README.md and docs/reproducing.md.
 """
