@@ -2,14 +2,17 @@
 # make demo    set-up, the main job at the quick preset
 # make bench   set-up, speed of this machine and of every stage
 # make lint    set-up, formatting and lint only
+# make setup-safe  set-up and the safe simulators, Bullet-Safety-Gym and MetaDrive; their
+#              tests, skipped without them, then run in make test
 # make clean   remove .venv and caches; results, runs and data stay
 .POSIX:
-.PHONY: test demo bench lint install clean
+.PHONY: test demo bench lint install setup-safe clean
 
 # The first of these that is 3.11 or newer makes the environment.
 PYTHON = python3.11 python3 python3.12 python3.13
 VENV = .venv
 STAMP = $(VENV)/.installed
+SAFE_STAMP = $(VENV)/.installed-safe
 PIP_ARGS = --disable-pip-version-check -qq
 # Huge memory pages on Linux, unless the user has set GLIBC_TUNABLES: training with large
 # batches is a tenth to a third faster.
@@ -31,6 +34,13 @@ lint: install
 	$(VENV)/bin/ruff check .
 
 install: $(STAMP)
+
+setup-safe: $(SAFE_STAMP)
+
+# Without dependencies: these packages ask for old versions of what is already there.
+$(SAFE_STAMP): $(STAMP) requirements-safe.txt
+	$(VENV)/bin/python -m pip install $(PIP_ARGS) --no-deps -r requirements-safe.txt
+	@touch $(SAFE_STAMP)
 
 # The stamp is written last: a set-up that was interrupted starts again. Candidates are
 # run, not looked up: the shim of a version manager may exist and not work.

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from psec_jax.data import dataset
+from psec_jax.envs import one_per_process
 from psec_jax.envs.vector import VectorEnv
 from psec_jax.errors import InputError
 from psec_jax.types import Dataset
@@ -14,6 +15,9 @@ from psec_jax.types import Dataset
 Act = Callable[[jax.Array, np.ndarray], Any]
 
 MAX_WIDTH = 64  # environments at once; more episodes take turns
+# The same for simulators that need a process each. Not the number of cores: the policy
+# sees the same batch on every machine.
+MAX_PROCESSES = 8
 
 
 class Episodes(NamedTuple):
@@ -61,7 +65,8 @@ def evaluate(
     Episode e starts from the state of SeedSequence((seed, e)), and its step s gives the
     policy the key fold_in(fold_in(key(seed), e), s), so the results depend neither on
     how many run at once nor on the number of processes, apart from the rounding of
-    batched products. The policy always sees the same batch size B.
+    batched products. The policy always sees the same batch size B. A worker process
+    that dies is replaced, see `VectorEnv`.
 
     Args:
       act: jitted `(keys [B], obs [B, S]) -> actions [B, A]`; actions are clipped to
@@ -70,14 +75,14 @@ def evaluate(
       episodes: E.
       seed: of initial states and policy.
       workers: processes; by default one for every core.
-      vector_env: environments to use again, of `env_spec`; by default min(E, 64) are
-        made, and closed at the end.
+      vector_env: environments to use again, of `env_spec`; by default min(E, 64), or
+        min(E, 8) with a process each, are made, and closed at the end.
 
     Raises:
       InputError: `episodes` below 1, a spec that cannot be made, or environments of
         another spec.
       FloatingPointError: the policy gave NaN or infinity.
-      RuntimeError: a worker process has died.
+      RuntimeError: a worker process has died too often.
     """
     return _roll_out(act, env_spec, episodes, seed, workers, vector_env)
 
@@ -122,7 +127,8 @@ def _roll_out(
     if rows is not None:
         rows += [[] for _ in range(episodes)]
     if vector_env is None:
-        with VectorEnv(env_spec, min(episodes, MAX_WIDTH), workers) as made:
+        width = MAX_PROCESSES if one_per_process(env_spec) else MAX_WIDTH
+        with VectorEnv(env_spec, min(episodes, width), workers) as made:
             return _play(act, made, episodes, seed, rows)
     if vector_env.spec != env_spec:
         raise InputError(

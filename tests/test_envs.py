@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from tiny_env import LIMIT, SPEC
 from psec_jax import envs
 from psec_jax.envs import experts
 from psec_jax.envs.base import ActionBox
-from psec_jax.envs.vector import VectorEnv
+from psec_jax.envs.vector import RESTARTS, VectorEnv
 from psec_jax.envs.workers import Worker, default_workers
 from psec_jax.errors import InputError
 
@@ -115,7 +116,7 @@ def test_action_box():
     ("spec", "message"),
     [
         ("walker-walk", "expected PREFIX:NAME"),
-        ("brax:ant", "unknown environment prefix 'brax'; choose from dm_control"),
+        ("brax:ant", "unknown environment prefix 'brax'; choose from bullet, d"),
         ("dm_control:wolker-walk", "unknown domain 'wolker'; choose from acrobot"),
         ("dm_control:walker-fly", "unknown task 'fly' of walker; choose from walker-r"),
         ("dm_control:walker", "unknown task '' of walker"),
@@ -181,7 +182,7 @@ def test_vector_env_refuses():
     vector.close()
 
 
-def test_dead_worker_is_named(monkeypatch):
+def test_a_worker_that_keeps_dying_is_named(monkeypatch, capfd):
     monkeypatch.setenv("TINY_DIES", "1")
     with VectorEnv(SPEC, 2, 2) as vector:
         vector.reset([0, 1], [0, 0])
@@ -192,13 +193,17 @@ def test_dead_worker_is_named(monkeypatch):
             with pytest.raises(RuntimeError, match=named):
                 vector.step([0, 1], actions)
                 vector.step([1], actions[1:])
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == RESTARTS
+    for number, line in enumerate(lines, 1):
+        assert re.match(f"{named}; .* played again .restart {number} of", line)
 
 
 def test_workers_never_run_the_main_module_again(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "print('main runs')\n"
-        "from psec_jax.envs.vector import VectorEnv\n"
+        "from psec_jax.envs.vector import RESTARTS, VectorEnv\n"
         f"with VectorEnv({SPEC!r}, 2, 2) as vector:\n"
         "    print(vector.reset([0, 1], [3, 4]).shape)\n"
     )

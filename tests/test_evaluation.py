@@ -1,5 +1,7 @@
 """Batched rollouts: what they count, and that batching changes nothing."""
 
+import os
+import signal
 from pathlib import Path
 
 import jax
@@ -82,6 +84,43 @@ def test_record_gives_every_transition():
     for rows in slices:
         np.testing.assert_array_equal(ds.obs[rows][1:], ds.next_obs[rows][:-1])
         np.testing.assert_array_equal(ds.obs[rows][:, 1], np.arange(len(ds.obs[rows])))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_episodes_of_a_killed_worker_are_played_again(workers, capfd):
+    with VectorEnv(SPEC, 3, workers) as vector:
+        undisturbed = record(noisy, SPEC, EPISODES, 3, vector_env=vector)
+    calls = []
+
+    def deadly(keys, obs):
+        """The same policy; some of its calls kill a worker first."""
+        calls.append(None)
+        if len(calls) in (2, 3, 8):
+            pid = vector._workers[-1]._process.pid
+            os.kill(pid, signal.SIGKILL)
+        return noisy(keys, obs)
+
+    with VectorEnv(SPEC, 3, workers) as vector:
+        result = record(deadly, SPEC, EPISODES, 3, vector_env=vector)
+    for got, expected in zip(result[0], undisturbed[0], strict=True):
+        np.testing.assert_array_equal(got, expected)
+    for got, expected in zip(result[1], undisturbed[1], strict=True):
+        np.testing.assert_array_equal(got, expected)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        assert f"environment worker {workers} of {workers}" in line
+        assert "died (exit status -9)" in line and "played again" in line
+
+
+def test_an_episode_that_does_not_repeat_is_an_error(capfd):
+    with VectorEnv(SPEC, 1, 1) as vector:
+        vector.reset([0], [5])
+        vector._playing[0].seed = 6
+        os.kill(vector._workers[0]._process.pid, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match="seed 6 came out otherwise"):
+            vector.step([0], np.zeros((1, 2)))
+    assert "died" in capfd.readouterr().err
 
 
 def test_actions_are_clipped_and_the_batch_keeps_its_shape():

@@ -1,8 +1,11 @@
 """What every environment offers."""
 
+import importlib.util
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+
+from psec_jax.errors import InputError
 
 
 class Step(NamedTuple):
@@ -71,3 +74,20 @@ class ActionBox:
     def __call__(self, action: np.ndarray) -> np.ndarray:
         """Rescale actions [..., A]; float64."""
         return self.centre + self.half * np.asarray(action, np.float64)
+
+
+def check_safe_setup(spec: str, packages: tuple[str, ...]) -> None:
+    """Check that a safe simulator is there, without importing it.
+
+    Args:
+      spec: the environment that was asked for.
+      packages: what it imports, by import name.
+
+    Raises:
+      InputError: a package is missing; the message names the command that installs it.
+    """
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise InputError(
+                f"{spec}: {package} is not installed; run: make setup-safe"
+            )

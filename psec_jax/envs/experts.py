@@ -11,6 +11,7 @@ from psec_jax.data import npz
 from psec_jax.errors import InputError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "experts"
+SAFE_ASSETS = ASSETS.parent / "safe"  # snapshots of safe tasks, a folder each
 OBS_CLIP = 10.0
 NORM_EPS = 1e-5
 
@@ -171,11 +172,16 @@ def make_policy(
         )
     # Two independent Gaussians add up to one.
     std = float(np.hypot(action_noise, extra))
+    return with_noise(lambda obs, generator: expert(obs), std, action_dim)
+
+
+def with_noise(act: Policy, std: float, action_dim: int) -> Policy:
+    """A policy with Gaussian noise on every action, clipped to [-1, 1]."""
     if std == 0:
-        return lambda obs, generator: expert(obs)
+        return act
 
     def noisy(obs: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        action = expert(obs) + std * generator.standard_normal(action_dim)
+        action = act(obs, generator) + std * generator.standard_normal(action_dim)
         return np.clip(action, -1, 1).astype(np.float32)
 
     return noisy

@@ -1,14 +1,34 @@
 """Many environments stepped at once by several processes."""
 
+import contextlib
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 import numpy as np
 
 from psec_jax import envs
 from psec_jax.envs.base import Step
-from psec_jax.envs.workers import Worker, default_workers
+from psec_jax.envs.workers import Worker, WorkerDied, default_workers
 from psec_jax.errors import InputError
+
+RESTARTS = 3  # of one worker, in the life of a `VectorEnv`
+
+
+@dataclass
+class Playing:
+    """An unfinished episode, as far as it has come.
+
+    Attributes:
+      seed: of its reset.
+      actions: [A] each, those taken.
+      obs: [S], the last one seen.
+    """
+
+    seed: int
+    actions: list[np.ndarray]
+    obs: np.ndarray
 
 
 class VectorEnv:
@@ -16,6 +36,10 @@ class VectorEnv:
 
     Environments do not reset themselves: the caller chooses which to reset and which
     to step. Use it as a context manager, or call `close`.
+
+    A worker that dies is reported in one line on standard error and replaced, and its
+    unfinished episodes are played again from their start with the actions they had, so
+    that the caller sees no difference. A worker that dies too often is an error.
 
     Attributes:
       spec: the environments' name.
@@ -32,7 +56,8 @@ class VectorEnv:
           spec: see `psec_jax.envs.make`.
           num_envs: B.
           workers: processes, at most one for each environment; by default one for
-            every core.
+            every core. Where a process can hold one environment only, there is one
+            process for each whatever is asked for.
 
         Raises:
           InputError: a spec that cannot be made, or numbers below 1.
@@ -42,19 +67,26 @@ class VectorEnv:
         if workers is not None and workers < 1:
             raise InputError(f"workers is {workers}, expected 1 or more")
         count = min(workers or default_workers(num_envs), num_envs)
+        if envs.one_per_process(spec):
+            count = num_envs
         self.spec, self.num_envs = spec, num_envs
+        self._playing: list[Playing | None] = [None] * num_envs
+        self._restarts = [0] * count
         self._workers: list[Worker] = []
         try:
             for i in range(count):
-                share = len(range(i, num_envs, count))
-                name = f"environment worker {i + 1} of {count} ({spec})"
-                target = "psec_jax.envs.vector:serve"
-                self._workers.append(Worker(target, spec, share, name=name))
+                self._workers.append(self._start(i))
             sizes = [worker.recv() for worker in self._workers]
         except BaseException:
             self.close()
             raise
         self.obs_dim, self.action_dim, self.max_steps = sizes[0]
+
+    def _start(self, i: int) -> Worker:
+        count = len(self._restarts)
+        share = len(range(i, self.num_envs, count))
+        name = f"environment worker {i + 1} of {count} ({self.spec})"
+        return Worker("psec_jax.envs.vector:serve", self.spec, share, name=name)
 
     def __enter__(self) -> "VectorEnv":
         return self
@@ -77,12 +109,14 @@ class VectorEnv:
           Observations [n, S] in the order of `indices`.
 
         Raises:
-          RuntimeError: a worker has died.
+          RuntimeError: a worker has died too often.
         """
         seeds = np.asarray(seeds, dtype=np.int64)
         obs = np.empty((len(indices), self.obs_dim), np.float32)
         for rows, answer in self._ask("reset", indices, seeds):
             obs[rows] = answer
+        for index, seed, seen in zip(indices, seeds, obs, strict=True):
+            self._playing[index] = Playing(int(seed), [], seen)
         return obs
 
     def step(self, indices: Sequence[int] | np.ndarray, actions: np.ndarray) -> Step:
@@ -92,7 +126,7 @@ class VectorEnv:
           A `Step` of arrays: obs [n, S], the others [n], in the order of `indices`.
 
         Raises:
-          RuntimeError: a worker has died.
+          RuntimeError: a worker has died too often.
         """
         actions = np.asarray(actions, dtype=np.float32)
         n = len(indices)
@@ -110,6 +144,14 @@ class VectorEnv:
         for rows, answer in self._ask("step", indices, actions):
             for target, values in zip(result, answer, strict=True):
                 target[rows] = values
+        ended = result.terminal | result.timeout
+        for row, index in enumerate(indices):
+            episode = self._playing[index]
+            if ended[row] or episode is None:
+                self._playing[index] = None
+            else:
+                episode.actions.append(actions[row])
+                episode.obs = result.obs[row]
         return result
 
     def _ask(
@@ -126,9 +168,50 @@ class VectorEnv:
         for i, worker in enumerate(self._workers):
             rows = np.flatnonzero(indices % count == i)
             if len(rows):
-                worker.send((command, indices[rows] // count, values[rows]))
-                asked.append((rows, worker))
-        return [(rows, worker.recv()) for rows, worker in asked]
+                message = (command, indices[rows] // count, values[rows])
+                with contextlib.suppress(WorkerDied):  # noticed when it should answer
+                    worker.send(message)
+                asked.append((rows, i, message))
+        return [(rows, self._answer(i, message)) for rows, i, message in asked]
+
+    def _answer(self, i: int, message: tuple) -> np.ndarray | Step:
+        """Worker i's answer to a message it was sent, from a new worker if need be."""
+        replaced = False
+        while True:
+            try:
+                if replaced:
+                    self._play_again(i)
+                    self._workers[i].send(message)
+                return self._workers[i].recv()
+            except WorkerDied as error:
+                if self._restarts[i] == RESTARTS:
+                    raise
+                self._restarts[i] += 1
+                print(
+                    f"{error}; its unfinished episodes are played again (restart "
+                    f"{self._restarts[i]} of at most {RESTARTS})",
+                    file=sys.stderr,
+                )
+                self._workers[i] = self._start(i)
+                replaced = True
+
+    def _play_again(self, i: int) -> None:
+        """Bring a new worker's environments to where the old one's were."""
+        worker = self._workers[i]
+        worker.recv()  # the sizes, which are known
+        for member, episode in enumerate(self._playing[i :: len(self._workers)]):
+            if episode is None:
+                continue
+            worker.send(("reset", [member], [episode.seed]))
+            obs = worker.recv()
+            for action in episode.actions:
+                worker.send(("step", [member], [action]))
+                obs = worker.recv().obs
+            if not np.array_equal(obs[0], episode.obs):
+                raise RuntimeError(
+                    f"{self.spec}: after the death of a worker the episode of seed "
+                    f"{episode.seed} came out otherwise when played again"
+                )
 
 
 def serve(pipe: Connection, spec: str, share: int) -> None:

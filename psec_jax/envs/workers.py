@@ -17,6 +17,11 @@ from psec_jax.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 START = "from psec_jax.envs.workers import _child; _child()"
+_in_worker = False
+
+
+class WorkerDied(RuntimeError):
+    """A worker's process has ended, or was ended, before its time."""
 
 
 class Worker:
@@ -56,7 +61,7 @@ class Worker:
         """Send one message.
 
         Raises:
-          RuntimeError: the worker has died.
+          WorkerDied: it has.
         """
         try:
             self._pipe.send(message)
@@ -68,7 +73,7 @@ class Worker:
 
         Raises:
           InputError: the worker refused its input; the message is its own.
-          RuntimeError: the worker has died.
+          WorkerDied: it has.
         """
         try:
             message = self._pipe.recv()
@@ -78,10 +83,10 @@ class Worker:
             raise message
         return message
 
-    def _death(self) -> RuntimeError:
+    def _death(self) -> WorkerDied:
         self._pipe.close()
         code = self._process.wait()
-        return RuntimeError(f"{self.name} died (exit status {code})")
+        return WorkerDied(f"{self.name} died (exit status {code})")
 
     def close(self) -> None:
         """Let the process end, and wait for it; safe to call twice."""
@@ -93,7 +98,14 @@ class Worker:
             self._process.wait()
 
 
+def in_worker() -> bool:
+    """Whether this process is a worker."""
+    return _in_worker
+
+
 def _child() -> None:
+    global _in_worker
+    _in_worker = True
     pipe = Connection(int(sys.argv[1]))
     try:
         try:
