@@ -2,11 +2,69 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
-from psec_jax.data import d4rl, dataset, dmc
+from psec_jax.data import d4rl, dataset, dmc, dsrl
+from psec_jax.errors import InputError
 from psec_jax.types import Dataset
 
-__all__ = ["load"]
+__all__ = ["CATALOGUES", "load", "locate", "read"]
+
+# Sources of sets with names of their own: a module with `names(text)`, whether a text
+# is meant as such a name, and `find(name, offline)`, the file it stands for.
+CATALOGUES = {"dsrl": dsrl}
+
+
+def locate(name: str | os.PathLike[str], offline: bool = False) -> Path:
+    """The file or folder that a name stands for.
+
+    Args:
+      name: a path, or a name of one of CATALOGUES, such as "OfflineBallRun-v0"; its
+        file is downloaded where none is there.
+      offline: never use the network.
+
+    Raises:
+      InputError: an unknown name, or one whose file is neither there nor to be had.
+    """
+    for source in CATALOGUES.values():
+        if source.names(str(name)):
+            return source.find(str(name), offline).path
+    return Path(name)
+
+
+def read(
+    name: str | os.PathLike[str],
+    *,
+    clip_actions: bool = False,
+    with_costs: bool = False,
+    offline: bool = False,
+) -> tuple[Dataset, dict[str, Any]]:
+    """Read a whole dataset and check it.
+
+    Args:
+      name: a folder of episode files or one of them (.npz), a HDF5 file in the layout
+        of D4RL or DSRL, or a name of one of CATALOGUES.
+      clip_actions: clip actions into [-1, 1] instead of refusing them.
+      with_costs: refuse data without costs, which would be taken for zeros.
+      offline: never use the network.
+
+    Returns:
+      The dataset and the file's attributes, none for episode files.
+
+    Raises:
+      InputError: the data cannot be had, read or used, or has negative costs.
+    """
+    path = locate(name, offline)
+    if path.is_dir() or path.suffix == ".npz":
+        if with_costs:
+            raise InputError(f"{path}: episode files hold no costs")
+        return dmc.load(path, clip_actions=clip_actions), {}
+    if dsrl.task_of(path) is not None:
+        return dsrl.load(path, clip_actions)
+    required = ("cost",) if with_costs else ()
+    ds, attrs = d4rl.load(path, clip_actions, required)
+    dataset.check_costs(ds, str(path))
+    return ds, attrs
 
 
 def load(
@@ -16,24 +74,42 @@ def load(
     best: int | None = None,
     min_return: float | None = None,
     max_cost: float | None = None,
+    return_quantile: float | None = None,
+    cost_quantile: float | None = None,
     clip_actions: bool = False,
+    with_costs: bool = False,
+    offline: bool = False,
 ) -> Dataset:
     """Read a dataset, check it, and keep the trajectories asked for.
 
     Args:
-      path: a folder of episode files or one of them (.npz), else a D4RL-layout HDF5.
+      path: what `read` reads.
       first: keep the first N trajectories.
       best: keep the N trajectories of highest return.
       min_return: keep trajectories of at least this return.
       max_cost: keep trajectories of at most this cost.
+      return_quantile: keep trajectories at or above this quantile of the returns of
+        those that the cost bounds left.
+      cost_quantile: keep trajectories at or below this quantile of all costs.
       clip_actions: clip actions into [-1, 1] instead of refusing them.
+      with_costs: refuse data without costs, which would be taken for zeros; bounds on
+        the cost do so too.
+      offline: never use the network.
 
     Raises:
       InputError: the data cannot be read or used, or fewer trajectories than asked.
     """
-    path = Path(path)
-    if path.is_dir() or path.suffix == ".npz":
-        ds = dmc.load(path, clip_actions=clip_actions)
-    else:
-        ds, _ = d4rl.load(path, clip_actions)
-    return dataset.select(ds, first, best, min_return, max_cost, source=str(path))
+    with_costs |= max_cost is not None or cost_quantile is not None
+    ds, _ = read(
+        path, clip_actions=clip_actions, with_costs=with_costs, offline=offline
+    )
+    return dataset.select(
+        ds,
+        first,
+        best,
+        min_return,
+        max_cost,
+        source=str(path),
+        return_quantile=return_quantile,
+        cost_quantile=cost_quantile,
+    )

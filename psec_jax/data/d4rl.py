@@ -1,8 +1,9 @@
 """HDF5 files in the layout of D4RL and DSRL (Fu et al. 2020; Liu et al. 2023)."""
 
+import contextlib
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ OPTIONAL = ("next_obs", "timeout", "cost")
 
 
 def load(
-    path: str | os.PathLike[str], clip_actions: bool = False
+    path: str | os.PathLike[str],
+    clip_actions: bool = False,
+    required: Collection[str] = (),
 ) -> tuple[Dataset, dict[str, Any]]:
     """Read one file.
 
@@ -35,6 +38,11 @@ def load(
     row's observation, and the last row of an episode that was cut, whose successor the
     file does not hold, is dropped. `timeouts` and `costs` may be missing; rewards,
     costs and flags may have shape [N] or [N, 1].
+
+    Args:
+      path: the file.
+      clip_actions: clip actions into [-1, 1] instead of refusing them.
+      required: fields of OPTIONAL that this file may not lack.
 
     Returns:
       The checked dataset and the file's attributes.
@@ -44,18 +52,44 @@ def load(
         arrays `dataset.check` refuses.
     """
     path = Path(path)
+    with _opened(path) as file:
+        attrs = _attributes(file)
+        arrays = _read(file, path, required)
+    return dataset.check(_assemble(arrays, path), str(path), clip_actions), attrs
+
+
+def layout(
+    path: str | os.PathLike[str], required: Collection[str] = ()
+) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+    """Shapes of a file's arrays by field, and its attributes; no values are read.
+
+    Raises:
+      InputError: the file is missing, truncated or not HDF5, or lacks a key.
+    """
+    path = Path(path)
+    with _opened(path) as file:
+        shapes = {
+            name: array.shape for name, array in _arrays(file, path, required).items()
+        }
+        return shapes, _attributes(file)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[h5py.File]:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
         with h5py.File(path, "r") as file:
-            attrs = {name: _plain(value) for name, value in file.attrs.items()}
-            arrays = _read(file, path)
+            yield file
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"{path}: not a readable HDF5 file, or a truncated one ({reason})"
         ) from error
-    return dataset.check(_assemble(arrays, path), str(path), clip_actions), attrs
+
+
+def _attributes(file: h5py.File) -> dict[str, Any]:
+    return {name: _plain(value) for name, value in file.attrs.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -66,15 +100,26 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _read(file: h5py.File, path: Path) -> dict[str, np.ndarray]:
+def _arrays(
+    file: h5py.File, path: Path, required: Collection[str]
+) -> dict[str, h5py.Dataset]:
     arrays = {}
     for name, key in KEYS.items():
         if isinstance(file.get(key), h5py.Dataset):
-            arrays[name] = np.asarray(file[key][()])
-        elif name not in OPTIONAL:
+            arrays[name] = file[key]
+        elif name not in OPTIONAL or name in required:
             found = ", ".join(sorted(file)) or "nothing"
             raise InputError(f"{path}: no dataset {key!r}; the file holds {found}")
     return arrays
+
+
+def _read(
+    file: h5py.File, path: Path, required: Collection[str]
+) -> dict[str, np.ndarray]:
+    return {
+        name: np.asarray(array[()])
+        for name, array in _arrays(file, path, required).items()
+    }
 
 
 def _assemble(arrays: Mapping[str, np.ndarray], path: Path) -> Dataset:
@@ -118,13 +163,19 @@ def _assemble(arrays: Mapping[str, np.ndarray], path: Path) -> Dataset:
     return Dataset(**{name: array[~cut] for name, array in arrays.items()})
 
 
-def save(path: str | os.PathLike[str], ds: Dataset, attrs: Mapping[str, Any]) -> Path:
+def save(
+    path: str | os.PathLike[str],
+    ds: Dataset,
+    attrs: Mapping[str, Any],
+    costs: bool = False,
+) -> Path:
     """Write one file, whole or not at all.
 
     Args:
       path: the file; its folder is made.
-      ds: what to write; costs are written only where one is not zero.
+      ds: what to write.
       attrs: file attributes: numbers, strings, arrays.
+      costs: write costs even where all of them are zero.
 
     Raises:
       InputError: the file cannot be written (a full disk, no permission).
@@ -134,7 +185,7 @@ def save(path: str | os.PathLike[str], ds: Dataset, attrs: Mapping[str, Any]) ->
     # The format of HDF5 1.10 holds attributes longer than 64 kB.
     with h5py.File(content, "w", libver=("v110", "v110")) as file:
         for name, key in KEYS.items():
-            if name != "cost" or np.any(ds.cost):
+            if name != "cost" or costs or np.any(ds.cost):
                 file.create_dataset(key, data=getattr(ds, name))
         for name, value in attrs.items():
             file.attrs[name] = value

@@ -78,6 +78,20 @@ def check(ds: Dataset, source: str, clip_actions: bool = False) -> Dataset:
     return Dataset(**floats, terminal=terminal, timeout=timeout)
 
 
+def check_costs(ds: Dataset, source: str) -> None:
+    """Refuse negative costs.
+
+    Raises:
+      InputError: there are some; their number is told.
+    """
+    negative = np.count_nonzero(ds.cost < 0)
+    if negative:
+        raise InputError(
+            f"{source}: {negative} of {len(ds.cost)} costs are negative (least "
+            f"{ds.cost.min():.4g}), expected 0 or more"
+        )
+
+
 def _check_shapes(ds: Dataset, source: str) -> None:
     if np.ndim(ds.obs) != 2 or np.ndim(ds.action) != 2:
         raise InputError(
@@ -120,6 +134,19 @@ def _check_actions(action: np.ndarray, source: str, clip: bool) -> np.ndarray:
     return np.clip(action, -1.0, 1.0)
 
 
+def take(ds: Dataset, chosen: Sequence[int] | np.ndarray) -> Dataset:
+    """The trajectories of these numbers, in the order given.
+
+    Raises:
+      InputError: none are asked for.
+    """
+    slices = episode_slices(ds)
+    if len(chosen) == 0:
+        raise InputError(f"no trajectory left of {len(slices)}")
+    rows = np.concatenate([np.arange(slices[i].start, slices[i].stop) for i in chosen])
+    return Dataset(*(array[rows] for array in ds))
+
+
 def select(
     ds: Dataset,
     first: int | None = None,
@@ -127,35 +154,39 @@ def select(
     min_return: float | None = None,
     max_cost: float | None = None,
     source: str = "the dataset",
+    return_quantile: float | None = None,
+    cost_quantile: float | None = None,
 ) -> Dataset:
     """Whole trajectories of a dataset, in their original order.
 
-    The bounds `min_return` and `max_cost` apply first, then `first` (the first N that
-    are left) or `best` (the N of highest return; ties go to the earlier one).
+    Bounds apply in this order: on the cost, on the return, then `first` (the first N
+    that are left) or `best` (the N of highest return; ties go to the earlier one). So
+    `max_cost=10, return_quantile=0.8` keeps the best fifth of the safe trajectories.
+
+    Args:
+      ds: the dataset.
+      first: how many of the first ones.
+      best: how many of the best ones.
+      min_return: the least return.
+      max_cost: the highest cost.
+      source: the file, named in every message.
+      return_quantile: in [0, 1]; the least return is this quantile of the returns of
+        the trajectories that the cost bounds left.
+      cost_quantile: in [0, 1]; the highest cost is this quantile of all costs.
 
     Raises:
-      InputError: fewer trajectories than asked are left, or none, or both `first`
-        and `best` are given.
+      InputError: fewer trajectories than asked are left, or none, a quantile outside
+        [0, 1], or both `first` and `best` are given.
     """
     if first is not None and best is not None:
         raise InputError(
             f"first={first} and best={best} trajectories asked for together, "
             "expected one of the two"
         )
-    slices = episode_slices(ds)
     returns, costs = episode_returns(ds), episode_costs(ds)
-    keep = np.ones(len(slices), dtype=bool)
-    if min_return is not None:
-        keep &= returns >= min_return
-    if max_cost is not None:
-        keep &= costs <= max_cost
-    chosen = np.flatnonzero(keep)
-    bounds = [
-        f"{name} {value:g}"
-        for name, value in (("return >=", min_return), ("cost <=", max_cost))
-        if value is not None
-    ]
-    having = f" with {' and '.join(bounds)}" if bounds else ""
+    chosen, having = _within(
+        returns, costs, min_return, max_cost, return_quantile, cost_quantile
+    )
     asked = first if first is not None else best
     if asked is not None:
         if asked < 1:
@@ -163,18 +194,65 @@ def select(
         if asked > len(chosen):
             raise InputError(
                 f"asked for {asked} trajectories, {source} has {len(chosen)}{having}"
+                f"{_unsafe(costs, max_cost)}"
             )
     if len(chosen) == 0:
-        raise InputError(f"{source}: no trajectory{having} among {len(slices)}")
+        raise InputError(
+            f"{source}: no trajectory{having} among {len(costs)}"
+            f"{_unsafe(costs, max_cost)}"
+        )
     if first is not None:
         chosen = chosen[:first]
     if best is not None:
         ranked = chosen[np.argsort(-returns[chosen], kind="stable")]
         chosen = np.sort(ranked[:best])
-    if len(chosen) == len(slices):
-        return ds
-    rows = np.concatenate([np.arange(slices[i].start, slices[i].stop) for i in chosen])
-    return Dataset(*(array[rows] for array in ds))
+    return ds if len(chosen) == len(costs) else take(ds, chosen)
+
+
+def _within(
+    returns: np.ndarray,
+    costs: np.ndarray,
+    min_return: float | None,
+    max_cost: float | None,
+    return_quantile: float | None,
+    cost_quantile: float | None,
+) -> tuple[np.ndarray, str]:
+    """Numbers of the trajectories within the bounds, and the bounds in words."""
+    for name, value in (
+        ("return_quantile", return_quantile),
+        ("cost_quantile", cost_quantile),
+    ):
+        if value is not None and not 0 <= value <= 1:
+            raise InputError(f"{name}: got {value:g}, expected 0 to 1")
+    keep = np.ones(len(costs), dtype=bool)
+    bounds = []
+    if max_cost is not None:
+        keep &= costs <= max_cost
+        bounds.append(f"cost <= {max_cost:g}")
+    if cost_quantile is not None:
+        highest = np.quantile(costs, cost_quantile)
+        keep &= costs <= highest
+        bounds.append(f"cost <= {highest:g} (quantile {cost_quantile:g})")
+    least = [] if min_return is None else [(min_return, "")]
+    if return_quantile is not None and keep.any():
+        quantile = np.quantile(returns[keep], return_quantile)
+        least.append((quantile, f" (quantile {return_quantile:g})"))
+    for value, note in least:
+        keep &= returns >= value
+        bounds.append(f"return >= {value:g}{note}")
+    having = f" with {' and '.join(bounds)}" if bounds else ""
+    return np.flatnonzero(keep), having
+
+
+def _unsafe(costs: np.ndarray, max_cost: float | None) -> str:
+    """What to say where no trajectory at all is within the cost limit."""
+    if max_cost is None or (costs <= max_cost).any():
+        return ""
+    return (
+        f"; the least cost is {costs.min():g}: without the limit a gate would imitate "
+        "trajectories that break it, so raise the limit, or take the least costly ones "
+        "with a cost quantile"
+    )
 
 
 def concatenate(datasets: Sequence[Dataset]) -> Dataset:

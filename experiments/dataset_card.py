@@ -1,0 +1,212 @@
+r"""Say what a dataset holds: a card and its cost-return plane.
+
+    python -m experiments.dataset_card --data=OfflineBallRun-v0 --out=cards/ball_run
+    python -m experiments.dataset_card --data=walker.hdf5 --out=cards/walker
+
+writes OUT/card.json, OUT/card.md and OUT/plane.png and .svg: where the data comes from,
+how many trajectories and of which lengths, quantiles of returns and costs, the share
+within --cost_limit, and the file's attributes. For a DSRL task returns and costs are
+given normalised too.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from experiments import plots
+from psec_jax import data as datasets
+from psec_jax.data import dataset, dsrl
+from psec_jax.errors import InputError
+from psec_jax.files import reported, write_atomic, write_json
+from psec_jax.types import Dataset
+
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+LONG = 200  # characters of an attribute beyond which it is only described
+
+
+def describe(
+    ds: Dataset, attrs: Mapping[str, Any], path: Path, cost_limit: float
+) -> dict[str, Any]:
+    """The card of a dataset, of JSON types.
+
+    Args:
+      ds: whole trajectories.
+      attrs: the file's attributes.
+      path: where it lies; only its name is told.
+      cost_limit: the most that a safe trajectory costs.
+
+    Raises:
+      InputError: a limit below 0.
+    """
+    task = dsrl.task_of(path)
+    returns, costs = dataset.episode_returns(ds), dataset.episode_costs(ds)
+    normalised = dsrl.normalised_cost(costs, cost_limit)
+    slices = dataset.episode_slices(ds)
+    safe = costs <= cost_limit
+    card = {
+        "source": path.name,
+        "origin": _origin(path, attrs),
+        "task": task,
+        "environment": dsrl.TASKS[task].spec if task else attrs.get("environment"),
+        "fingerprint": dataset.fingerprint(ds),
+        "transitions": len(ds.obs),
+        "trajectories": len(returns),
+        "obs_dim": ds.obs.shape[1],
+        "action_dim": ds.action.shape[1],
+        "ended": int(ds.terminal.sum()),
+        "cut": int(ds.timeout.sum()),
+        "length": _quantiles(np.array([rows.stop - rows.start for rows in slices])),
+        "return": _quantiles(returns),
+        "cost": _quantiles(costs),
+        "steps_with_cost": float(np.mean(ds.cost > 0)),
+        "cost_limit": cost_limit,
+        "within_limit": float(np.mean(safe)),
+        "best_return_within_limit": float(returns[safe].max()) if safe.any() else None,
+        "normalised_cost": _quantiles(normalised),
+        "normalised_return": None,
+        "attributes": {name: _told(value) for name, value in attrs.items()},
+    }
+    if task:
+        card["normalised_return"] = _quantiles(dsrl.normalised_return(task, returns))
+    return card
+
+
+def _origin(path: Path, attrs: Mapping[str, Any]) -> str:
+    if attrs.get("made_by") == dsrl.MAKER:
+        return "made by this project in the simulator"
+    return "official DSRL file" if dsrl.task_of(path) else "given by path"
+
+
+def _quantiles(values: np.ndarray) -> dict[str, float]:
+    """Mean and quantiles of numbers [E]."""
+    told = {f"{q:g}": float(np.quantile(values, q)) for q in QUANTILES}
+    return {"mean": float(np.mean(values))} | told
+
+
+def _told(value: Any) -> Any:
+    """An attribute as a card can hold it."""
+    if isinstance(value, np.ndarray):
+        return f"array of shape {list(value.shape)}, {value.dtype}"
+    if isinstance(value, str) and len(value) > LONG:
+        return f"{value[:LONG]}... ({len(value)} characters)"
+    return value if isinstance(value, (str, int, float)) else repr(value)
+
+
+def markdown(card: Mapping[str, Any]) -> str:
+    """The card as a page."""
+    rows = {
+        "length": "length",
+        "return": "return",
+        "cost": "cost",
+        "normalised return": "normalised_return",
+        "normalised cost": "normalised_cost",
+    }
+    names = ["mean", *(f"{q:g}" for q in QUANTILES)]
+    heads = ["mean", "least", *(f"{100 * q:g} %" for q in QUANTILES[1:-1]), "most"]
+    best = card["best_return_within_limit"]
+    lines = [
+        f"# {card['task'] or card['source']}",
+        "",
+        f"- file: {card['source']} ({card['origin']}), fingerprint "
+        f"{card['fingerprint']}",
+        f"- simulator: {card['environment'] or 'not told'}",
+        f"- {card['trajectories']} trajectories, {card['transitions']} transitions; "
+        f"{card['ended']} ended, {card['cut']} cut at a time limit",
+        f"- observations of {card['obs_dim']} numbers, actions of {card['action_dim']}",
+        f"- cost limit {card['cost_limit']:g}: {100 * card['within_limit']:.1f} % of "
+        "the trajectories are within it"
+        + ("" if best is None else f", the best of them with return {best:.1f}"),
+        f"- {100 * card['steps_with_cost']:.1f} % of the steps have a cost",
+        "",
+        "| of a trajectory | " + " | ".join(heads) + " |",
+        "|" + "---|" * (1 + len(heads)),
+    ]
+    for label, field in rows.items():
+        if card[field] is not None:
+            cells = " | ".join(f"{card[field][name]:.4g}" for name in names)
+            lines.append(f"| {label} | {cells} |")
+    if card["attributes"]:
+        lines += ["", "Attributes of the file:", ""]
+        lines += [f"- {name}: {value}" for name, value in card["attributes"].items()]
+    return "\n".join([*lines, "", "![plane](plane.png)", ""])
+
+
+def write(
+    data: str,
+    out: str | Path,
+    cost_limit: float = 10.0,
+    clip_actions: bool = False,
+    offline: bool = False,
+) -> dict[str, Any]:
+    """Write a dataset's card and plane into a folder; returns the card.
+
+    Args:
+      data: a file, a folder of episode files or a task's id.
+      out: the folder, made if missing.
+      cost_limit: the most that a safe trajectory costs.
+      clip_actions: clip actions into [-1, 1] instead of refusing them.
+      offline: never use the network.
+
+    Raises:
+      InputError: data or a limit that cannot be used, or files that cannot be written.
+    """
+    if cost_limit < 0:
+        raise InputError(f"cost_limit: got {cost_limit:g}, expected 0 or more")
+    path = datasets.locate(data, offline)
+    ds, attrs = datasets.read(path, clip_actions=clip_actions)
+    card = describe(ds, attrs, path, cost_limit)
+    out = Path(out)
+    with reported(f"make the folder {out}"):
+        out.mkdir(parents=True, exist_ok=True)
+    figure = plots.plane(
+        dataset.episode_costs(ds),
+        dataset.episode_returns(ds),
+        card["task"] or card["source"],
+        f"{card['trajectories']} trajectories of {card['source']} ({card['origin']}).",
+        cost_limit,
+    )
+    plots.save(figure, out, "plane")
+    write_atomic(out / "card.md", markdown(card))
+    write_json(out / "card.json", card)
+    return card
+
+
+def main(argv: Sequence[str]) -> None:
+    """Write what the flags ask for, and print one line about it."""
+    no_arguments(argv)
+    card = write(**{name: flag.value for name, flag in FLAGS.items()})
+    print(
+        f"{FLAGS['out'].value}/card.md: {card['trajectories']} trajectories of "
+        f"{card['source']} ({card['origin']}), {100 * card['within_limit']:.1f} % "
+        f"within the cost limit {card['cost_limit']:g}"
+    )
+
+
+def _define_flags() -> dict[str, flags.FlagHolder]:
+    # Not at import: other commands may use this module, and have flags of these names.
+    return {
+        "data": flags.DEFINE_string(
+            "data",
+            None,
+            "HDF5 file, episode .npz or folder of them, or a DSRL task.",
+            required=True,
+        ),
+        "out": flags.DEFINE_string("out", None, "Folder of the card.", required=True),
+        "cost_limit": flags.DEFINE_float(
+            "cost_limit", 10.0, "The most that a safe trajectory costs."
+        ),
+        "clip_actions": flags.DEFINE_bool(
+            "clip_actions", False, "Clip actions into [-1, 1] instead of refusing them."
+        ),
+        "offline": flags.DEFINE_bool("offline", False, "Never download data."),
+    }
+
+
+if __name__ == "__main__":
+    from launch.cli import no_arguments, run
+
+    FLAGS = _define_flags()
+    run(main)

@@ -1,0 +1,310 @@
+"""Sets of DSRL, with rewards and costs (Liu et al. 2023, arXiv 2306.09303).
+
+A task's set is the official file where the cache holds it, else one that this project
+made in the same simulator, else the official file downloaded.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from psec_jax.data import d4rl, dataset, download
+from psec_jax.data.paths import data_dir
+from psec_jax.errors import InputError, lookup
+from psec_jax.types import Dataset
+
+# The same files under each, in the order in which they are tried.
+MIRRORS = (
+    "https://huggingface.co/datasets/YYY-45/DSRL/resolve/main/",
+    "http://data.offline-saferl.org/download/",
+)
+REQUIRED = ("next_obs", "timeout", "cost")  # beyond those every file needs
+MAKER = "psec_jax"
+
+
+class Task(NamedTuple):
+    """One task of the benchmark.
+
+    Attributes:
+      spec: its simulator, for `envs.make`.
+      file: name of the official set.
+      obs_dim: S.
+      action_dim: A.
+      length: steps after which an episode is cut.
+      min_return: of the official set's trajectories, for the normalised return.
+      max_return: likewise.
+      max_cost: of a trajectory of the official set.
+      trajectories: in the official set.
+    """
+
+    spec: str
+    file: str
+    obs_dim: int
+    action_dim: int
+    length: int
+    min_return: float
+    max_return: float
+    max_cost: float
+    trajectories: int
+
+
+class Found(NamedTuple):
+    """Where a task's set lies.
+
+    Attributes:
+      path: the file.
+      source: "official", or "made" by this project.
+    """
+
+    path: Path
+    source: str
+
+
+# MetaDrive: the benchmark's table says 261 observations, its simulator gives 259 (9 of
+# the car, 10 of the route, 240 rays) with every setting that the tasks have; see
+# docs/safe.md. A file with 261 is refused, for no policy of it could be rolled out.
+# One name a line and its numbers under it: exploded, this table would fill pages.
+# fmt: off
+TASKS = {
+    "OfflineMetadrive-easysparse-v0": Task(
+        "metadrive:easysparse", "SafeMetaDrive-easysparse-v0-85-1000.hdf5",
+        259, 2, 1000, 20.094310760498047, 425.8006286621094, 82.424, 1000),
+    "OfflineMetadrive-easymean-v0": Task(
+        "metadrive:easymean", "SafeMetaDrive-easymean-v0-85-1000.hdf5",
+        259, 2, 1000, 22.142553329467773, 425.82440185546875, 82.386, 1000),
+    "OfflineMetadrive-easydense-v0": Task(
+        "metadrive:easydense", "SafeMetaDrive-easydense-v0-85-1000.hdf5",
+        259, 2, 1000, 19.71139144897461, 425.81732177734375, 80.364, 1000),
+    "OfflineMetadrive-mediumsparse-v0": Task(
+        "metadrive:mediumsparse", "SafeMetaDrive-mediumsparse-v0-50-1000.hdf5",
+        259, 2, 1000, 17.446578979492188, 269.80084228515625, 46.465, 1000),
+    "OfflineMetadrive-mediummean-v0": Task(
+        "metadrive:mediummean", "SafeMetaDrive-mediummean-v0-50-1000.hdf5",
+        259, 2, 1000, 17.032529830932617, 269.8221435546875, 46.462, 1000),
+    "OfflineMetadrive-mediumdense-v0": Task(
+        "metadrive:mediumdense", "SafeMetaDrive-mediumdense-v0-50-1000.hdf5",
+        259, 2, 1000, 15.102348327636719, 269.7813415527344, 46.459, 1000),
+    "OfflineMetadrive-hardsparse-v0": Task(
+        "metadrive:hardsparse", "SafeMetaDrive-hardsparse-v0-85-1000.hdf5",
+        259, 2, 1000, 17.247974395751953, 486.80523681640625, 85.010, 1000),
+    "OfflineMetadrive-hardmean-v0": Task(
+        "metadrive:hardmean", "SafeMetaDrive-hardmean-v0-85-1000.hdf5",
+        259, 2, 1000, 19.387981414794922, 486.9967956542969, 84.340, 1000),
+    "OfflineMetadrive-harddense-v0": Task(
+        "metadrive:harddense", "SafeMetaDrive-harddense-v0-85-1000.hdf5",
+        259, 2, 1000, 15.386894226074219, 486.63616943359375, 84.767, 1000),
+    "OfflineAntRun-v0": Task(
+        "bullet:SafetyAntRun-v0", "SafetyAntRun-v0-150-1816.hdf5",
+        33, 8, 200, 0.001767391717990563, 955.4818725585938, 150, 1816),
+    "OfflineBallRun-v0": Task(
+        "bullet:SafetyBallRun-v0", "SafetyBallRun-v0-80-940.hdf5",
+        7, 2, 100, 26.339754104614258, 1327.445556640625, 80, 940),
+    "OfflineCarRun-v0": Task(
+        "bullet:SafetyCarRun-v0", "SafetyCarRun-v0-40-651.hdf5",
+        7, 2, 200, 204.28726196289062, 574.6533203125, 40, 651),
+    "OfflineDroneRun-v0": Task(
+        "bullet:SafetyDroneRun-v0", "SafetyDroneRun-v0-140-1990.hdf5",
+        17, 4, 200, 10.557029724121094, 682.8330078125, 140, 1990),
+    "OfflineAntCircle-v0": Task(
+        "bullet:SafetyAntCircle-v0", "SafetyAntCircle-v0-200-5728.hdf5",
+        34, 8, 500, 0.0177031010389328, 460.7091979980469, 200, 5728),
+    "OfflineBallCircle-v0": Task(
+        "bullet:SafetyBallCircle-v0", "SafetyBallCircle-v0-80-886.hdf5",
+        8, 2, 200, 0.38312244415283203, 881.46337890625, 80, 886),
+    "OfflineCarCircle-v0": Task(
+        "bullet:SafetyCarCircle-v0", "SafetyCarCircle-v0-100-1450.hdf5",
+        8, 2, 300, 3.484419822692871, 534.3060913085938, 100, 1450),
+    "OfflineDroneCircle-v0": Task(
+        "bullet:SafetyDroneCircle-v0", "SafetyDroneCircle-v0-100-1923.hdf5",
+        18, 4, 300, 207.794189453125, 996.38916015625, 100, 1923),
+}
+# fmt: on
+
+
+def task(name: str) -> Task:
+    """The task of an id such as "OfflineBallRun-v0".
+
+    Raises:
+      InputError: unknown; the message lists the tasks.
+    """
+    return lookup(TASKS, name, "DSRL task")
+
+
+def names(text: str) -> bool:
+    """Whether a text can only be meant as a task's id, known or mistyped."""
+    return text in TASKS or (
+        re.fullmatch(r"Offline[\w-]+", text) is not None and not Path(text).exists()
+    )
+
+
+def task_of(path: str | os.PathLike[str]) -> str | None:
+    """The id of the task whose official or made set has this file's name."""
+    name = Path(path).name
+    for known, entry in TASKS.items():
+        if name in (entry.file, made_name(known)):
+            return known
+    return None
+
+
+def cache_dir() -> Path:
+    """`$DSRL_DATASET_DIR`, or `~/.dsrl/datasets`; not created here."""
+    named = os.environ.get("DSRL_DATASET_DIR")
+    return Path(named or "~/.dsrl/datasets").expanduser()
+
+
+def made_name(name: str) -> str:
+    """File name of the set that this project makes for a task."""
+    simulator, _, _ = task(name).file.rsplit("-", 2)
+    return f"{simulator}-made.hdf5"
+
+
+def find(name: str, offline: bool = False) -> Found:
+    """The file of a task's set, downloaded if no other is there.
+
+    Args:
+      name: the task's id.
+      offline: never use the network.
+
+    Raises:
+      InputError: an unknown task, or no file; the message says where to put one and
+        what makes one.
+    """
+    official = cache_dir() / task(name).file
+    made = data_dir() / made_name(name)
+    if not official.is_file() and made.is_file():
+        return Found(made, "made")
+    download.fetch(
+        [mirror + official.name for mirror in MIRRORS],
+        official,
+        check=lambda path: _check_layout(path, name),
+        offline=offline,
+        hint=f"make a set with: python -m experiments.collect_safe --task={name}",
+        report=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    return Found(official, "official")
+
+
+def load(
+    source: str | os.PathLike[str], clip_actions: bool = False, offline: bool = False
+) -> tuple[Dataset, dict[str, Any]]:
+    """Read one set.
+
+    Args:
+      source: a task's id, or the path of a file with all seven keys of a set. One that
+        says by its name or its attribute `task` of which task it is has to be so.
+      clip_actions: clip actions into [-1, 1] instead of refusing them.
+      offline: never use the network.
+
+    Returns:
+      The checked dataset and the file's attributes.
+
+    Raises:
+      InputError: what `find` and `d4rl.load` refuse, a missing or negative cost, or a
+        file that is not of its task: other sizes, longer episodes, another attribute
+        `task`, a set of this project under the official name.
+    """
+    if names(str(source)):
+        source = find(str(source), offline).path
+    path = Path(source)
+    ds, attrs = d4rl.load(path, clip_actions, REQUIRED)
+    dataset.check_costs(ds, str(path))
+    named = task_of(path)
+    if named is not None:
+        made = attrs.get("made_by") == MAKER
+        if made != (path.name == made_name(named)):
+            raise InputError(
+                f"{path}: has the name of {'an official' if made else 'a made'} set, "
+                f"but is {'' if made else 'not '}made by {MAKER}"
+            )
+    name = named or attrs.get("task")
+    if name is not None:
+        _check_set(path, name, ds, attrs)
+    return ds, attrs
+
+
+def save(name: str, ds: Dataset, attrs: Mapping[str, Any]) -> Path:
+    """Write the set made for a task where `find` looks for it, whole or not at all.
+
+    Args:
+      name: the task's id.
+      ds: whole trajectories.
+      attrs: how it was made; the task, its simulator and the maker are added.
+
+    Raises:
+      InputError: what `load` would refuse, or a file that cannot be written.
+    """
+    path = data_dir() / made_name(name)
+    known = {"made_by": MAKER, "task": name, "environment": task(name).spec}
+    attrs = dict(attrs) | known
+    ds = dataset.check(ds, str(path))
+    dataset.check_costs(ds, str(path))
+    _check_set(path, name, ds, attrs)
+    return d4rl.save(path, ds, attrs, costs=True)
+
+
+def _check_set(path: Path, name: str, ds: Dataset, attrs: Mapping[str, Any]) -> None:
+    """Refuse a set that is not of its task."""
+    longest = max(rows.stop - rows.start for rows in dataset.episode_slices(ds))
+    if longest > task(name).length:
+        raise InputError(
+            f"{path}: a trajectory has {longest} steps, an episode of {name} at most "
+            f"{task(name).length}"
+        )
+    _check_sizes(path, name, ds.obs.shape, ds.action.shape)
+    if attrs.get("task", name) != name:
+        raise InputError(f"{path}: is a set of {attrs['task']}, expected {name}")
+
+
+def _check_layout(path: Path, name: str) -> None:
+    """Refuse a file whose keys or sizes are not the task's, without reading it all."""
+    shapes, _ = d4rl.layout(path, REQUIRED)
+    _check_sizes(path, name, shapes["obs"], shapes["action"])
+
+
+def _check_sizes(
+    path: Path, name: str, obs: tuple[int, ...], action: tuple[int, ...]
+) -> None:
+    expected = task(name)
+    for what, shape, size in (
+        ("observations", obs, expected.obs_dim),
+        ("actions", action, expected.action_dim),
+    ):
+        if len(shape) != 2 or shape[1] != size:
+            raise InputError(
+                f"{path}: {what} have the shape {shape}, those of {name} [N, {size}]"
+            )
+
+
+def normalised_return(name: str, returns: np.ndarray) -> np.ndarray:
+    """(R - min) / (max - min), of the official set's returns.
+
+    Args:
+      name: the task's id.
+      returns: of episodes, any shape.
+
+    Raises:
+      InputError: an unknown task.
+    """
+    low, high = task(name).min_return, task(name).max_return
+    return (np.asarray(returns, np.float64) - low) / (high - low)
+
+
+def normalised_cost(costs: np.ndarray, limit: float) -> np.ndarray:
+    """C / limit, and C + 1 at a limit of 0; a mean below 1 counts as safe.
+
+    Args:
+      costs: of episodes, any shape.
+      limit: the most that a safe episode may cost.
+
+    Raises:
+      InputError: a limit below 0, or not finite.
+    """
+    if not (np.isfinite(limit) and limit >= 0):
+        raise InputError(f"cost limit: got {limit:g}, expected 0 or more")
+    extra = float(limit == 0)
+    return (np.asarray(costs, np.float64) + extra) / (limit + extra)
