@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from importlib.metadata import distributions
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
@@ -25,12 +25,41 @@ from absl import flags
 from psec_jax import envs
 from psec_jax.data import d4rl, dataset
 from psec_jax.data.paths import data_dir
-from psec_jax.envs.experts import PRESETS, cards, expert_path, make_policy
+from psec_jax.envs.experts import (
+    PRESETS,
+    Policy,
+    cards,
+    expert_path,
+    make_policy,
+    with_noise,
+)
 from psec_jax.envs.workers import Worker, default_workers
 from psec_jax.errors import InputError
 from psec_jax.types import Dataset
 
-PACKAGES = ("numpy", "mujoco", "dm_control", "gymnasium")
+PACKAGES = (
+    "numpy",
+    "mujoco",
+    "dm_control",
+    "gymnasium",
+    "bullet-safety-gym",
+    "pybullet",
+    "metadrive-simulator",
+)
+
+
+class Actor(NamedTuple):
+    """Who plays an episode.
+
+    Attributes:
+      policy: "expert", "medium", "random" or the path of an expert file.
+      action_noise: standard deviation of Gaussian noise on every action.
+      then: who takes over at a random step, where not empty.
+    """
+
+    policy: str
+    action_noise: float = 0.0
+    then: str = ""
 
 
 def collect(
@@ -84,10 +113,10 @@ def collect(
     if path.exists() and not overwrite:
         _check_same(path, identity)
         return path
-    parts = _rollouts(env, policy, episodes, seed, action_noise, workers)
+    parts = play(env, [Actor(policy, action_noise)] * episodes, seed, workers)
     ds = dataset.check(dataset.concatenate(parts), str(path))
     attrs = identity | {
-        "versions": json.dumps(_versions(), sort_keys=True),
+        "versions": json.dumps(simulator_versions(), sort_keys=True),
         "returns": dataset.episode_returns(ds),
         "costs": dataset.episode_costs(ds),
     }
@@ -132,47 +161,82 @@ def _check_same(path: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def _versions() -> dict[str, str]:
+def simulator_versions() -> dict[str, str]:
+    """Of Python and the packages that decide what an episode is."""
     installed = {d.metadata["Name"]: d.version for d in distributions()}
     used = [p for p in PACKAGES if p in installed]
     return {"python": platform.python_version()} | {p: installed[p] for p in used}
 
 
-def _rollouts(
-    env: str,
-    policy: str,
-    episodes: int,
-    seed: int,
-    action_noise: float,
-    workers: int | None,
+def play(
+    env: str, actors: Sequence[Actor], seed: int, workers: int | None = None
 ) -> list[Dataset]:
-    count = min(workers or default_workers(episodes), episodes)
+    """Roll out one episode of every actor, in worker processes.
+
+    Args:
+      env: see `psec_jax.envs.make`.
+      actors: who plays episode e; its number and the seed set everything else.
+      seed: of initial states and noise.
+      workers: processes; by default one for every core.
+
+    Raises:
+      InputError: an environment or a policy that cannot be made.
+    """
+    count = min(workers or default_workers(len(actors)), len(actors))
     pool = []
     try:
         for i in range(count):
-            args = (env, policy, seed, action_noise, list(range(i, episodes, count)))
+            share = [(e, *actors[e]) for e in range(i, len(actors), count)]
             name = f"collection worker {i + 1} of {count}"
-            pool.append(Worker("experiments.collect:serve", *args, name=name))
-        return [pool[e % count].recv() for e in range(episodes)]
+            target = "experiments.collect:serve"
+            pool.append(Worker(target, env, seed, share, name=name))
+        return [pool[e % count].recv() for e in range(len(actors))]
     finally:
         for worker in pool:
             worker.close()
 
 
 def serve(
-    pipe: Connection,
-    spec: str,
-    policy: str,
-    seed: int,
-    action_noise: float,
-    episodes: list[int],
+    pipe: Connection, spec: str, seed: int, share: list[tuple[int, str, float, str]]
 ) -> None:
-    """A worker's job: roll the episodes of these numbers out, one message each."""
+    """A worker's job: roll these (episode, actor) out, one message each."""
     env = envs.make(spec)
-    act = make_policy(policy, spec, env.obs_dim, env.action_dim, action_noise)
-    for episode in episodes:
+    policies = {}
+
+    def find(policy: str, noise: float) -> Policy:
+        if (policy, noise) not in policies:
+            policies[policy, noise] = _make(env, policy, noise)
+        return policies[policy, noise]
+
+    for episode, *fields in share:
+        actor = Actor(*fields)
+        act = find(actor.policy, actor.action_noise)
+        if actor.then:
+            act = _handover(act, find(actor.then, actor.action_noise), env.max_steps)
         pipe.send(rollout(env, act, seed, episode))
     env.close()
+
+
+def _make(env: envs.Env, policy: str, noise: float) -> Policy:
+    """One of the simulator's own drivers, or a file's policy."""
+    drivers = getattr(env, "drivers", {})
+    if policy in drivers:
+        return with_noise(drivers[policy], noise, env.action_dim)
+    return make_policy(policy, env.spec, env.obs_dim, env.action_dim, noise)
+
+
+def _handover(first: Policy, second: Policy, steps: int) -> Policy:
+    """For one episode: the second policy acts from a step that the generator draws."""
+    left: int | None = None
+
+    def act(obs: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        nonlocal left
+        if left is None:
+            left = int(generator.integers(1, steps + 1))
+        left -= 1
+        return (first if left >= 0 else second)(obs, generator)
+
+    return act
 
 
 def rollout(env: envs.Env, act: Any, seed: int, episode: int) -> Dataset:

@@ -1,0 +1,213 @@
+r"""Make a set with rewards and costs for a task of DSRL, in its own simulator.
+
+    make setup-safe
+    python -m experiments.collect_safe --task=OfflineBallRun-v0 --episodes=3000 --seed=0
+
+rolls out many policies of mixed quality and writes one file in DSRL's layout where
+`--data=OfflineBallRun-v0` finds it (`$PSEC_DATA_DIR`), unless the official file is
+there. Policies of Bullet-Safety-Gym are the packaged snapshots of agents trained with
+several penalties on cost (--policies names a folder of others, made by
+experiments.train_expert --snapshots); those of MetaDrive are the simulator's own
+drivers. Each plays without and with noise on its actions; those of Bullet also hand
+over to one another at a random step, which fills the plane between safe and fast.
+
+Like the official sets, which end at a highest cost (80 for BallRun), these leave out
+the trajectories that cost more; --max_cost is another bound. A crowded plane is then
+thinned out: at most --most trajectories in each cell of the density filter's grid over
+costs and returns. The same arguments give the same content, whatever the number of
+processes.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from experiments.collect import Actor, play, simulator_versions
+from psec_jax.data import dataset, dsrl
+from psec_jax.data.paths import data_dir
+from psec_jax.data.trajectories import density
+from psec_jax.envs.experts import SAFE_ASSETS
+from psec_jax.envs.metadrive import IDM_SPEEDS
+from psec_jax.errors import InputError
+
+# Standard deviations of the noise with which every policy plays.
+NOISES = {"bullet": (0.0, 0.2, 0.5), "metadrive": (0.0, 0.1, 0.3)}
+HANDOVER_NOISE = 0.1
+DRIVERS = ("expert", "idm", *(f"idm-{speed}" for speed in IDM_SPEEDS))
+
+
+def collect_safe(
+    task: str,
+    episodes: int,
+    seed: int,
+    policies: str | Path | None = None,
+    max_cost: float | None = None,
+    most: int = 5,
+    workers: int | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Play `episodes` whole episodes of a task and write those of bearable cost.
+
+    Args:
+      task: a task's id, such as OfflineBallRun-v0.
+      episodes: how many; episode e is played by the e-th of `actors`, round and round.
+      seed: with the episode's number it sets the initial state and the noise.
+      policies: a folder of expert files; by default those of the package.
+      max_cost: costlier trajectories are left out; by default the highest of the
+        official set.
+      most: trajectories kept in a cell of `trajectories.density`.
+      workers: processes; by default one for every core.
+      overwrite: collect again, and replace the file.
+
+    Returns:
+      The file's path.
+
+    Raises:
+      InputError: bad arguments, no policy for the task, a simulator that is not
+        installed, no trajectory is left, or the file holds another collection.
+    """
+    spec = dsrl.task(task).spec
+    if max_cost is None:
+        max_cost = dsrl.task(task).max_cost
+    if not max_cost >= 0:
+        raise InputError(f"max_cost is {max_cost}, expected 0 or more")
+    if episodes < 1:
+        raise InputError(f"episodes is {episodes}, expected 1 or more")
+    if seed < 0:
+        raise InputError(f"seed is {seed}, expected 0 or more")
+    if workers is not None and workers < 1:
+        raise InputError(f"workers is {workers}, expected 1 or more")
+    chosen = actors(spec, policies)
+    names = [_told(actor) for actor in chosen]
+    identity = {
+        "seed": seed,
+        "episodes": episodes,
+        "policies": json.dumps(names),
+        "max_cost": float(max_cost),
+        "most": most,
+    }
+    path = data_dir() / dsrl.made_name(task)
+    if path.exists() and not overwrite:
+        _check_same(path, task, identity)
+        return path
+    played = [chosen[e % len(chosen)] for e in range(episodes)]
+    ds = dataset.concatenate(play(spec, played, seed, workers))
+    costs, returns = dataset.episode_costs(ds), dataset.episode_returns(ds)
+    kept = np.flatnonzero(costs <= max_cost)
+    if not len(kept):
+        raise InputError(
+            f"{task}: none of {episodes} episodes costs {max_cost:g} or less; give "
+            "another --max_cost or other --policies"
+        )
+    generator = np.random.default_rng(seed)
+    kept = kept[density(costs[kept], returns[kept], generator, most=most, least=1)]
+    ds = dataset.take(ds, kept)
+    attrs = identity | {
+        "versions": json.dumps(simulator_versions(), sort_keys=True),
+        "policy_of_episode": kept % len(chosen),
+        "returns": returns[kept],
+        "costs": costs[kept],
+    }
+    return dsrl.save(task, ds, attrs)
+
+
+def actors(spec: str, policies: str | Path | None = None) -> list[Actor]:
+    """Every policy for a simulator at every level of noise, and pairs of Bullet's.
+
+    Args:
+      spec: the simulator, such as "bullet:SafetyBallRun-v0".
+      policies: a folder of expert files; by default those of the package.
+
+    Raises:
+      InputError: there is none.
+    """
+    prefix, _, name = spec.partition(":")
+    if prefix == "metadrive" and policies is None:
+        found = list(DRIVERS)
+    else:
+        folder = Path(policies) if policies else SAFE_ASSETS / name
+        found = [str(path) for path in sorted(folder.glob("*.npz"))]
+        if not found:
+            where = f"{folder} holds" if policies else f"the package has for {spec}"
+            raise InputError(
+                f"{where} no policy (*.npz); make some with "
+                "experiments.train_expert --snapshots, and name their folder"
+            )
+    alone = [Actor(policy, noise) for noise in NOISES[prefix] for policy in found]
+    if prefix == "metadrive" or len(found) == 1:
+        return alone
+    # Sorted names tell the penalty on cost: policies far apart in the list are unlike.
+    count = len(found)
+    offsets = sorted({max(1, count * k // 4) for k in (1, 2, 3)})
+    return alone + [
+        Actor(policy, HANDOVER_NOISE, then=found[(i + offset) % count])
+        for offset in offsets
+        for i, policy in enumerate(found)
+    ]
+
+
+def _told(actor: Actor) -> str:
+    name = Path(actor.policy).stem
+    if actor.then:
+        name += f" then {Path(actor.then).stem}"
+    return f"{name} + noise {actor.action_noise:g}"
+
+
+def _check_same(path: Path, task: str, identity: dict) -> None:
+    _, attrs = dsrl.load(path)
+    differing = [
+        f"{name} {attrs.get(name)!r} (asked for {value!r})"
+        for name, value in identity.items()
+        if attrs.get(name) != value
+    ]
+    if differing:
+        raise InputError(
+            f"{path}: holds another collection for {task}, with "
+            f"{', '.join(differing)}; move it away, or ask to overwrite it"
+        )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Collect what the flags ask for, and print one line about it."""
+    no_arguments(argv)
+    path = collect_safe(**{name: flag.value for name, flag in FLAGS.items()})
+    _, attrs = dsrl.load(path)
+    returns, costs = attrs["returns"], attrs["costs"]
+    print(
+        f"{path}: {len(returns)} of {attrs['episodes']} episodes kept, return "
+        f"{returns.min():.1f} to {returns.max():.1f}, cost {costs.min():.1f} to "
+        f"{costs.max():.1f}"
+    )
+
+
+if __name__ == "__main__":
+    from launch.cli import no_arguments, run
+
+    FLAGS = {
+        "task": flags.DEFINE_string(
+            "task", None, "A task of DSRL, such as OfflineBallRun-v0.", required=True
+        ),
+        "episodes": flags.DEFINE_integer("episodes", 1000, "Episodes to play."),
+        "seed": flags.DEFINE_integer("seed", 0, "Sets initial states and noise."),
+        "policies": flags.DEFINE_string(
+            "policies", None, "Folder of expert files; default the packaged ones."
+        ),
+        "max_cost": flags.DEFINE_float(
+            "max_cost",
+            None,
+            "Leave costlier ones out; default the highest of the official set.",
+        ),
+        "most": flags.DEFINE_integer(
+            "most", 5, "Trajectories kept in one cell of costs and returns."
+        ),
+        "workers": flags.DEFINE_integer(
+            "workers", None, "Processes; by default one for every core."
+        ),
+        "overwrite": flags.DEFINE_bool(
+            "overwrite", False, "Collect again where the file is already there."
+        ),
+    }
+    run(main)
