@@ -1,8 +1,9 @@
 """Drawings of raw result files: bars, lines, points and traces, each one function.
 
-Every function takes raw files as `experiments.results` keeps them and gives a figure;
-nothing is measured here. Colours are Okabe and Ito's, which differ for every kind of
-colour vision, and series also differ by marker or hatch.
+Every function takes raw files as `experiments.results` keeps them (`plane` takes a
+dataset's numbers) and gives a figure; nothing is measured here. Colours are Okabe and
+Ito's, which differ for every kind of colour vision, and series also differ by marker or
+hatch.
 """
 
 import io
@@ -27,6 +28,8 @@ Raws = Sequence[Mapping[str, Any]]
 BLACK, DARK, LIGHT = "#000000", "#707070", "#B8B8B8"
 ORANGE, SKY, GREEN = "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
+SERIES = (BLUE, ORANGE, GREEN, PURPLE, SKY, BLACK, DARK)  # of lines without a style
+DASHES = ("-", "--", ":", "-.")  # once the colours have been used up
 
 # Of a method and of its forms: "PSEC fixed" is drawn as PSEC with a hatch.
 STYLES = {
@@ -44,6 +47,8 @@ STYLES = {
     "run skill": (VERMILION, "D"),
 }
 TASKS = {"stand": (DARK, "X"), "walk": (BLUE, "o"), "run": (VERMILION, "D")}
+FRAMES = 8  # images above a trace of one episode
+LEGEND_ROWS = 11  # beside it
 FORMS = {" fixed": "////", " (learned)": "...."}
 RETURN = "return of an episode (0 to 1000)"
 
@@ -85,15 +90,21 @@ def save(figure: Figure, folder: Path, name: str) -> Path:
 
 
 def _canvas(
-    title: str, caption: str, size: tuple[float, float], rows: int = 1, columns: int = 1
+    title: str,
+    caption: str,
+    size: tuple[float, float],
+    rows: int = 1,
+    columns: int = 1,
+    heights: Sequence[float] | None = None,
 ) -> tuple[Figure, np.ndarray]:
-    """A figure with title, caption and axes [rows, columns]."""
+    """A figure with title, caption and axes [rows, columns]; heights are of rows."""
     figure = Figure(size, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)
     text = textwrap.fill(caption, int(size[0] * 17))
     figure.supxlabel(text, fontsize=7.5, color="0.3", x=0.01, ha="left")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    axes = figure.subplots(rows, columns, squeeze=False, height_ratios=heights)
+    return figure, axes
 
 
 def _paper_mark() -> Line2D:
@@ -405,6 +416,148 @@ def traces(raws: Raws, order: Sequence[str], title: str, note: str) -> Figure:
             axes.set_ylim(min(0, every.min()) - 1, max(0, every.max()) + 1)
             drawn |= {line.get_label(): line for line in axes.get_lines()}
         figure.legend(handles=list(drawn.values()), loc="outside upper right", ncols=2)
+    return figure
+
+
+def gate_trace(
+    raw: Mapping[str, Any],
+    note: str,
+    frames: Sequence[tuple[int, np.ndarray]] = (),
+) -> Figure:
+    """Weights, events, cost and reward over the first episode of a raw file.
+
+    Args:
+      raw: as `experiments.gate_trace` keeps it.
+      note: the caption.
+      frames: steps of the episode and their images, uint8 [height, width, 3].
+    """
+    episode = raw["episodes"][0]
+    count = len(episode["t"])
+    events = episode["events"]
+    rows = {"weight": 2.3, "event": 0.2 + 0.22 * len(events), "cost": 0.8}
+    heights = {"frames": 0.75} | rows | {"reward": 0.8}
+    if not frames:
+        del heights["frames"]
+    title = (
+        f"Gate {raw['gate']} in {raw['env']}: return {sum(episode['reward']):.1f}, "
+        f"cost {sum(episode['cost']):.1f}"
+    )
+    with matplotlib.rc_context(_RC):
+        size = (9.5, 1.9 + sum(heights.values()))
+        figure, panels = _canvas(
+            title, note, size, len(heights), heights=list(heights.values())
+        )
+        panel = dict(zip(heights, panels[:, 0], strict=True))
+        if frames:
+            _filmstrip(panel["frames"], frames, count)
+        for k, (name, alpha) in enumerate(episode["alpha"].items()):
+            colour = SERIES[k % len(SERIES)]
+            dash = DASHES[k // len(SERIES) % len(DASHES)]
+            panel["weight"].plot(alpha, color=colour, ls=dash, lw=1.3, label=name)
+        panel["weight"].set_ylabel(
+            "multiplier of a skill" if raw["level"] == "parameter" else "weight"
+        )
+        _event_rows(panel["event"], events, raw["rules"])
+        edges = np.arange(count + 1) - 0.5
+        for name, colour in (("cost", VERMILION), ("reward", DARK)):
+            bars = {"fill": True, "color": colour, "linewidth": 0.8}
+            panel[name].stairs(episode[name], edges, **bars)
+            panel[name].set_ylabel(f"{name}\nof a step")
+        panel["cost"].set_ylim(0, 1.05 * max(episode["cost"]) or 1)
+        # Weights are read against what happens: the same spans lie behind them.
+        for start, length in _runs(events["cost"]):
+            end = start + length
+            panel["weight"].axvspan(start, end, color=VERMILION, alpha=0.13, lw=0)
+        for axes in panels[:, 0]:
+            axes.set_xlim(-0.5, count - 0.5)
+            axes.tick_params(labelbottom=axes is panel["reward"])
+        panel["reward"].set_xlabel("step of the episode")
+        figure.align_ylabels(panels[:, 0])
+        panel["weight"].legend(
+            title="weight of",
+            loc="upper left",
+            bbox_to_anchor=(1, 1),
+            ncols=-(-len(episode["alpha"]) // LEGEND_ROWS),
+        )
+    return figure
+
+
+def _runs(happens: Sequence[bool]) -> list[tuple[float, int]]:
+    """Beginning and length of each unbroken span; step t lies from t - 0.5 on."""
+    change = np.diff(np.concatenate([[0], np.asarray(happens, int), [0]]))
+    starts, ends = np.flatnonzero(change == 1), np.flatnonzero(change == -1)
+    return list(zip((starts - 0.5).tolist(), (ends - starts).tolist(), strict=True))
+
+
+def _event_rows(
+    axes: Axes, events: Mapping[str, Sequence[bool]], rules: Mapping[str, str]
+) -> None:
+    """A bar for every span of every event, and the share of the steps that have it."""
+    labels = []
+    for row, (name, happens) in enumerate(events.items()):
+        colour = VERMILION if name == "cost" else BLACK
+        axes.broken_barh(_runs(happens), (row - 0.35, 0.7), color=colour, lw=0.5)
+        labels.append(f"{rules[name]}  ({100 * np.mean(happens):.0f} %)")
+    axes.yaxis.tick_right()
+    axes.tick_params(axis="y", length=0)
+    axes.set_yticks(range(len(events)), labels)
+    axes.set_ylim(len(events) - 0.5, -0.5)
+    axes.set_ylabel("events")
+    axes.grid(axis="y", visible=False)
+
+
+def _filmstrip(
+    axes: Axes, frames: Sequence[tuple[int, np.ndarray]], count: int
+) -> None:
+    """Images of one size side by side, each with its step in the middle."""
+    half = 0.48 * count / FRAMES
+    for step, image in frames:
+        axes.imshow(image, extent=(step - half, step + half, 0, 1), aspect="auto")
+        axes.text(step, 1.04, f"step {step}", ha="center", va="bottom", fontsize=7)
+    axes.set_ylim(0, 1)
+    axes.axis("off")
+
+
+def plane(
+    costs: np.ndarray,
+    returns: np.ndarray,
+    title: str,
+    note: str,
+    limit: float | None = None,
+) -> Figure:
+    """Trajectories of a dataset as points of cost and return.
+
+    Args:
+      costs: [E].
+      returns: [E].
+      title: of the figure.
+      note: the caption.
+      limit: cost limit, drawn as a line; points beyond it differ.
+    """
+    safe = np.ones(len(costs), bool) if limit is None else costs <= limit
+    kinds = {
+        "trajectory" if limit is None else "within the limit": (safe, BLUE, "o"),
+        "above the limit": (~safe, VERMILION, "x"),
+    }
+    with matplotlib.rc_context(_RC):
+        figure, panels = _canvas(title, note, (6, 4.6))
+        axes = panels[0, 0]
+        for label, (members, colour, marker) in kinds.items():
+            if members.any():
+                axes.scatter(
+                    costs[members],
+                    returns[members],
+                    s=12,
+                    c=colour,
+                    marker=marker,
+                    lw=0.8,
+                    alpha=0.6,
+                    label=f"{label}: {members.sum()}",
+                )
+        if limit is not None:
+            axes.axvline(limit, color=BLACK, ls="--", lw=1, label=f"limit {limit:g}")
+        axes.set(xlabel="cost of a trajectory", ylabel="return of a trajectory")
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
     return figure
 
 

@@ -14,9 +14,9 @@ r"""Film a base, a skill or a composition, with alpha(s) drawn under the frames.
 
 Episode e of seed S is the one that `launch.evaluate --seed=S` counts, apart from the
 rounding of batched products. The video runs at the speed of the simulated time. Beside
-it lies an .npz of the same name: obs, action, reward and alpha of every step. Without a
-screen MuJoCo draws through EGL or OSMesa (`MUJOCO_GL`); where neither works only the
-.npz is written.
+it lies an .npz of the same name: obs, action, reward, cost and alpha of every step.
+Without a screen MuJoCo draws through EGL or OSMesa (`MUJOCO_GL`); where neither works
+only the .npz is written.
 """
 
 import contextlib
@@ -52,6 +52,7 @@ class Trace(NamedTuple):
       obs: [N, S], what was observed before each action.
       action: [N, A].
       reward: [N], of each action.
+      cost: [N], of each action; 0 where the environment has none.
       alpha: [N, M], weights at each observation; M is 0 for a base alone, and K or
         K + 1 for K skills.
       names: of the M weights: the skills', with "base" in front where the gate weighs
@@ -63,6 +64,7 @@ class Trace(NamedTuple):
     obs: np.ndarray
     action: np.ndarray
     reward: np.ndarray
+    cost: np.ndarray
     alpha: np.ndarray
     names: tuple[str, ...]
     lengths: np.ndarray
@@ -99,6 +101,7 @@ def make_trace(
         np.concatenate(obs),
         np.concatenate([data.action[r] for r in rows]),
         np.concatenate([data.reward[r] for r in rows]),
+        np.concatenate([data.cost[r] for r in rows]),
         alpha,
         names,
         np.array([len(o) for o in obs]),
