@@ -7,15 +7,18 @@ Measures start-up and memory, the rate of matrix products, training steps of eve
 stage, the cost of composing skills, the latency of an action, evaluation, and bfloat16;
 prints a table and saves it as JSON. A full run takes some six minutes of two CPU cores,
 on which nothing else should run. --quick repeats less and starts with fewer
-transitions: it checks the benchmark, its figures are not to be quoted.
+transitions: it checks the benchmark, its figures are not to be quoted. Evaluation by
+several processes needs `make setup-safe`, and is left out without it.
 
 Rates and ratios come from measurements taken in turns (A B A B ...), because the speed
 of a machine drifts: a figure is the median over the turns, a ratio the median of the
 ratios within each turn.
 """
 
+import contextlib
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
 import resource
@@ -37,10 +40,14 @@ from experiments import stages
 from experiments.configs.dmc_walker import get_config
 from launch.cli import no_arguments, run
 from psec_jax import tree
+from psec_jax.agents import critics as critic_agent
 from psec_jax.agents import gate as gate_agent
+from psec_jax.agents import offline as offline_agent
 from psec_jax.agents import pretrain as pretrain_agent
 from psec_jax.agents import skill as skill_agent
-from psec_jax.agents.common import TrainData, init_state
+from psec_jax.agents.common import TrainData, Transitions, init_state
+from psec_jax.agents.critics import CriticConfig
+from psec_jax.agents.offline import Frozen, OfflineConfig, OfflineData, OfflineState
 from psec_jax.composition import PolicyConfig, PolicyParams
 from psec_jax.data import d4rl
 from psec_jax.diffusion import DiffusionConfig
@@ -82,6 +89,8 @@ class Sizes:
       episodes: evaluated together.
       evaluation_repeats: turns of the evaluation.
       env: environment of the evaluation.
+      safe_env: environment of the evaluation by several processes.
+      workers: their numbers.
       network: sizes of the denoiser.
     """
 
@@ -97,6 +106,8 @@ class Sizes:
     episodes: int = 10
     evaluation_repeats: int = 5
     env: str = "dm_control:walker-walk"
+    safe_env: str = "bullet:SafetyBallRun-v0"
+    workers: tuple[int, ...] = (1, 2, 4)
     network: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
 
 
@@ -125,6 +136,8 @@ class Target:
 
 TARGETS = {
     ("train", "base, batch 2048: share of f32 matmul"): Target(">=", 75),
+    ("train", "both skills and critics, batch 256: over a base step"): Target("<=", 2),
+    ("train", "both skills and critics, batch 2048: over a base step"): Target("<=", 2),
     ("startup", "first gradient step, 1000000 transitions"): Target("<=", 15),
     ("startup", "peak memory, 1000000 transitions"): Target("<=", 2),
     ("skills", "K = 16, batch 2048: cost over the base"): Target("<=", 2.0),
@@ -309,7 +322,7 @@ class Stage:
 
     update: Callable[..., Any]
     state: Any
-    data: TrainData
+    data: TrainData | OfflineData
     flop_per_example: float
 
 
@@ -317,11 +330,18 @@ FLOP = {
     "base": "6 N B: forward, input gradients and weight gradients, 2 N B each",
     "skill": "4 N B + 6 M B: no weight gradients of the frozen base",
     "gate": "4 N B + 4 M B + 6 G B: no weight gradients of base and skills",
+    "both skills and critics": "2 (4 N + 6 M) B + (32 Q + 16 V) B: target Q, Q and V "
+    "forward and backward, V at the next state",
     "N": "weights of the base's dense layers",
     "M": f"weights of the adapters (one skill of rank {RANK})",
     "G": "weights of the gate's dense layers",
+    "Q": "weights of one Q of the critics",
+    "V": "weights of one V",
     "B": "batch size",
 }
+
+
+OFFLINE = "both skills and critics"
 
 
 def make_stages(sizes: Sizes, batch: int) -> dict[str, Stage]:
@@ -360,13 +380,53 @@ def make_stages(sizes: Sizes, batch: int) -> dict[str, Stage]:
         TrainData(obs, action, policy.params),
         4.0 * n + 4.0 * m + 6.0 * g,
     )
+    made[OFFLINE] = _offline_stage(sizes, batch, base)
     return made
+
+
+def _offline_stage(sizes: Sizes, batch: int, base: Params) -> Stage:
+    """A reward skill and a safety skill with their critics, in one program."""
+    skills = skill_agent.SkillConfig(
+        sizes.network, DiffusionConfig(), batch_size=batch, rank=RANK
+    )
+    critics = CriticConfig(batch_size=batch)
+    agent = OfflineConfig(skills, ("reward", "safety"), critics)
+    rows = sizes.rows
+    transitions = Transitions(
+        obs=normal(0, rows, OBS_DIM),
+        action=jnp.tanh(normal(1, rows, ACTION_DIM)),
+        reward=normal(2, rows),
+        h=jnp.where(normal(3, rows) > 1, 25.0, -1.0),
+        next_obs=normal(4, rows, OBS_DIM),
+        mask=jnp.ones(rows),
+    )
+
+    def fresh() -> Any:
+        return critic_agent.init(critics, jax.random.key(0), OBS_DIM, ACTION_DIM)
+
+    q = randomised(lambda: fresh().q.params)
+    v = randomised(lambda: fresh().v.params)
+    q_weights = sum(x[0, 0].size for x in jax.tree.leaves(q) if x.ndim > 3)
+    v_weights = sum(x[0].size for x in jax.tree.leaves(v) if x.ndim > 2)
+    state = OfflineState(
+        init_state(skills.optimiser, make_library(base, 2)),
+        critic_agent.CriticState(
+            init_state(critics.q_optimiser, q), init_state(critics.v_optimiser, v)
+        ),
+    )
+    n, m = weights_of(base), tree.size(make_skill(base))
+    return Stage(
+        functools.partial(offline_agent.update, agent),
+        state,
+        OfflineData(transitions, Frozen(base)),
+        2 * (4.0 * n + 6.0 * m) + 32.0 * q_weights + 16.0 * v_weights,
+    )
 
 
 def compile_step(stage: Stage) -> tuple[Callable[[], Any], float]:
     """A call that makes one step (it keeps the state), and the seconds to compile."""
 
-    def step(state: Any, data: TrainData, key: jax.Array) -> tuple[Any, dict]:
+    def step(state: Any, data: Any, key: jax.Array) -> tuple[Any, dict]:
         return stage.update(state, data, jax.random.fold_in(key, state.step))
 
     # The step donates its input, as in training.
@@ -407,6 +467,9 @@ def train(sizes: Sizes) -> list[Row]:
                 make_row("train", f"{label}: share of f32 matmul", share, "%"),
                 make_row("train", f"{label}: compilation", [compiled[name]], "s"),
             ]
+        over = ratios(times[OFFLINE], times["base"])
+        label = f"{OFFLINE}, batch {batch}: over a base step"
+        rows.append(make_row("train", label, over, "x"))
     return rows
 
 
@@ -661,6 +724,47 @@ def evaluation(sizes: Sizes) -> list[Row]:
             "x",
         ),
         row(f"{count} simulators, no policy", simulator, "steps/s"),
+        *_by_workers(sizes),
+    ]
+
+
+def _by_workers(sizes: Sizes) -> list[Row]:
+    """Episodes of a safe task by several processes; none where it is not installed."""
+    if importlib.util.find_spec("pybullet") is None:
+        return []
+    env, count = sizes.safe_env, sizes.episodes
+    with contextlib.ExitStack() as stack:
+        made = {
+            f"{count} episodes of {env}, {workers} worker{'s' * (workers > 1)}": (
+                stack.enter_context(VectorEnv(env, count, workers))
+            )
+            for workers in sizes.workers
+        }
+        any_of_them = next(iter(made.values()))
+        policy = make_policy(
+            sizes,
+            skills=1,
+            obs_dim=any_of_them.obs_dim,
+            action_dim=any_of_them.action_dim,
+        )
+        play = functools.partial(evaluate, policy.act, env, count, 0)
+        calls = {
+            label: functools.partial(play, vector_env=vector)
+            for label, vector in made.items()
+        }
+        times = interleave(calls, sizes.evaluation_repeats, 0)
+    first, *others = times
+    row = functools.partial(make_row, "evaluation")
+    return [
+        *(row(label, rates(count, times[label]), "episodes/s") for label in times),
+        *(
+            row(
+                f"{label}: over {sizes.workers[0]}",
+                ratios(times[first], times[label]),
+                "x",
+            )
+            for label in others
+        ),
     ]
 
 

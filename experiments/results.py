@@ -93,8 +93,7 @@ def load_all(folder: str | Path, kind: str = "raw") -> list[dict[str, Any]]:
     """
     paths = sorted((Path(folder) / kind).glob("*.json"))
     if not paths:
-        command = "table2" if kind == "raw" else f"figures {Path(kind).name}"
-        raise InputError(f"{folder}: no {kind}/*.json; run experiments.{command} first")
+        raise InputError(f"{folder}: no {kind}/*.json; measure something first")
     return [read_json(path) for path in paths]
 
 

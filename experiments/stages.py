@@ -16,24 +16,40 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.collect import collect
-from experiments.configs.dmc_walker import get_config
+from experiments.configs import dmc_walker, dsrl
 from psec_jax import data as datasets
-from psec_jax import envs, support
+from psec_jax import envs, support, tree
+from psec_jax.agents import critic_file
+from psec_jax.agents import critics as critic_agent
 from psec_jax.agents import gate as gate_agent
+from psec_jax.agents import offline as offline_agent
 from psec_jax.agents import pretrain as pretrain_agent
 from psec_jax.agents import skill as skill_agent
-from psec_jax.agents.common import OptimiserConfig, TrainData
+from psec_jax.agents.common import (
+    OptimiserConfig,
+    TrainData,
+    Transitions,
+    make_transitions,
+    reward_scale,
+)
+from psec_jax.agents.critic_file import Finished
+from psec_jax.agents.critics import CriticConfig, CriticParams
+from psec_jax.agents.offline import Frozen, OfflineConfig, OfflineData
 from psec_jax.composition import PolicyConfig, PolicyParams
 from psec_jax.data import dataset, normalise
+from psec_jax.data import dsrl as dsrl_data
+from psec_jax.data.trajectories import apply_filter, share, split
 from psec_jax.diffusion import DiffusionConfig
 from psec_jax.errors import InputError, lookup
 from psec_jax.evaluation import Episodes, evaluate
 from psec_jax.gating import BOUNDED_HEADS, GateConfig, init_gate
 from psec_jax.library import SkillLibrary
 from psec_jax.lora import ADAPTERS
+from psec_jax.losses import OBJECTIVES, WeightConfig
 from psec_jax.networks.denoiser import NetworkConfig
 from psec_jax.policy import (
     Policy,
+    check_critics,
     diffusion_config,
     load_base,
     load_skills,
@@ -42,9 +58,8 @@ from psec_jax.policy import (
 from psec_jax.policy import compose as load_composition
 from psec_jax.run import Run, open_run, versions
 from psec_jax.training import train
-from psec_jax.types import Dataset
+from psec_jax.types import Dataset, Normaliser
 
-OBJECTIVES = ("bc",)
 # Least values of what no dataclass of the core checks before training starts.
 LEAST = {"steps": 1, "batch_size": 1, "episodes": 0, "rank": 1}
 
@@ -55,13 +70,75 @@ class Selection(NamedTuple):
     Attributes:
       best: those of highest return, not the first ones.
       min_return: none below this return.
+      max_cost: none above this cost.
+      return_quantile: none below this quantile of the returns that are left.
+      cost_quantile: none above this quantile of all costs.
+      split: cut into pieces of this many steps; everything else counts pieces.
+      filter: a key of `data.trajectories.FILTERS`.
+      share: a random part of those that the filter left, in (0, 1].
     """
 
     best: bool = False
     min_return: float | None = None
+    max_cost: float | None = None
+    return_quantile: float | None = None
+    cost_quantile: float | None = None
+    split: int | None = None
+    filter: str | None = None
+    share: float | None = None
+
+    def of(self, ds: Dataset, episodes: int, source: str) -> Dataset:
+        """The trajectories chosen: `episodes` of them, or all with 0.
+
+        Raises:
+          InputError: fewer are there, or a filter or a number that cannot be used.
+        """
+        if self.split is not None:
+            ds = split(ds, self.split)
+        if self.filter is not None:
+            ds = apply_filter(ds, self.filter)
+        if self.share is not None:
+            ds = share(ds, self.share)
+        return dataset.select(
+            ds,
+            min_return=self.min_return,
+            max_cost=self.max_cost,
+            return_quantile=self.return_quantile,
+            cost_quantile=self.cost_quantile,
+            source=source,
+            **{"best" if self.best else "first": episodes or None},
+        )
+
+    def reads_costs(self) -> bool:
+        """Whether data without costs cannot be chosen from."""
+        return self.max_cost is not None or self.cost_quantile is not None
+
+    def card(self) -> dict[str, Any]:
+        """What is recorded: the first two, and of the others those that are set."""
+        later = self._fields[2:]
+        return {
+            name: value
+            for name, value in self._asdict().items()
+            if name not in later or value is not None
+        }
 
 
 FIRST = Selection()
+
+
+def best_of_safe(config: ConfigDict) -> Selection:
+    """Of the trajectories within the cost limit those of high return: a gate's data.
+
+    Raises:
+      InputError: a config without `cost_limit` or `table.return_quantile`.
+    """
+    quantile = config.get("table", {}).get("return_quantile")
+    if "cost_limit" not in config or quantile is None:
+        raise InputError(
+            "config: has no field 'cost_limit' or no 'table.return_quantile', by which "
+            "the best trajectories are chosen; experiments/configs/dsrl.py has them"
+        )
+    return Selection(max_cost=float(config.cost_limit), return_quantile=float(quantile))
 
 
 class Demos(NamedTuple):
@@ -87,7 +164,7 @@ class Demos(NamedTuple):
             "transitions": len(self.dataset.obs),
             "trajectories": len(returns),
             "return_mean": float(np.mean(returns)),
-        } | ({"selection": self.selection._asdict()} if chosen else {})
+        } | ({"selection": self.selection.card()} if chosen else {})
 
 
 def load_demos(
@@ -96,6 +173,7 @@ def load_demos(
     episodes: int,
     path: str | None = None,
     selection: Selection = FIRST,
+    with_costs: bool = False,
 ) -> Demos:
     """`episodes` trajectories of a file, or of a fresh collection.
 
@@ -103,9 +181,10 @@ def load_demos(
       config: its `data` section says how to collect.
       env: environment the demonstrations are of.
       episodes: trajectories; 0 takes all that a file has.
-      path: an HDF5 file, an episode file or a folder of them; None collects with
-        `config.data.policy` in `env`, or uses what was collected before.
+      path: an HDF5 file, an episode file or a folder of them, or a task of DSRL; None
+        collects with `config.data.policy` in `env`, or uses what was collected before.
       selection: by default the first ones.
+      with_costs: refuse data without costs.
 
     Raises:
       InputError: the data cannot be used.
@@ -124,22 +203,35 @@ def load_demos(
                 config.data.action_noise,
             )
         )
-    loaded = datasets.load(
+    ds, _ = datasets.read(
         path,
-        min_return=selection.min_return,
         clip_actions=config.data.clip_actions,
-        **{"best" if selection.best else "first": episodes or None},
+        with_costs=with_costs or selection.reads_costs(),
     )
-    return Demos(loaded, path, selection)
+    return Demos(selection.of(ds, episodes, path), path, selection)
 
 
-def check_config(config: ConfigDict, section: str, evaluate_after: bool) -> None:
+def task_env(data: str | None) -> str | None:
+    """The simulator of a DSRL task's set; None for other data."""
+    if data is None:
+        return None
+    task = data if data in dsrl_data.TASKS else dsrl_data.task_of(data)
+    return dsrl_data.task(task).spec if task else None
+
+
+def check_config(
+    config: ConfigDict,
+    section: str,
+    evaluate_after: bool,
+    extra: Sequence[str] = (),
+) -> None:
     """Refuse numbers that no run can use, before anything is written.
 
     Args:
       config: resolved config.
       section: of the stage.
       evaluate_after: whether `config.evaluation` will be used.
+      extra: sections of experiments/configs/dsrl.py that offline RL reads.
 
     Raises:
       InputError: a field that is missing, or a number that is not finite or too
@@ -147,17 +239,23 @@ def check_config(config: ConfigDict, section: str, evaluate_after: bool) -> None
     """
     used = ("normaliser", "std_floor", "network", "diffusion", "data", "skill")
     used += ("support", "evaluation", "run", section)
-    known = get_config().to_dict()
-    wanted = _fields({name: known[name] for name in used})
+    file, known = "dmc_walker", dmc_walker.get_config().to_dict()
+    if extra:
+        file, known = "dsrl", dsrl.get_config().to_dict()
+    wanted = _fields({name: known[name] for name in (*used, *extra)})
     if missing := sorted(wanted - _fields(config.to_dict())):
         raise InputError(
-            f"config: has no field {missing[0]!r}; experiments/configs/dmc_walker.py "
+            f"config: has no field {missing[0]!r}; experiments/configs/{file}.py "
             "shows every field"
         )
     for name, value in _numbers(config.to_dict()):
         if not math.isfinite(value):
             raise InputError(f"{name}: got {value}, expected a finite number")
-    least = {f"{section}.{field}": least for field, least in LEAST.items()}
+    least = {
+        f"{place}.{field}": least
+        for place in {section, *extra} - {"cost_limit"}
+        for field, least in LEAST.items()
+    }
     least |= {
         f"run.{field}": 1
         for field, value in config.run.items()
@@ -170,6 +268,8 @@ def check_config(config: ConfigDict, section: str, evaluate_after: bool) -> None
         value = config[place].get(field, bound)
         if value < bound:
             raise InputError(f"{name}: got {value}, expected {bound} or more")
+    if config.get("cost_limit", 0) < 0:
+        raise InputError(f"cost_limit: got {config.cost_limit}, expected 0 or more")
     if config.std_floor <= 0:
         raise InputError(f"std_floor: got {config.std_floor}, expected above 0")
 
@@ -228,7 +328,7 @@ def open_stage(
     workdir: str | Path,
     library: str | Path,
     kind: str,
-    name: str,
+    names: str | Sequence[str],
     record: Mapping[str, Any],
 ) -> tuple[Run, dict[str, Any] | None]:
     """The folder of a run, and its result where nothing is left to do.
@@ -239,14 +339,16 @@ def open_stage(
       workdir: the run's folder.
       library: folder of the library that gets the entry.
       kind: "base", "skill" or "gate".
-      name: of the entry.
-      record: everything the entry depends on.
+      names: of the entry, or of several.
+      record: everything the entries depend on.
 
     Raises:
       InputError: the folder holds another run, or the library an entry of this name
         that another run made.
     """
-    there = SkillLibrary(library).holds(kind, name, record)
+    names = [names] if isinstance(names, str) else names
+    held = [SkillLibrary(library).holds(kind, name, record) for name in names]
+    there = all(held)
     run = open_run(workdir, kind, record)
     done = run.result()
     if done is None or not there:
@@ -265,6 +367,265 @@ def train_config(config: ConfigDict, section: str) -> OptimiserConfig:
     )
 
 
+OFFLINE_SECTIONS = ("critics", "weights", "cost_limit")
+
+
+def load_critics(workdir: str | Path | None, needed: Sequence[str]) -> Finished | None:
+    """Critics of a finished run, which must judge what is needed.
+
+    Raises:
+      InputError: none there, damaged ones, one that is needed is missing, or none is.
+    """
+    if workdir is None:
+        return None
+    if not needed:
+        raise InputError(f"critics: {workdir} was given, the objective bc reads none")
+    finished = critic_file.load(workdir)
+    if missing := [kind for kind in needed if kind not in finished.card["kinds"]]:
+        raise InputError(
+            f"{workdir}: these critics judge {' and '.join(finished.card['kinds'])}, "
+            f"the objective needs {missing[0]} too"
+        )
+    return finished
+
+
+def critic_config(config: ConfigDict, batch_size: int | None = None) -> CriticConfig:
+    """What `config.critics` says; `batch_size` is that of skills trained with them."""
+    stage = config.critics
+    return CriticConfig(
+        safety=stage.safety,
+        widths=tuple(stage.widths),
+        discount=stage.discount,
+        expectile=stage.expectile,
+        safety_expectile=stage.safety_expectile,
+        learning_rate=stage.learning_rate,
+        target_rate=stage.target_rate,
+        batch_size=batch_size or stage.batch_size,
+    )
+
+
+def transitions(
+    config: ConfigDict, demos: Demos, normaliser: Normaliser, safety: bool
+) -> Transitions:
+    """Demonstrations as critics read them, on the device."""
+    stage = config.critics
+    scale = reward_scale(demos.dataset) if stage.scale_rewards else 1.0
+    return make_transitions(
+        demos.dataset,
+        normaliser,
+        scale=scale,
+        violation=stage.violation,
+        bootstrap_timeouts=stage.bootstrap_timeouts,
+        safety=safety,
+        source=demos.source,
+    )
+
+
+def _save_critics(
+    run: Run,
+    config: CriticConfig,
+    params: CriticParams,
+    normaliser: Normaliser,
+    demos: Demos,
+    summary: Mapping[str, Any],
+) -> Finished:
+    """Put trained critics into their run's folder."""
+    card = {
+        "kinds": list(config.kinds),
+        "obs_dim": demos.dataset.obs.shape[1],
+        "action_dim": demos.dataset.action.shape[1],
+        "steps": summary["resumed_at"] + summary["steps"],
+        "data": demos.card(),
+        "summary": {
+            name: value
+            for name, value in summary.items()
+            if name.split("/")[0] in ("loss", "q", "v")
+        },
+        "config": dataclasses.asdict(config),
+        "versions": versions(),
+    }
+    return critic_file.save(run.workdir, params, normaliser, card)
+
+
+def train_critics(
+    config: ConfigDict,
+    *,
+    workdir: str | Path,
+    library: str | Path,
+    seed: int,
+    env: str | None = None,
+    data: str | None = None,
+    selection: Selection = FIRST,
+) -> dict[str, Any]:
+    """Train critics alone, to be shared by skills; they stay in the run's folder.
+
+    Args:
+      config: resolved config; its `critics` section is used.
+      workdir: the run's folder.
+      library: folder of an existing library, whose base says how observations are
+        scaled.
+      seed: of parameters and batches.
+      env: environment; default as in `expand`.
+      data: transitions; default collects.
+      selection: which trajectories.
+
+    Returns:
+      The run's result: training summary, fingerprint, kinds.
+
+    Raises:
+      InputError: bad data, or a workdir of another run.
+    """
+    check_config(config, "critics", False, OFFLINE_SECTIONS)
+    agent = critic_config(config)
+    _, normaliser, _ = SkillLibrary.open(library).load_base()
+    env = env or task_env(data) or config.skill.env
+    episodes = config.skill.episodes
+    demos = load_demos(config, env, episodes, data, selection, agent.safety)
+    check_fit(demos, load_base(library))
+    rows = transitions(config, demos, normaliser, agent.safety)
+    record = {
+        "seed": seed,
+        "data": demos.card(),
+        "normaliser": tree.fingerprint(normaliser._asdict()),
+        "critics": config.critics.to_dict(),
+    }
+    run = open_run(workdir, "critics", record)
+    done = run.result()
+    if done is not None:
+        return done
+    init_key, train_key = jax.random.split(jax.random.key(seed))
+    state, summary = train(
+        functools.partial(critic_agent.update, agent),
+        critic_agent.init(agent, init_key, rows.obs.shape[1], rows.action.shape[1]),
+        rows,
+        train_key,
+        run=run,
+        steps=config.critics.steps,
+        stage="critics",
+        **config.run,
+    )
+    saved = _save_critics(run, agent, state.trained, normaliser, demos, summary)
+    result = {"summary": summary}
+    result |= {name: saved.card[name] for name in ("fingerprint", "kinds")}
+    run.finish(result)
+    return result
+
+
+class Offline(NamedTuple):
+    """A run of offline RL, checked and ready to be trained; see `prepare_offline`."""
+
+    agent: OfflineConfig
+    rows: Transitions
+    demos: Demos
+    normaliser: Normaliser
+    finished: Finished | None
+
+
+def prepare_offline(
+    config: ConfigDict,
+    actor: skill_agent.SkillConfig | pretrain_agent.PretrainConfig,
+    objectives: Sequence[str],
+    demos: Demos,
+    normaliser: Normaliser,
+    finished: Finished | None,
+) -> Offline:
+    """Check everything that offline RL needs, before anything is written.
+
+    Args:
+      config: resolved config; its `critics` and `weights` sections are used.
+      actor: skills or a base.
+      objectives: one for each skill.
+      demos: transitions.
+      normaliser: of observations.
+      finished: critics to use as they are; None trains critics in the same program.
+
+    Raises:
+      InputError: objectives that do not go together, or data that critics cannot use.
+    """
+    critics = None if finished else critic_config(config, actor.batch_size)
+    agent = OfflineConfig(
+        actor, tuple(objectives), critics, WeightConfig(**config.weights)
+    )
+    if critics:
+        rows = transitions(config, demos, normaliser, critics.safety)
+    else:  # finished critics read states and actions alone
+        rows = make_transitions(
+            demos.dataset, normaliser, safety=False, source=demos.source
+        )
+    return Offline(agent, rows, demos, normaliser, finished)
+
+
+def train_offline(
+    config: ConfigDict,
+    prepared: Offline,
+    *,
+    run: Run,
+    seed: int,
+    steps: int,
+    base: Any = None,
+) -> tuple[Any, dict[str, Any], Finished]:
+    """Train skills or a base on objectives of offline RL, with their critics.
+
+    Args:
+      config: resolved config.
+      prepared: what is trained.
+      run: open run.
+      seed: of parameters, batches and noise.
+      steps: updates.
+      base: under the skills.
+
+    Returns:
+      Averaged parameters of the actor (skills have leaves [K, ...]), the training
+      summary, and the critics.
+    """
+    agent, rows, finished = prepared.agent, prepared.rows, prepared.finished
+    frozen = Frozen(base, finished.params if finished else None)
+    init_key, train_key = jax.random.split(jax.random.key(seed))
+    state, summary = train(
+        functools.partial(offline_agent.update, agent),
+        offline_agent.init(
+            agent, init_key, rows.obs.shape[1], rows.action.shape[1], base
+        ),
+        OfflineData(rows, frozen),
+        train_key,
+        run=run,
+        steps=steps,
+        stage=" ".join(agent.objectives),
+        **config.run,
+    )
+    if finished is None:
+        finished = _save_critics(
+            run,
+            agent.critics,
+            state.critics.trained,
+            prepared.normaliser,
+            prepared.demos,
+            summary,
+        )
+    return state.actor.ema, summary, finished
+
+
+def _needed(objectives: Sequence[str]) -> list[str]:
+    """The critics that objectives read, sorted.
+
+    Raises:
+      InputError: an unknown objective.
+    """
+    read = [lookup(OBJECTIVES, name, "objective").critics for name in objectives]
+    return sorted({kind for kinds in read for kind in kinds})
+
+
+def _critics_card(finished: Finished | None) -> dict[str, Any]:
+    """What a card says of the critics, where there were some."""
+    return {"critics": finished.brief()} if finished else {}
+
+
+def _critics_record(config: ConfigDict, finished: Finished | None) -> dict[str, Any]:
+    """What a run that reads critics depends on, beside its own section."""
+    critics = finished.card["fingerprint"] if finished else config.critics.to_dict()
+    return {"critics": critics, "weights": config.weights.to_dict()}
+
+
 def pretrain(
     config: ConfigDict,
     *,
@@ -276,6 +637,8 @@ def pretrain(
     selection: Selection = FIRST,
     name: str = "base",
     section: str = "base",
+    objective: str = "bc",
+    critics: str | Path | None = None,
     evaluate_after: bool = True,
 ) -> dict[str, Any]:
     """Train a base on demonstrations and put it into a library.
@@ -285,11 +648,14 @@ def pretrain(
       workdir: the run's folder.
       library: folder of the library, made if missing.
       seed: of parameters, batches and noise.
-      env: environment; default `config.base.env`.
+      env: environment; default that of a DSRL task's `data`, else `config.base.env`.
       data: demonstrations; default collects.
       selection: which of them.
       name: of the base in its card.
       section: "skill" trains a base on a skill's budget: the Scratch baseline.
+      objective: a key of `OBJECTIVES`; "fisor" is the FISOR baseline.
+      critics: folder of a finished run whose critics (and scaling of observations) are
+        used; None trains critics together with a base that needs them.
       evaluate_after: roll the base out and record its returns on the card.
 
     Returns:
@@ -299,24 +665,38 @@ def pretrain(
       InputError: bad data, a workdir that holds another run, or a library whose base
         another run made.
     """
-    check_config(config, section, evaluate_after)
+    needed = _needed([objective])
+    check_config(config, section, evaluate_after, OFFLINE_SECTIONS if needed else ())
     stage = config[section]
-    env = env or config.base.env
+    env = env or task_env(data) or config.base.env
     make_normaliser = lookup(normalise.NORMALISERS, config.normaliser, "normaliser")
     network = NetworkConfig(**config.network, dropout=stage.dropout)
     diffusion = DiffusionConfig(**config.diffusion)
     agent = pretrain_agent.PretrainConfig(
         network, diffusion, train_config(config, section), stage.batch_size
     )
-    demos = load_demos(config, env, stage.episodes, data, selection)
+    demos = load_demos(config, env, stage.episodes, data, selection, "safety" in needed)
     if data and evaluate_after:
         check_env(env, demos)
+    finished = load_critics(critics, needed)
+    if finished:
+        _check_sizes(demos, *finished.dims, str(critics))
+        normaliser = finished.normaliser
+    else:
+        normaliser = make_normaliser(demos.dataset.obs, config.std_floor)
+    offline, more = None, {}
+    if needed:
+        offline = prepare_offline(
+            config, agent, [objective], demos, normaliser, finished
+        )
+        more = _critics_record(config, finished) | {"objective": objective}
     run, done = open_stage(
         workdir,
         library,
         "base",
         "base",
-        {
+        more
+        | {
             "name": name,
             "seed": seed,
             "env": env,
@@ -332,29 +712,33 @@ def pretrain(
     if done is not None:
         return done
     opened = SkillLibrary.create(library)
-    normaliser = make_normaliser(demos.dataset.obs, config.std_floor)
-    init_key, train_key = jax.random.split(jax.random.key(seed))
-    state = pretrain_agent.init(
-        agent, init_key, demos.dataset.obs.shape[1], demos.dataset.action.shape[1]
-    )
-    state, summary = train(
-        functools.partial(pretrain_agent.update, agent),
-        state,
-        train_data(demos, normaliser),
-        train_key,
-        run=run,
-        steps=stage.steps,
-        stage="base",
-        **config.run,
-    )
     action_dim = demos.dataset.action.shape[1]
+    if offline:
+        params, summary, finished = train_offline(
+            config, offline, run=run, seed=seed, steps=stage.steps
+        )
+    else:
+        init_key, train_key = jax.random.split(jax.random.key(seed))
+        state, summary = train(
+            functools.partial(pretrain_agent.update, agent),
+            pretrain_agent.init(
+                agent, init_key, demos.dataset.obs.shape[1], action_dim
+            ),
+            train_data(demos, normaliser),
+            train_key,
+            run=run,
+            steps=stage.steps,
+            stage="base",
+            **config.run,
+        )
+        params = state.ema
     policy = Policy(
         PolicyConfig(network, diffusion, action_dim),
-        PolicyParams(state.ema, normaliser),
+        PolicyParams(params, normaliser),
     )
     returns = episodes_card(config, policy, env) if evaluate_after else None
     opened.add_base(
-        state.ema,
+        params,
         normaliser,
         {
             "name": name,
@@ -368,7 +752,9 @@ def pretrain(
             "steps": stage.steps,
             "config": run.config,
             "versions": versions(),
-        },
+        }
+        | ({"objective": objective} if needed else {})
+        | _critics_card(finished),
         overwrite=True,
     )
     result = {"summary": summary, "returns": returns, "library": str(library)}
@@ -391,37 +777,51 @@ def expand(
     workdir: str | Path,
     library: str | Path,
     seed: int,
-    name: str,
+    name: str | Sequence[str],
     env: str | None = None,
     data: str | None = None,
     selection: Selection = FIRST,
+    critics: str | Path | None = None,
     evaluate_after: bool = True,
 ) -> dict[str, Any]:
-    """Learn one skill from demonstrations, the library's base frozen, and add it.
+    """Learn skills from demonstrations, the library's base frozen, and add them.
 
     Args:
-      config: resolved config; its `skill` section is used.
+      config: resolved config; its `skill` section is used. `config.skill.objective`
+        may name several objectives, joined by commas: a skill each, learned in one
+        program.
       workdir: the run's folder.
       library: folder of an existing library.
       seed: of parameters, batches and noise.
-      name: of the skill.
-      env: environment; default `config.skill.env`.
+      name: of the skill, or of each of them.
+      env: environment; default that of a DSRL task's `data`, else `config.skill.env`.
       data: demonstrations; default collects.
       selection: which of them.
-      evaluate_after: roll the skill out at its training strength.
+      critics: folder of a finished run whose critics are used; None trains critics
+        together with skills that need them, and keeps them in `workdir`.
+      evaluate_after: roll the skills out at their training strength.
+
+    Returns:
+      The run's result: training summary, library, and returns; those of several skills
+      by name.
 
     Raises:
-      InputError: bad data, an unknown objective, a workdir of another run, or a name
-        that another run took.
+      InputError: bad data, an unknown objective, a workdir of another run, critics of
+        another base, or a name that another run took.
     """
     check_config(config, "skill", evaluate_after)
     stage = config.skill
-    env = env or stage.env
-    if stage.objective not in OBJECTIVES:
+    objectives = str(stage.objective).split(",")
+    names = [name] if isinstance(name, str) else list(name)
+    needed = _needed(objectives)
+    if len(names) != len(objectives) or len(set(names)) < len(names):
         raise InputError(
-            f"unknown objective {stage.objective!r}; choose from "
-            f"{', '.join(OBJECTIVES)}"
+            f"name: got {', '.join(names)}, expected {len(objectives)} different for "
+            f"the objectives {', '.join(objectives)}"
         )
+    if needed:
+        check_config(config, "skill", evaluate_after, OFFLINE_SECTIONS)
+    env = env or task_env(data) or stage.env
     lookup(ADAPTERS, stage.adapter, "adapter")
     opened = SkillLibrary.open(library)
     base, normaliser, base_card = opened.load_base()
@@ -434,60 +834,79 @@ def expand(
         adapter=stage.adapter,
         alpha=stage.alpha,
     )
-    demos = load_demos(config, env, stage.episodes, data, selection)
-    check_fit(demos, load_base(library))
+    demos = load_demos(config, env, stage.episodes, data, selection, "safety" in needed)
+    base_policy = load_base(library)
+    check_fit(demos, base_policy)
     if data and evaluate_after:
         check_env(env, demos)
-    run, done = open_stage(
-        workdir,
-        library,
-        "skill",
-        name,
-        {
-            "name": name,
-            "seed": seed,
-            "env": env,
-            "data": demos.card(),
-            "base_fingerprint": base_card["fingerprint"],
-            "skill": stage.to_dict(),
-        },
-    )
+    finished = load_critics(critics, needed)
+    if finished:
+        check_critics(critics, finished, base_policy)
+    record = {
+        "name": names[0] if len(names) == 1 else names,
+        "seed": seed,
+        "env": env,
+        "data": demos.card(),
+        "base_fingerprint": base_card["fingerprint"],
+        "skill": stage.to_dict(),
+    }
+    offline = None
+    if needed:
+        record |= _critics_record(config, finished)
+        offline = prepare_offline(
+            config, agent, objectives, demos, normaliser, finished
+        )
+    run, done = open_stage(workdir, library, "skill", names, record)
     if done is not None:
         return done
-    init_key, train_key = jax.random.split(jax.random.key(seed))
     base = jax.tree.map(jnp.asarray, base)
-    state, summary = train(
-        functools.partial(skill_agent.update, agent),
-        skill_agent.init(agent, init_key, base),
-        train_data(demos, normaliser, base),
-        train_key,
-        run=run,
-        steps=stage.steps,
-        stage="skill",
-        **config.run,
-    )
-    opened.add_skill(
-        name,
-        state.ema,
-        {
-            "adapter": stage.adapter,
-            "rank": stage.rank,
-            "alpha": stage.alpha,
-            "objective": stage.objective,
-            "env": env,
-            "data": demos.card(),
-            "returns": None,
-            "steps": stage.steps,
-            "config": run.config,
-            "versions": versions(),
-        },
-        overwrite=True,
-    )
-    returns = None
-    if evaluate_after:
-        returns = episodes_card(config, load_composition(library, [name]), env)
-        opened.set_returns("skill", name, returns)
-    result = {"summary": summary, "returns": returns, "library": str(library)}
+    if offline:
+        stacked, summary, finished = train_offline(
+            config, offline, run=run, seed=seed, steps=stage.steps, base=base
+        )
+    else:
+        init_key, train_key = jax.random.split(jax.random.key(seed))
+        state, summary = train(
+            functools.partial(skill_agent.update, agent),
+            skill_agent.init(agent, init_key, base),
+            train_data(demos, normaliser, base),
+            train_key,
+            run=run,
+            steps=stage.steps,
+            stage="skill",
+            **config.run,
+        )
+        stacked = tree.stack([state.ema])
+    returns = {}
+    for k, (skill, objective) in enumerate(zip(names, objectives, strict=True)):
+        opened.add_skill(
+            skill,
+            jax.tree.map(lambda leaf, k=k: leaf[k], stacked),
+            {
+                "adapter": stage.adapter,
+                "rank": stage.rank,
+                "alpha": stage.alpha,
+                "objective": objective,
+                "env": env,
+                "data": demos.card(),
+                "returns": None,
+                "steps": stage.steps,
+                "config": run.config,
+                "versions": versions(),
+            }
+            | _critics_card(finished),
+            overwrite=True,
+        )
+        returns[skill] = None
+        if evaluate_after:
+            policy = load_composition(library, [skill])
+            returns[skill] = episodes_card(config, policy, env)
+            opened.set_returns("skill", skill, returns[skill])
+    result = {
+        "summary": summary,
+        "returns": returns if len(names) > 1 else returns[names[0]],
+        "library": str(library),
+    }
     run.finish(result)
     return result
 
@@ -796,6 +1215,8 @@ def evaluate_library(
     gate: str | None = None,
     level: str = "parameter",
     matmul_dtype: str | None = None,
+    candidates: int = 1,
+    critics: str | Path | None = None,
 ) -> dict[str, Any]:
     """Roll out what `psec_jax.policy.compose` makes of a library.
 
@@ -810,6 +1231,8 @@ def evaluate_library(
         gate=gate,
         level=level,
         matmul_dtype=matmul_dtype,
+        candidates=candidates,
+        critics=critics,
     )
     return episodes_json(evaluate(policy.act, env, episodes, seed), env, seed)
 

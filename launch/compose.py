@@ -14,6 +14,11 @@ r"""Make a gate alpha(s) over skills of a library, train its head, and add it.
         --skills=run,walk --alpha=16,16 --env=dm_control:walker-run \
         --config.gate.head=constant --config.gate.support=neighbour
 
+    # skills from rewards and costs: a gate on the best of the safe trajectories
+    python -m launch.compose --config=experiments/configs/dsrl.py:quick \
+        --workdir=runs/psec --library=runs/safe --name=psec --skills=safety,reward \
+        --data=best
+
 The weights are head times support, made of config.gate:
   level    parameter (the paper's), noise or action: where skills are added up
   head     linear (the paper's), softmax, sigmoid or topk are learned; constant is not
@@ -31,6 +36,8 @@ from absl import flags
 from experiments import stages
 from launch import options
 from launch.cli import floats, no_arguments, run
+from psec_jax.data import dsrl
+from psec_jax.library import SkillLibrary
 
 NAME = flags.DEFINE_string("name", None, "Name of the gate.", required=True)
 SKILLS = flags.DEFINE_list(
@@ -57,9 +64,28 @@ BASE_DATA = flags.DEFINE_string(
 )
 
 
+def target_data() -> tuple[str | None, stages.Selection]:
+    """The target's demonstrations, and which of them.
+
+    --data=best stands for the set of the DSRL task whose simulator the skills have, and
+    for the best of its safe trajectories as the config says, where no flag says so.
+    """
+    given = options.selection()
+    if options.DATA.value != "best":
+        return options.data(), given
+    chosen = stages.best_of_safe(options.CONFIG.value)
+    said = {k: v for k, v in given._asdict().items() if v is not None}
+    env = options.ENV.value
+    if env is None:
+        library = SkillLibrary.open(options.LIBRARY.value)
+        env = library.card("skill", SKILLS.value[0]).get("env")
+    return options.located(dsrl.task_in(env)), chosen._replace(**said)
+
+
 def main(argv: Sequence[str]) -> None:
     """Flags to one call."""
     no_arguments(argv)
+    data, selection = target_data()
     result = stages.compose(
         options.CONFIG.value,
         workdir=options.WORKDIR.value,
@@ -68,10 +94,10 @@ def main(argv: Sequence[str]) -> None:
         name=NAME.value,
         skills=SKILLS.value,
         env=options.ENV.value,
-        data=options.DATA.value,
-        selection=options.selection(),
-        support_data=SUPPORT_DATA.value,
-        base_data=BASE_DATA.value,
+        data=data,
+        selection=selection,
+        support_data=[options.located(name) for name in SUPPORT_DATA.value],
+        base_data=options.located(BASE_DATA.value) if BASE_DATA.value else None,
         alpha=floats("alpha", ALPHA.value),
         evaluate_after=options.EVALUATE.value,
     )

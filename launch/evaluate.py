@@ -34,6 +34,12 @@ MATMUL_DTYPE = flags.DEFINE_string(
     None,
     "float32, or bfloat16: products in bfloat16, sums in float32; default the base's.",
 )
+CANDIDATES = flags.DEFINE_integer(
+    "candidates", 1, "Actions sampled at every step; the one of least Q_h is taken."
+)
+CRITICS = flags.DEFINE_string(
+    "critics", None, "Folder of the run whose critics choose among candidates."
+)
 EPISODES = flags.DEFINE_integer("episodes", 10, "Whole episodes.")
 SEED = flags.DEFINE_integer("seed", 10_000, "Of initial states and the policy's noise.")
 OUT = flags.DEFINE_string("out", None, "JSON file for the raw returns.")
@@ -54,6 +60,8 @@ def main(argv: Sequence[str]) -> None:
         gate=GATE.value,
         level=LEVEL.value,
         matmul_dtype=MATMUL_DTYPE.value,
+        candidates=CANDIDATES.value,
+        critics=CRITICS.value,
     )
     if OUT.value:
         write_json(OUT.value, episodes)

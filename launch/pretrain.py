@@ -7,6 +7,14 @@ r"""Train a base policy on demonstrations and put it into a skill library.
     python -m launch.pretrain --workdir=runs/cheetah --library=runs/cheetah_library \
         --data=cheetah.hdf5 --env=gymnasium:HalfCheetah-v5 --config.base.episodes=0
 
+    # baselines on a set with costs: BC-Safe, and FISOR with its critics
+    python -m launch.pretrain --config=experiments/configs/dsrl.py:quick \
+        --workdir=runs/safe --library=runs/safe_library --data=OfflineBallRun-v0 \
+        --max_cost=10
+    python -m launch.pretrain --config=experiments/configs/dsrl.py:quick \
+        --workdir=runs/fisor --library=runs/fisor_library --data=OfflineBallRun-v0 \
+        --objective=fisor
+
 The base is a diffusion policy trained by behaviour cloning on the first
 config.base.episodes trajectories of the data, with --best on those of highest return; 0
 takes all of them. Stop it at any time: the same command resumes where it was. Next:
@@ -21,7 +29,18 @@ from experiments import stages
 from launch import options
 from launch.cli import no_arguments, run
 
+OBJECTIVE = flags.DEFINE_string(
+    "objective",
+    "bc",
+    "bc, or fisor (or reward, safety): the weights of transitions, given by critics.",
+)
 NAME = flags.DEFINE_string("name", "base", "Name of the base on its card.")
+CRITICS = flags.DEFINE_string(
+    "critics",
+    None,
+    "Folder of a finished run whose critics are used as they are; default trains "
+    "critics in the same program where the objective needs them.",
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -33,9 +52,11 @@ def main(argv: Sequence[str]) -> None:
         library=options.LIBRARY.value,
         seed=options.SEED.value,
         env=options.ENV.value,
-        data=options.DATA.value,
+        data=options.data(),
         selection=options.selection(),
         name=NAME.value,
+        objective=OBJECTIVE.value,
+        critics=CRITICS.value,
         evaluate_after=options.EVALUATE.value,
     )
     print(stages.describe(f"base {NAME.value!r}", result))

@@ -5,18 +5,20 @@ one example with normalised observation; the caller vmaps. With one-hot alpha an
 strength 1 all three give the same action from the same key.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from psec_jax import tree
 from psec_jax.diffusion import DiffusionConfig, sample
 from psec_jax.errors import InputError, lookup
 from psec_jax.gating import GateConfig, gate_alpha
 from psec_jax.lora import check_weights, zero_skill
+from psec_jax.networks.critics import twin_q
 from psec_jax.networks.denoiser import (
     Denoise,
     Denoiser,
@@ -124,6 +126,8 @@ class PolicyConfig:
       action_dim: A.
       level: a key of `LEVELS`.
       gate: the gate's form; None is the base alone.
+      candidates: actions sampled, of which the one of least Q_h is taken; 1 needs no
+        critic.
     """
 
     network: NetworkConfig
@@ -131,9 +135,12 @@ class PolicyConfig:
     action_dim: int
     level: str = "parameter"
     gate: GateConfig | None = None
+    candidates: int = 1
 
     def __post_init__(self) -> None:
         lookup(LEVELS, self.level, "level")
+        if self.candidates < 1:
+            raise InputError(f"candidates: got {self.candidates}, expected 1 or more")
         if self.gate and self.gate.base_member and self.level == "parameter":
             raise InputError(
                 "gate.base_member: the base is always part of the parameter level; "
@@ -150,6 +157,7 @@ class PolicyParams(NamedTuple):
       library: K skills, leaves [K, ...]; None is the base alone.
       strength: [K], the alpha each skill was trained at.
       gate: the gate's parameters.
+      q_h: the twins that choose among candidates, leaves [2, ...].
     """
 
     base: Params
@@ -157,6 +165,7 @@ class PolicyParams(NamedTuple):
     library: Params | None = None
     strength: Array | None = None
     gate: Params | None = None
+    q_h: Params | None = None
 
 
 def members(config: PolicyConfig, params: PolicyParams) -> tuple[Params, Array]:
@@ -184,13 +193,42 @@ def act(
     key: Key[Array, ""],
     obs: Float[Array, " S"],
 ) -> Float[Array, " A"]:
-    """One action from one raw observation; alpha(s) is computed once per action."""
-    net = Denoiser(config.network, config.action_dim)
+    """One action from one raw observation; alpha(s) is computed once per action.
+
+    Raises:
+      InputError: several candidates, and no critic to choose among them.
+    """
     obs = params.normaliser(obs)
+    draw = _sampler(config, params, obs)
+    if config.candidates == 1:
+        return draw(key)
+    if params.q_h is None:
+        raise InputError(f"{config.candidates} candidates need a critic of safety")
+    actions = jax.vmap(draw)(jax.random.split(key, config.candidates))
+    return actions[safest(params.q_h, obs, actions)]
+
+
+def safest(
+    q_h: Params, obs: Float[Array, " S"], actions: Float[Array, "N A"]
+) -> Int[Array, ""]:
+    """Which action has the least Q_h, by the larger of the twins."""
+    twins = jax.vmap(twin_q, (None, None, 0))(q_h, obs, actions)
+    return jnp.argmin(jnp.max(twins, axis=1))
+
+
+def _sampler(
+    config: PolicyConfig, params: PolicyParams, obs: Float[Array, " S"]
+) -> Callable[[Key[Array, ""]], Array]:
+    """Key -> action of one normalised observation."""
+    net = Denoiser(config.network, config.action_dim)
     if config.gate is None:
         denoise = make_denoise(net, params.base)
-        return sample(denoise, config.diffusion, key, obs, config.action_dim)
+        return lambda key: sample(
+            denoise, config.diffusion, key, obs, config.action_dim
+        )
     alpha = gate_alpha(config.gate, params.gate, obs)
     library, strength = members(config, params)
     level = LEVELS[config.level]
-    return level(net, config.diffusion, params.base, library, strength, alpha, key, obs)
+    return lambda key: level(
+        net, config.diffusion, params.base, library, strength, alpha, key, obs
+    )

@@ -1,11 +1,25 @@
-"""Losses of one example: pure, scalar, vmapped by the caller."""
+"""Losses and weights of one example: pure, scalar, vmapped by the caller.
+
+Critics are learned offline from transitions (s, a, r, h, s'): reward by IQL (Kostrikov
+et al. 2022), safety by feasibility in the sense of Hamilton-Jacobi reachability (Zheng
+et al. 2024, FISOR). `OBJECTIVES` turns what they say of a transition into the weight of
+its diffusion loss.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from psec_jax.diffusion import Schedule, q_sample
+from psec_jax.errors import InputError
 from psec_jax.networks.denoiser import Denoise
+
+# What a critic may judge; a critic of safety needs costs in the data.
+CRITICS = ("reward", "safety")
 
 
 def noise_error(
@@ -21,6 +35,15 @@ def noise_error(
     return jnp.sum((denoise(obs, a_t, t.astype(jnp.float32)) - eps) ** 2)
 
 
+def draw_noise(
+    schedule: Schedule, key: Key[Array, ""], action_dim: int
+) -> tuple[Int[Array, ""], Float[Array, " A"]]:
+    """A uniform step t and standard normal noise."""
+    t_key, eps_key = jax.random.split(key)
+    t = jax.random.randint(t_key, (), 0, schedule.beta.shape[0])
+    return t, jax.random.normal(eps_key, (action_dim,))
+
+
 def diffusion_loss(
     denoise: Denoise,
     schedule: Schedule,
@@ -32,9 +55,7 @@ def diffusion_loss(
 
     The sum, not the mean, over action dimensions.
     """
-    t_key, eps_key = jax.random.split(key)
-    t = jax.random.randint(t_key, (), 0, schedule.beta.shape[0])
-    eps = jax.random.normal(eps_key, action.shape)
+    t, eps = draw_noise(schedule, key, action.shape[-1])
     return noise_error(denoise, schedule, obs, action, t, eps)
 
 
@@ -56,3 +77,143 @@ def released_regulariser(
     return (jnp.mean(alpha) - strength / 2) ** 2 + (
         jnp.mean(alpha[:, -1]) - strength
     ) ** 2
+
+
+def expectile_loss(diff: Float[Array, ""], expectile: float) -> Float[Array, ""]:
+    """|expectile - 1[diff <= 0]| diff^2 (Kostrikov et al. 2022, eq. 5).
+
+    With diff = Q - V and an expectile above 1/2, V leans to the larger Q.
+    """
+    return jnp.where(diff > 0, expectile, 1 - expectile) * diff**2
+
+
+def reversed_expectile_loss(
+    diff: Float[Array, ""], expectile: float
+) -> Float[Array, ""]:
+    """The same with the sign turned: V_h leans to the smaller Q_h (FISOR)."""
+    return expectile_loss(-diff, expectile)
+
+
+def td_target(
+    reward: Float[Array, ""],
+    mask: Float[Array, ""],
+    next_v: Float[Array, ""],
+    discount: float,
+) -> Float[Array, ""]:
+    """r + gamma mask V(s'); the mask is 0 where the task ended."""
+    return reward + discount * mask * next_v
+
+
+def feasibility_target(
+    h: Float[Array, ""],
+    mask: Float[Array, ""],
+    next_v_h: Float[Array, ""],
+    discount: float,
+) -> Float[Array, ""]:
+    """(1 - gamma) h + gamma max(h, V_h(s')), and h where the task ended (FISOR).
+
+    Above 0 a violation is unavoidable from here, the sooner the larger.
+    """
+    ongoing = (1 - discount) * h + discount * jnp.maximum(h, next_v_h)
+    return mask * ongoing + (1 - mask) * h
+
+
+class Values(NamedTuple):
+    """What the critics say of one transition (s, a); fields may have batch axes.
+
+    Attributes:
+      q: Q(s, a), the smaller of the twins.
+      v: V(s).
+      q_h: Q_h(s, a), the larger of the twins; None without a critic of safety.
+      v_h: V_h(s); None without a critic of safety.
+    """
+
+    q: Float[Array, "*B"]
+    v: Float[Array, "*B"]
+    q_h: Float[Array, "*B"] | None = None
+    v_h: Float[Array, "*B"] | None = None
+
+
+@dataclass(frozen=True)
+class WeightConfig:
+    """How advantages become weights.
+
+    Attributes:
+      reward_temperature: tau_r, a factor of the reward advantage.
+      safety_temperature: tau_h, a factor of the safety advantage.
+      clip: the largest weight.
+      infeasible_floor: the least weight of "fisor" in infeasible states; FISOR's
+        formula has 0, its released code 1.
+    """
+
+    reward_temperature: float = 1.0
+    safety_temperature: float = 1.0
+    clip: float = 100.0
+    infeasible_floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in ("reward_temperature", "safety_temperature", "infeasible_floor"):
+            if getattr(self, field) < 0:
+                raise InputError(
+                    f"weights.{field}: got {getattr(self, field)}, expected 0 or more"
+                )
+        if self.clip <= self.infeasible_floor:
+            raise InputError(
+                f"weights.clip: got {self.clip}, expected above "
+                f"{self.infeasible_floor:g}"
+            )
+
+
+def advantage_weight(
+    advantage: Float[Array, ""], temperature: float, clip: float, floor: float = 0.0
+) -> Float[Array, ""]:
+    """clip(exp(temperature * advantage), floor, clip)."""
+    return jnp.clip(jnp.exp(temperature * advantage), floor, clip)
+
+
+def bc_weight(config: WeightConfig, values: Values) -> Float[Array, ""]:
+    """1: plain cloning."""
+    return jnp.ones_like(values.q)
+
+
+def reward_weight(config: WeightConfig, values: Values) -> Float[Array, ""]:
+    """clip(exp(tau_r (Q - V)), 0, c)."""
+    return advantage_weight(values.q - values.v, config.reward_temperature, config.clip)
+
+
+def safety_weight(config: WeightConfig, values: Values) -> Float[Array, ""]:
+    """1[Q_h < V_h] clip(exp(tau_h (V_h - Q_h)), 0, c)."""
+    advantage = values.v_h - values.q_h
+    weight = advantage_weight(advantage, config.safety_temperature, config.clip)
+    return jnp.where(advantage > 0, weight, 0.0)
+
+
+def fisor_weight(config: WeightConfig, values: Values) -> Float[Array, ""]:
+    """FISOR's weights, of reward where safety can be kept and of safety elsewhere.
+
+    In the feasible region V_h <= 0: 1[Q_h <= 0] clip(exp(tau_r (Q - V)), 0, c);
+    outside it: clip(exp(tau_h (V_h - Q_h)), floor, c) (Zheng et al. 2024).
+    """
+    feasible = jnp.where(values.q_h <= 0, reward_weight(config, values), 0.0)
+    infeasible = advantage_weight(
+        values.v_h - values.q_h,
+        config.safety_temperature,
+        config.clip,
+        config.infeasible_floor,
+    )
+    return jnp.where(values.v_h <= 0, feasible, infeasible)
+
+
+class Objective(NamedTuple):
+    """`weight(config, values)` of one transition, and the critics it reads."""
+
+    weight: Callable[[WeightConfig, Values], Array]
+    critics: tuple[str, ...]
+
+
+OBJECTIVES = {
+    "bc": Objective(bc_weight, ()),
+    "reward": Objective(reward_weight, ("reward",)),
+    "safety": Objective(safety_weight, ("safety",)),
+    "fisor": Objective(fisor_weight, ("reward", "safety")),
+}

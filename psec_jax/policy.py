@@ -11,14 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from psec_jax.agents import critic_file
+from psec_jax.agents.critic_file import Finished
 from psec_jax.composition import LEVELS, PolicyConfig, PolicyParams, act, weights
 from psec_jax.diffusion import DiffusionConfig
 from psec_jax.errors import InputError, lookup
 from psec_jax.gating import GateConfig
 from psec_jax.library import SkillLibrary
 from psec_jax.lora import stack_skills
+from psec_jax.losses import CRITICS
 from psec_jax.networks.denoiser import NetworkConfig
-from psec_jax.types import Params
+from psec_jax.types import Normaliser, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +137,8 @@ def compose(
     gate: str | None = None,
     level: str = "parameter",
     matmul_dtype: str | None = None,
+    candidates: int = 1,
+    critics: str | Path | None = None,
 ) -> Policy:
     """A policy from a library on disk.
 
@@ -148,17 +153,77 @@ def compose(
       level: of fixed weights, a key of `composition.LEVELS`.
       matmul_dtype: "bfloat16" makes the products in it and sums in float32, faster on
         processors with units for it; default the base's.
+      candidates: actions sampled at every step, of which the one of least Q_h is taken.
+      critics: folder of the run whose critics choose among several candidates.
 
     Raises:
-      InputError: names or numbers that do not fit the library.
+      InputError: names or numbers that do not fit the library, or several candidates
+        without critics of safety.
     """
     lookup(LEVELS, level, "level")
     policy = _compose(root, skills, alpha, gate, level)
+    if candidates > 1 and critics is None:
+        raise InputError(
+            f"candidates: got {candidates}, more than 1 need critics to choose"
+        )
+    if critics is not None:
+        policy = with_critics(policy, critics)
+    config = dataclasses.replace(policy.config, candidates=candidates)
+    policy = dataclasses.replace(policy, config=config)
     if matmul_dtype is None:
         return policy
     network = dataclasses.replace(policy.config.network, matmul_dtype=matmul_dtype)
     config = dataclasses.replace(policy.config, network=network)
     return dataclasses.replace(policy, config=config)
+
+
+def with_critics(policy: Policy, critics: str | Path) -> Policy:
+    """The policy with a finished run's Q_h, which chooses among candidates.
+
+    Raises:
+      InputError: no critics of safety there, or critics that do not fit the base.
+    """
+    finished = critic_file.load(critics)
+    check_critics(critics, finished, policy)
+    if "safety" not in finished.card["kinds"]:
+        raise InputError(
+            f"{critics}: these critics judge {', '.join(finished.card['kinds'])} "
+            "alone, the choice among candidates needs safety"
+        )
+    place = CRITICS.index("safety")
+    q_h = jax.tree.map(lambda leaf: jnp.asarray(leaf[place]), finished.params.q)
+    return dataclasses.replace(policy, params=policy.params._replace(q_h=q_h))
+
+
+def check_critics(critics: str | Path, finished: Finished, policy: Policy) -> None:
+    """Refuse critics that do not fit the policy's base.
+
+    Args:
+      critics: their folder, named in messages.
+      finished: what it holds.
+      policy: the base, or skills over it.
+
+    Raises:
+      InputError: observations or actions of another size, or observations scaled
+        otherwise: the critics were trained for another base.
+    """
+    normaliser = policy.params.normaliser
+    sizes = (len(normaliser.mean), policy.config.action_dim)
+    for what, got, expected in zip(
+        ("observations", "actions"), finished.dims, sizes, strict=True
+    ):
+        if got != expected:
+            raise InputError(
+                f"{critics}: these critics read {what} of {got} numbers, those of the "
+                f"base have {expected}"
+            )
+    for field in Normaliser._fields:
+        theirs, mine = getattr(finished.normaliser, field), getattr(normaliser, field)
+        if not np.array_equal(theirs, mine):
+            raise InputError(
+                f"{critics}: these critics read observations scaled by another {field} "
+                "than the base's; train critics for this base"
+            )
 
 
 def _compose(root, skills, alpha, gate, level) -> Policy:

@@ -36,6 +36,17 @@ GATE_LAYERS = {
     "MLP_0/Dense_1": "hidden_1",
     "OutputVDense": "output",
 }
+Q_LAYERS = {
+    "VmapStateActionValue_0/MLP_0/Dense_0": "hidden_0",
+    "VmapStateActionValue_0/MLP_0/Dense_1": "hidden_1",
+    "VmapStateActionValue_0/Dense_0": "output",
+}
+V_LAYERS = {
+    "MLP_0/LayerNorm_0": "norm",
+    "MLP_0/Dense_0": "mlp/hidden_0",
+    "MLP_0/Dense_1": "mlp/hidden_1",
+    "OutputVDense": "mlp/output",
+}
 SKILL_LEAVES = {"lora_a": "a", "lora_b": "b"}
 
 
@@ -66,6 +77,16 @@ def skill(prefix: str) -> dict:
 
 def gate(prefix: str) -> dict:
     return params(prefix, GATE_LAYERS)
+
+
+def q(*prefixes: str) -> dict:
+    """Twins stacked over critics: leaves [C, 2, ...]."""
+    return tree.stack([params(prefix, Q_LAYERS) for prefix in prefixes])
+
+
+def v(*prefixes: str) -> dict:
+    """Stacked over critics: leaves [C, ...]."""
+    return tree.stack([params(prefix, V_LAYERS) for prefix in prefixes])
 
 
 def network(compat: str) -> NetworkConfig:

@@ -232,7 +232,7 @@ UNKNOWN = {
     ),
     "env prefix": (
         (*PRETRAIN, WALKER, "--env=atari:pong"),
-        "unknown environment prefix 'atari'; choose from dm_control, gymnasium",
+        "unknown environment prefix 'atari'; choose from bullet, dm_control, gymnasium",
     ),
     "domain": (
         (*EXPAND, WALKER, "--env=dm_control:runner-walk"),
@@ -297,6 +297,30 @@ UNKNOWN = {
     "objective": (
         (*EXPAND, WALKER, "--config.skill.objective=magic"),
         "unknown objective 'magic'; choose from bc",
+    ),
+    "objective by flag": (
+        (*EXPAND, WALKER, "--objective=magic"),
+        "unknown objective 'magic'; choose from bc, fisor, reward, safety",
+    ),
+    "objective of a base": (
+        (*PRETRAIN, WALKER, "--objective=magic"),
+        "unknown objective 'magic'; choose from bc, fisor, reward, safety",
+    ),
+    "filter": (
+        (*EXPAND, WALKER, "--filter=taste"),
+        "unknown filter 'taste'; choose from density, outliers",
+    ),
+    "DSRL task": (
+        (*PRETRAIN, "--data=OfflineLuck-v0", "--offline"),
+        "unknown DSRL task 'OfflineLuck-v0'; choose from OfflineAntCircle-v0",
+    ),
+    "DSRL task of support data": (
+        (*COMPOSE, WALKER, "--skills=walk", "--support_data=OfflineLuck-v0"),
+        "unknown DSRL task 'OfflineLuck-v0'",
+    ),
+    "DSRL task of the base's data": (
+        (*COMPOSE, WALKER, "--skills=walk", "--base_data=OfflineLuck-v0"),
+        "unknown DSRL task 'OfflineLuck-v0'",
     ),
     "adapter": (
         (*EXPAND, WALKER, "--config.skill.adapter=glue"),
@@ -410,6 +434,12 @@ NUMBERS = [
     ((*COLLECT, "--action_noise=-1"), "action_noise is -1.0, expected 0 or more"),
     ((*PRETRAIN, WALKER, "--seed=-1"), "seed"),
     ((*PRETRAIN, WALKER, f"--seed={2**32}"), "seed"),
+    ((*EVALUATE, "--candidates=0"), "candidates: got 0, expected 1 or more"),
+    ((*EVALUATE, "--candidates=2"), "candidates: got 2, more than 1 need critics"),
+    ((*EXPAND, WALKER, "--split=0"), "pieces of 0 steps asked for, expected 1 or"),
+    ((*EXPAND, WALKER, "--share=0"), "share of trajectories: got 0, expected 0 to 1"),
+    ((*EXPAND, WALKER, "--return_quantile=2"), "return_quantile: got 2, expected 0"),
+    ((*EXPAND, WALKER, "--max_cost=9"), "walker.hdf5: no dataset 'costs'; the file"),
     ((*COMPOSE, WALKER, "--skills=walk", "--alpha=1,2"), "got 2 weights, expected 1"),
     ((*COMPOSE, WALKER, "--skills=walk", "--alpha=nan"), "--alpha: got nan"),
     ((*COMPOSE, WALKER, "--skills=walk", "--alpha=x"), "--alpha: could not convert"),
@@ -456,6 +486,23 @@ FORMS = {
         + ("--name=new", WALKER),
         "config: has no field 'data.action_noise'; experiments/configs/dmc_walker.py "
         "shows every field",
+    ),
+    "an objective without the sections that it reads": (
+        (*EXPAND, WALKER, "--objective=safety"),
+        "config: has no field 'cost_limit'; experiments/configs/dsrl.py shows every",
+    ),
+    "critics that no objective reads": (
+        (*EXPAND, WALKER, "--critics=base"),
+        "critics: base was given, the objective bc reads none",
+    ),
+    "a folder without critics": (
+        (*EVALUATE, "--candidates=2", "--critics=base"),
+        "base holds no finished critics (critics.safetensors)",
+    ),
+    "an objective for a config file without a section": (
+        (*EXPAND[:1], "--config=small.py", "--workdir=new", "--library=lib")
+        + ("--name=new", WALKER, "--objective=bc"),
+        "config: has no field 'data.action_noise'; experiments/configs/dmc_walker.py",
     ),
     "support data of another skill": (
         (*COMPOSE, WALKER, "--skills=walk", *SUPPORT, "--support_data=other_obs.hdf5"),

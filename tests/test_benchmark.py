@@ -26,6 +26,7 @@ TINY = benchmark.Sizes(
     episodes=2,
     evaluation_repeats=1,
     env="gymnasium:Pendulum-v1",
+    workers=(1, 2),
     network=NetworkConfig(
         width=8, blocks=1, expansion=1, time_features=4, time_width=8
     ),
@@ -35,13 +36,14 @@ VERSIONS = {"cpu": "a", "cores": 2, "device": "b", "jax": "c", "commit": "d"}
 
 @pytest.fixture(scope="module")
 def measured():
-    def base_alone(sizes, batch):
-        return {"base": make_stages(sizes, batch)["base"]}
+    def few(sizes, batch):
+        made = make_stages(sizes, batch)
+        return {name: made[name] for name in ("base", benchmark.OFFLINE)}
 
     make_stages, lines = benchmark.make_stages, []
     with pytest.MonkeyPatch.context() as patch:
-        # Each stage takes seconds to compile; one shows that training is measured.
-        patch.setattr(benchmark, "make_stages", base_alone)
+        # Each stage takes seconds to compile; two show that training is measured.
+        patch.setattr(benchmark, "make_stages", few)
         return benchmark.measure(TINY, show=lines.append), "\n".join(lines)
 
 

@@ -44,7 +44,15 @@ ROOMS = [
 ]
 LEVEL = {name: level for level, room in enumerate(ROOMS) for name in room}
 CORE = [name for room in ROOMS[:6] for name in room]
-SIMULATORS = ["mujoco", "dm_control", "gymnasium"]
+SIMULATORS = [
+    "mujoco",
+    "dm_control",
+    "gymnasium",
+    "bullet_safety_gym",
+    "pybullet",
+    "metadrive",
+    "panda3d",
+]
 RIM = ["absl", "ml_collections"]
 
 

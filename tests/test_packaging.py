@@ -4,6 +4,7 @@ import re
 from importlib.metadata import metadata, requires
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -12,8 +13,8 @@ import psec_jax
 ROOT = Path(__file__).parents[1]
 
 
-def pins() -> dict[str, str]:
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+def pins(file: str = "requirements.txt") -> dict[str, str]:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     lines = [line for line in lines if not line.startswith("#")]
     return {
         canonicalize_name(name): version
@@ -21,10 +22,15 @@ def pins() -> dict[str, str]:
     }
 
 
-def test_pins_hold_versions_only():
-    for name, version in pins().items():
+@pytest.mark.parametrize("file", ["requirements.txt", "requirements-safe.txt"])
+def test_pins_hold_versions_only(file):
+    for name, version in pins(file).items():
         assert re.fullmatch(r"[a-z0-9-]+", name)
         assert re.fullmatch(r"[0-9][0-9a-z.]*", version), name
+
+
+def test_safe_simulators_come_on_top():
+    assert not pins().keys() & pins("requirements-safe.txt").keys()
 
 
 def test_pins_fit_the_ranges():

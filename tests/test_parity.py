@@ -10,7 +10,18 @@ import parity
 import pytest
 
 from psec_jax import tree
-from psec_jax.agents.common import OptimiserConfig, descend, init_state, make_optimiser
+from psec_jax.agents import critics, offline
+from psec_jax.agents.common import (
+    Noise,
+    OptimiserConfig,
+    Transitions,
+    descend,
+    init_state,
+    make_optimiser,
+)
+from psec_jax.agents.critics import CriticConfig, CriticParams, CriticState
+from psec_jax.agents.offline import Frozen, OfflineConfig, OfflineState
+from psec_jax.agents.skill import SkillConfig
 from psec_jax.composition import noise_denoise
 from psec_jax.diffusion import (
     SCHEDULES,
@@ -20,7 +31,13 @@ from psec_jax.diffusion import (
     q_sample,
 )
 from psec_jax.gating import GateConfig, gate_alpha
-from psec_jax.losses import cloning_loss, noise_error, released_regulariser
+from psec_jax.losses import (
+    cloning_loss,
+    expectile_loss,
+    noise_error,
+    released_regulariser,
+    reversed_expectile_loss,
+)
 from psec_jax.networks.denoiser import Denoiser, make_denoise
 
 V = parity.load()
@@ -201,6 +218,134 @@ def test_weighted_skill_loss(prefix, skill, weight):
     )
     errors = batch_error(denoise, V[f"{prefix}/time"], V[f"{prefix}/noise"])
     close(jnp.mean(V[weight] * errors), V[f"{prefix}/loss"], rtol=1e-4)
+
+
+BATCH = Transitions(
+    *(
+        jnp.asarray(V[f"batch/{name}"])
+        for name in (
+            "observations",
+            "actions",
+            "rewards",
+            "costs",
+            "next_observations",
+            "masks",
+        )
+    )
+)
+CRITICS = CriticConfig(widths=(32, 32), batch_size=12)
+OFFLINE = OfflineConfig(
+    SkillConfig(
+        parity.network("released"),
+        optimiser=OptimiserConfig(decay_steps=1_000_000),
+        batch_size=12,
+        rank=4,
+        alpha=STRENGTH,
+    ),
+    ("reward", "safety"),
+    CRITICS,
+)
+
+
+def critic_state():
+    q = init_state(CRITICS.q_optimiser, parity.q("critic", "safe_critic"))
+    targets = parity.q("target_critic", "safe_target_critic")
+    v = init_state(CRITICS.v_optimiser, parity.v("value", "safe_value"))
+    return CriticState(q._replace(ema=targets), v)
+
+
+@pytest.mark.parametrize("expectile", [0.7, 0.9])
+def test_expectile_losses(expectile):
+    diff = jnp.asarray(V["expectile/diff"])
+    for loss, name in (
+        (expectile_loss, "loss"),
+        (reversed_expectile_loss, "safe_loss"),
+    ):
+        got = jax.vmap(functools.partial(loss, expectile=expectile))(diff)
+        close(got, V[f"expectile/{name}_{expectile}"])
+
+
+def test_critics_forward():
+    state = critic_state()
+    inputs = (BATCH.obs, BATCH.action)
+    online, target = critics.twins(state.q.params, *inputs), state.trained.q
+    close(online, [V["critic_out/q_online"], V["critic_out/qc_online"]])
+    target = critics.twins(target, *inputs)
+    close(target, [V["critic_out/q_target"], V["critic_out/qc_target"]])
+    values = critics.values(state.trained, *inputs)
+    close(values.q, V["critic_out/q_target"].min(0))
+    close(values.q_h, V["critic_out/qc_target"].max(0))
+    close(values.v, V["critic_out/v"])
+    close(values.v_h, V["critic_out/vc"])
+
+
+def test_critic_targets_and_losses():
+    state = critic_state()
+    next_v = critics.v_values(state.v.params, BATCH.next_obs)
+    close(next_v, [V["critic_out/next_v"], V["critic_out/next_vc"]])
+    target = critics.targets(CRITICS, BATCH, next_v)
+    close(target, [V["target/q"], V["target/qc_hj"]])
+    errors = critics.twins(state.q.params, BATCH.obs, BATCH.action) - target[:, None]
+    expected = [V["loss/critic"], V["loss/safe_critic_hj"]]
+    close(jnp.mean(errors**2, axis=(1, 2)), expected, rtol=1e-4)
+    _, _, metrics = critics.step(CRITICS, state, BATCH)
+    close(metrics["loss/value_reward"], V["loss/value"], rtol=1e-4)
+    close(metrics["loss/value_safety"], V["loss/safe_value"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("shift", [0, -6, 3])
+def test_weights(shift):
+    trained = critic_state().trained
+    v = tree.flatten(trained.v)
+    v["mlp/output/bias"] = v["mlp/output/bias"] + shift
+    params = CriticParams(trained.q, tree.unflatten(v))
+    got = offline.weights(OFFLINE, critics.values(params, BATCH.obs, BATCH.action))
+    prefix = f"weight_shift/{shift}" if shift else "weight"
+    expected = [V[f"{prefix}/reward"], V[f"{prefix}/cost"]]
+    close(got, expected, rtol=1e-4)
+    assert shift != -6 or np.max(got) == 100
+
+
+def test_three_updates_of_skills_and_critics():
+    skills = tree.stack([parity.skill("lora0_online"), parity.skill("lora1_online")])
+    actor = init_state(OFFLINE.actor.optimiser, skills)
+    state = OfflineState(actor._replace(ema=library("lora0", "lora1")), critic_state())
+    update = jax.jit(functools.partial(offline.step, OFFLINE))
+    for step in range(3):
+        noise = Noise(
+            jnp.stack([V[f"lora_steps/time_{k}"][step] for k in ("reward", "cost")]),
+            jnp.stack([V[f"lora_steps/noise_{k}"][step] for k in ("reward", "cost")]),
+            jax.random.split(jax.random.key(0), (2, 12)),
+        )
+        state, metrics = update(state, Frozen(parity.base()), BATCH, noise)
+        for name, info in {
+            "loss/reward": "reward_actor_loss",
+            "loss/safety": "cost_actor_loss",
+            "weight/reward": "reward_weight",
+            "weight/safety": "cost_weight",
+            "loss/critic_reward": "critic_loss",
+            "loss/critic_safety": "safe_critic_loss",
+            "loss/value_reward": "value_loss",
+            "loss/value_safety": "safe_value_loss",
+            "v/reward": "v",
+            "v/safety": "vc",
+        }.items():
+            expected = V[f"lora_steps/info_{info}"][step]
+            close(metrics[name], expected, rtol=2e-4)
+    after = "lora_steps/after_"
+    for got, expected in (
+        (state.actor.params, library(f"{after}lora0_online", f"{after}lora1_online")),
+        (state.actor.ema, library(f"{after}lora0", f"{after}lora1")),
+        (state.critics.q.params, parity.q(f"{after}critic", f"{after}safe_critic")),
+        (
+            state.critics.q.ema,
+            parity.q(f"{after}target_critic", f"{after}safe_target_critic"),
+        ),
+        (state.critics.v.params, parity.v(f"{after}value", f"{after}safe_value")),
+    ):
+        expected = tree.flatten(expected)
+        for path, leaf in tree.flatten(got).items():
+            close(leaf, expected[path], atol=5e-5, rtol=0)
 
 
 def gate_weights(head):

@@ -6,11 +6,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
+from psec_jax.data import dataset
+from psec_jax.diffusion import Schedule
 from psec_jax.errors import InputError
-from psec_jax.types import Params, TrainState
+from psec_jax.losses import draw_noise
+from psec_jax.types import Dataset, Normaliser, Params, TrainState
 
 Metrics = dict[str, Array]
 
@@ -27,6 +31,40 @@ class TrainData(NamedTuple):
     obs: Float[Array, "N S"]
     action: Float[Array, "N A"]
     frozen: Any = None
+
+
+class Transitions(NamedTuple):
+    """Transitions on the device, for critics.
+
+    Attributes:
+      obs: [*B, S], normalised.
+      action: [*B, A].
+      reward: [*B], scaled.
+      h: [*B], above 0 where the constraint is violated; see `make_transitions`.
+      next_obs: [*B, S], normalised.
+      mask: [*B], 0 where nothing is bootstrapped.
+    """
+
+    obs: Float[Array, "*B S"]
+    action: Float[Array, "*B A"]
+    reward: Float[Array, "*B"]
+    h: Float[Array, "*B"]
+    next_obs: Float[Array, "*B S"]
+    mask: Float[Array, "*B"]
+
+
+class Noise(NamedTuple):
+    """The random numbers of one step on the diffusion loss.
+
+    Attributes:
+      t: [*B] diffusion steps.
+      eps: [*B, A].
+      dropout: [*B] keys.
+    """
+
+    t: Int[Array, "*B"]
+    eps: Float[Array, "*B A"]
+    dropout: Key[Array, "*B"]
 
 
 @dataclass(frozen=True)
@@ -93,15 +131,101 @@ def descend(
     return TrainState(params, ema, opt_state, state.step + 1), metrics
 
 
-def draw(
-    key: Key[Array, ""], data: TrainData, batch_size: int
-) -> tuple[Float[Array, "B S"], Float[Array, "B A"]]:
-    """A batch of transitions, uniformly with replacement.
+def draw_index(key: Key[Array, ""], count: int, batch_size: int) -> Int[Array, " B"]:
+    """Rows of a batch, uniformly with replacement.
 
     Raises:
       InputError: a batch below 1.
     """
     if batch_size < 1:
         raise InputError(f"batch_size: got {batch_size}, expected 1 or more")
-    index = jax.random.randint(key, (batch_size,), 0, data.obs.shape[0])
+    return jax.random.randint(key, (batch_size,), 0, count)
+
+
+def draw(
+    key: Key[Array, ""], data: TrainData, batch_size: int
+) -> tuple[Float[Array, "B S"], Float[Array, "B A"]]:
+    """A batch of states and actions; see `draw_index`."""
+    index = draw_index(key, data.obs.shape[0], batch_size)
     return data.obs[index], data.action[index]
+
+
+def draw_transitions(
+    key: Key[Array, ""], data: Transitions, batch_size: int
+) -> Transitions:
+    """A batch of transitions; see `draw_index`."""
+    index = draw_index(key, data.obs.shape[0], batch_size)
+    return jax.tree.map(lambda rows: rows[index], data)
+
+
+def batch_noise(
+    schedule: Schedule, key: Key[Array, ""], batch_size: int, action_dim: int
+) -> Noise:
+    """Step, noise and dropout key of every example of a batch."""
+
+    def one(key: Array) -> Noise:
+        dropout_key, noise_key = jax.random.split(key)
+        t, eps = draw_noise(schedule, noise_key, action_dim)
+        return Noise(t, eps, dropout_key)
+
+    return jax.vmap(one)(jax.random.split(key, batch_size))
+
+
+def reward_scale(ds: Dataset) -> float:
+    """Longest episode / (highest return - lowest return): the factor of rewards.
+
+    Raises:
+      InputError: all returns are the same.
+    """
+    returns = dataset.episode_returns(ds)
+    spread = float(returns.max() - returns.min())
+    if spread == 0:
+        raise InputError(
+            f"every trajectory has return {returns[0]:g}: rewards cannot be scaled by "
+            "their spread"
+        )
+    longest = max(rows.stop - rows.start for rows in dataset.episode_slices(ds))
+    return longest / spread
+
+
+def make_transitions(
+    ds: Dataset,
+    normaliser: Normaliser,
+    *,
+    scale: float = 1.0,
+    violation: float = 25.0,
+    bootstrap_timeouts: bool = True,
+    safety: bool = True,
+    source: str = "the dataset",
+) -> Transitions:
+    """A dataset as critics read it.
+
+    Args:
+      ds: whole trajectories.
+      normaliser: of observations.
+      scale: of rewards; see `reward_scale`.
+      violation: h where the cost is above 0; elsewhere h is -1.
+      bootstrap_timeouts: a cut episode went on unseen; False ends it there, as the
+        authors' code does.
+      safety: whether costs will be learned from.
+      source: named in messages.
+
+    Raises:
+      InputError: a negative cost, or no cost at all where safety is to be learned.
+    """
+    dataset.check_costs(ds, source)
+    if safety and not np.any(ds.cost):
+        raise InputError(
+            f"{source}: no transition has a cost above 0, a critic of safety has "
+            "nothing to learn from; critics.safety=False leaves it out"
+        )
+    ended = ds.terminal if bootstrap_timeouts else ds.terminal | ds.timeout
+    columns = (
+        normaliser(ds.obs),
+        ds.action,
+        scale * ds.reward,
+        np.where(ds.cost > 0, violation, -1.0),
+        normaliser(ds.next_obs),
+        ~ended,
+    )
+    return Transitions(*(jnp.asarray(column, jnp.float32) for column in columns))

@@ -4,18 +4,20 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from psec_jax.agents.common import (
     Metrics,
+    Noise,
     OptimiserConfig,
     TrainData,
+    batch_noise,
     descend,
     draw,
     init_state,
 )
 from psec_jax.diffusion import DiffusionConfig, make_schedule
-from psec_jax.losses import diffusion_loss
+from psec_jax.losses import noise_error
 from psec_jax.networks.denoiser import (
     Denoiser,
     NetworkConfig,
@@ -49,23 +51,33 @@ def update(
     """One step on the diffusion loss (PAPER: 1 M of them at batch 2048)."""
     batch_key, loss_key = jax.random.split(key)
     obs, action = draw(batch_key, data, config.batch_size)
-    net = Denoiser(config.network, action.shape[-1])
     schedule = make_schedule(config.diffusion)
-
-    def example_loss(params: Params, key: Array, obs: Array, action: Array) -> Array:
-        dropout_key, noise_key = jax.random.split(key)
-        denoise = make_denoise(net, params, dropout_key=dropout_key)
-        return diffusion_loss(denoise, schedule, noise_key, obs, action)
+    noise = batch_noise(schedule, loss_key, config.batch_size, action.shape[-1])
 
     def loss_fn(params: Params) -> tuple[Array, Metrics]:
-        keys = jax.random.split(loss_key, config.batch_size)
-        params = _transposed_gradients(params, config.batch_size)
-        loss = jnp.mean(
-            jax.vmap(example_loss, (None, 0, 0, 0))(params, keys, obs, action)
-        )
+        loss = jnp.mean(errors(config, params, obs, action, noise))
         return loss, {"loss/base": loss}
 
     return descend(config.optimiser, state, loss_fn)
+
+
+def errors(
+    config: PretrainConfig,
+    params: Params,
+    obs: Float[Array, "B S"],
+    action: Float[Array, "B A"],
+    noise: Noise,
+) -> Float[Array, " B"]:
+    """The diffusion loss of every example."""
+    net = Denoiser(config.network, action.shape[-1])
+    schedule = make_schedule(config.diffusion)
+    params = _transposed_gradients(params, len(obs))
+
+    def one(obs: Array, action: Array, noise: Noise) -> Array:
+        denoise = make_denoise(net, params, dropout_key=noise.dropout)
+        return noise_error(denoise, schedule, obs, action, noise.t, noise.eps)
+
+    return jax.vmap(one)(obs, action, noise)
 
 
 def _transposed_gradients(params: Params, batch_size: int) -> Params:

@@ -4,13 +4,15 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from psec_jax import tree
 from psec_jax.agents.common import (
     Metrics,
+    Noise,
     OptimiserConfig,
     TrainData,
+    batch_noise,
     descend,
     draw,
     init_state,
@@ -18,7 +20,7 @@ from psec_jax.agents.common import (
 from psec_jax.diffusion import DiffusionConfig, make_schedule
 from psec_jax.errors import InputError
 from psec_jax.lora import init_skill
-from psec_jax.losses import diffusion_loss
+from psec_jax.losses import noise_error
 from psec_jax.networks.denoiser import Denoiser, NetworkConfig, make_denoise
 from psec_jax.types import Params, TrainState
 
@@ -62,22 +64,32 @@ def update(
     """One step on the diffusion loss; `data.frozen` is the base's parameters."""
     batch_key, loss_key = jax.random.split(key)
     obs, action = draw(batch_key, data, config.batch_size)
+    schedule = make_schedule(config.diffusion)
+    noise = batch_noise(schedule, loss_key, config.batch_size, action.shape[-1])
+
+    def loss_fn(skill: Params) -> tuple[Array, Metrics]:
+        loss = jnp.mean(errors(config, skill, data.frozen, obs, action, noise))
+        return loss, {"loss/skill": loss}
+
+    return descend(config.optimiser, state, loss_fn)
+
+
+def errors(
+    config: SkillConfig,
+    skill: Params,
+    base: Params,
+    obs: Float[Array, "B S"],
+    action: Float[Array, "B A"],
+    noise: Noise,
+) -> Float[Array, " B"]:
+    """The diffusion loss of every example."""
     net = Denoiser(config.network, action.shape[-1])
     schedule = make_schedule(config.diffusion)
     alpha = jnp.full((1,), config.alpha)
 
-    def example_loss(skill: Params, key: Array, obs: Array, action: Array) -> Array:
-        dropout_key, noise_key = jax.random.split(key)
-        denoise = make_denoise(
-            net, data.frozen, tree.stack([skill]), alpha, dropout_key
-        )
-        return diffusion_loss(denoise, schedule, noise_key, obs, action)
+    def one(obs: Array, action: Array, noise: Noise) -> Array:
+        library = tree.stack([skill])
+        denoise = make_denoise(net, base, library, alpha, noise.dropout)
+        return noise_error(denoise, schedule, obs, action, noise.t, noise.eps)
 
-    def loss_fn(skill: Params) -> tuple[Array, Metrics]:
-        keys = jax.random.split(loss_key, config.batch_size)
-        loss = jnp.mean(
-            jax.vmap(example_loss, (None, 0, 0, 0))(skill, keys, obs, action)
-        )
-        return loss, {"loss/skill": loss}
-
-    return descend(config.optimiser, state, loss_fn)
+    return jax.vmap(one)(obs, action, noise)

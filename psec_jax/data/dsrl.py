@@ -151,6 +151,19 @@ def task_of(path: str | os.PathLike[str]) -> str | None:
     return None
 
 
+def task_in(spec: str) -> str:
+    """The id of the task that has this simulator.
+
+    Args:
+      spec: such as "bullet:SafetyBallRun-v0".
+
+    Raises:
+      InputError: no task of DSRL has it.
+    """
+    by_spec = {entry.spec: name for name, entry in TASKS.items()}
+    return lookup(by_spec, spec, "simulator of a DSRL task")
+
+
 def cache_dir() -> Path:
     """`$DSRL_DATASET_DIR`, or `~/.dsrl/datasets`; not created here."""
     named = os.environ.get("DSRL_DATASET_DIR")
