@@ -1,0 +1,176 @@
+"""Safe tasks end to end in a real simulator: a set is made, learned from, tabulated."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shell
+
+from experiments import table1
+from experiments.collect_safe import NOISES, actors, collect_safe
+from experiments.configs.dsrl import get_config
+from psec_jax.data import dataset, dsrl
+from psec_jax.errors import InputError
+
+TASK = "OfflineBallRun-v0"
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = f"--config={ROOT}/experiments/configs/dsrl.py:quick"
+ALL = {"max_cost": 200.0, "most": 12}  # of a set that keeps every episode
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("pybullet") is None, reason="run: make setup-safe"
+)
+
+
+def write_policy(path: Path, drive: float) -> None:
+    """A policy that always gives about the same push."""
+    entry = dsrl.task(TASK)
+    hidden = np.zeros((entry.obs_dim, 4), np.float32)
+    head = np.array([drive] + [0.0] * (entry.action_dim - 1), np.float32)
+    np.savez(
+        path,
+        **{
+            "layer_0/kernel": hidden,
+            "layer_0/bias": np.zeros(4, np.float32),
+            "head/kernel": np.zeros((4, entry.action_dim), np.float32),
+            "head/bias": head,
+            "obs_mean": np.zeros(entry.obs_dim, np.float32),
+            "obs_std": np.ones(entry.obs_dim, np.float32),
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A set of 12 trajectories by a slow and a fast policy, and where it lies."""
+    folder = tmp_path_factory.mktemp("safe")
+    write_policy(folder / "fast.npz", 3.0)
+    write_policy(folder / "slow.npz", 0.1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PSEC_DATA_DIR", str(folder / "data"))
+        patch.setenv("DSRL_DATASET_DIR", str(folder / "official"))
+        collect_safe(TASK, 12, seed=0, policies=folder, **ALL)
+    return folder
+
+
+@pytest.fixture
+def place(made, monkeypatch, tmp_path):
+    monkeypatch.setenv("PSEC_DATA_DIR", str(made / "data"))
+    monkeypatch.setenv("DSRL_DATASET_DIR", str(made / "official"))
+    monkeypatch.chdir(tmp_path)
+    return made
+
+
+def test_collected_set(place, monkeypatch):
+    ds, attrs = dsrl.load(TASK, offline=True)
+    assert len(dataset.episode_slices(ds)) == 12
+    assert attrs["made_by"] == "psec_jax" and attrs["task"] == TASK
+    names = json.loads(attrs["policies"])
+    assert names[:2] == ["fast + noise 0", "slow + noise 0"]
+    assert names[6:] == [
+        "fast then slow + noise 0.1",
+        "slow then fast + noise 0.1",
+    ]
+    assert len(names) == 2 * len(NOISES["bullet"]) + 2
+    returns, costs = dataset.episode_returns(ds), dataset.episode_costs(ds)
+    np.testing.assert_allclose(returns, attrs["returns"])
+    # The fast one runs beyond the speed limit, the slow one does not, and one that
+    # hands over lies between.
+    assert costs[0] > costs[6] > costs[1] and returns[0] > returns[6] > returns[1]
+    again = collect_safe(TASK, 12, seed=0, policies=place, **ALL)
+    assert again == dsrl.find(TASK, offline=True).path
+    with pytest.raises(InputError, match="holds another collection"):
+        collect_safe(TASK, 3, seed=0, policies=place, **ALL)
+    monkeypatch.setenv("PSEC_DATA_DIR", str(Path.cwd() / "one"))
+    collect_safe(TASK, 12, seed=0, policies=place, workers=1, **ALL)
+    one, _ = dsrl.load(TASK, offline=True)
+    assert dataset.fingerprint(one) == dataset.fingerprint(ds)
+
+
+def test_costly_and_crowded_trajectories_are_left_out(place, monkeypatch):
+    whole, _ = dsrl.load(TASK, offline=True)
+    monkeypatch.setenv("PSEC_DATA_DIR", str(Path.cwd() / "bounded"))
+    collect_safe(TASK, 12, seed=0, policies=place, max_cost=10, most=1)
+    ds, attrs = dsrl.load(TASK, offline=True)
+    costs = dataset.episode_costs(ds)
+    assert max(costs) <= 10 < max(dataset.episode_costs(whole))
+    assert len(costs) < (dataset.episode_costs(whole) <= 10).sum()
+    assert len(attrs["policy_of_episode"]) == len(costs)
+    with pytest.raises(InputError, match="none of 1 episodes costs 0 or less"):
+        collect_safe(TASK, 1, seed=0, policies=place, max_cost=0, overwrite=True)
+
+
+def test_refusals(place, tmp_path):
+    with pytest.raises(InputError, match="unknown DSRL task 'OfflineLuck-v0'"):
+        collect_safe("OfflineLuck-v0", 1, seed=0)
+    with pytest.raises(InputError, match="no policy"):
+        actors("bullet:SafetyBallRun-v0", tmp_path)
+    with pytest.raises(InputError, match="episodes is 0"):
+        collect_safe(TASK, 0, seed=0)
+    answer = shell.call("experiments.table1", "--suite=luck")
+    assert answer.code == 2 and "unknown suite 'luck'" in answer.err
+    answer = shell.call("experiments.table1", f"--tasks={TASK}", "--cost_limit=-1")
+    assert answer.code == 2 and "cost limit" in answer.err.replace("_", " ")
+    answer = shell.call("experiments.table1", "--tables_only", "--results=none")
+    assert answer.code == 2 and answer.err.count("\n") == 1
+
+
+def test_table1(place):
+    config = get_config("quick")
+    config.update(
+        {
+            "network": {"width": 16, "blocks": 1, "time_features": 8, "time_width": 8},
+            "critics": {"widths": (8,)},
+            "table": {
+                "methods": table1.METHODS,
+                "fisor_candidates": 2,
+                "tuning_episodes": 1,
+                "cloning": {"steps": 2, "batch_size": 4},
+            },
+            "evaluation": {"episodes": 2},
+        }
+    )
+    for section in ("base", "critics", "skill", "gate"):
+        config[section].update({"steps": 2, "batch_size": 8})
+    lines = []
+    args = (config, [TASK], Path("runs"), Path("results"), True, lines.append)
+    table1.run_cells(*args)
+    assert len(lines) == len(table1.METHODS)
+    text = table1.write_table(Path("results"), "bullet")
+    assert text == Path("results/table1_bullet.md").read_text()
+    assert f"| {TASK} | made |" in text
+    table = json.loads(Path("results/table1_bullet.json").read_text())
+    assert sorted(table[TASK]) == sorted(table1.METHODS)
+    raw = json.loads(next(Path("results/raw").glob("*PSEC_seed0.json")).read_text())
+    cell = table[TASK]["PSEC"]
+    assert cell["cost"]["mean"] == pytest.approx(np.mean(raw["costs"]) / 10)
+    low, high = dsrl.task(TASK).min_return, dsrl.task(TASK).max_return
+    expected = (np.mean(raw["returns"]) - low) / (high - low)
+    assert cell["reward"]["mean"] == pytest.approx(expected)
+    table1.run_cells(*args)
+    assert len(lines) == len(table1.METHODS)  # nothing is run twice
+    # The set of the skills' own task, and its best safe trajectories, by one word.
+    library = f"--library=runs/{TASK}/seed0/library"
+    flags = (library, "--workdir=gate", "--name=again", "--skills=safety,reward")
+    sizes = ("--config.gate.steps=2", "--config.gate.batch_size=8", "--noevaluate")
+    answer = shell.call("launch.compose", CONFIG, *flags, *sizes, "--data=best")
+    assert answer.code == 0, answer.err
+    card = json.loads(Path(f"{library[10:]}/gates/again/gate.json").read_text())
+    assert card["data"]["source"] == dsrl.made_name(TASK)
+    chosen = card["data"]["selection"]
+    assert (chosen["max_cost"], chosen["return_quantile"]) == (10.0, 0.5)
+    answer = shell.call("launch.compose", *flags, "--data=best")
+    assert answer.code == 2 and "cost_limit" in answer.err
+
+
+def test_markdown_marks_the_best_safe_result():
+    def cell(reward, cost):
+        return {"reward": {"mean": reward}, "cost": {"mean": cost}, "data": "made"}
+
+    text = table1.markdown(
+        {TASK: {"BC": cell(0.9, 3.0), "FISOR": cell(0.2, 0.5), "PSEC": cell(0.4, 0.9)}}
+    )
+    assert "| 0.90 / 3.00 (0.67 / 11.38) |" in text
+    assert "| **0.20 / 0.50** (0.18 / 0.00) |" in text
+    assert "| **0.40 / 0.90** * (0.15 / 0.95) |" in text
