@@ -384,8 +384,10 @@ def summarise(raws: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     table: dict[str, dict[str, Any]] = {}
     for (task, method), cells in by_cell.items():
         limit = cells[0]["cost_limit"]
-        cost = [dsrl.normalised_cost(raw["costs"], limit) for raw in cells]
-        reward = [dsrl.normalised_return(task, raw["returns"]) for raw in cells]
+        cost = [dsrl.normalised_cost(np.array(raw["costs"]), limit) for raw in cells]
+        reward = [
+            dsrl.normalised_return(task, np.array(raw["returns"])) for raw in cells
+        ]
         entry: dict[str, Any] = {}
         for name, groups in (("reward", reward), ("cost", cost)):
             low, high = results.interval(groups)

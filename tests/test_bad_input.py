@@ -372,7 +372,7 @@ UNKNOWN = {
     ),
     "results of the table": (
         ("experiments.table2", "--tables_only", "--results=r"),
-        "r: no raw/*.json; run experiments.table2 first",
+        "r: no raw/*.json; measure something first",
     ),
     "library": (
         ("launch.evaluate", "--library=none", "--env=dm_control:walker-walk"),

@@ -13,6 +13,8 @@ from psec_jax.data import dataset
 from psec_jax.errors import InputError, lookup
 from psec_jax.types import Dataset
 
+ROUNDING = 1e-5  # relative, of sums of float32
+
 
 def split(ds: Dataset, length: int) -> Dataset:
     """Cut every trajectory into pieces of `length` rows; the last may be shorter.
@@ -153,9 +155,11 @@ def outliers(
             for point in points
         ]
     )
-    above = distances - np.median(distances)
+    middle = np.median(distances)
+    above = distances - middle
     deviation = np.median(np.abs(above))
-    return (above <= spread * deviation) | (deviation == 0)
+    # Equal distances differ by rounding alone.
+    return (above <= spread * deviation) | (deviation <= ROUNDING * middle)
 
 
 def _scaled(values: np.ndarray) -> np.ndarray:
