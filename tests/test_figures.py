@@ -116,7 +116,9 @@ def made_up(name):
 
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_every_figure_is_drawn_from_raw_files(name, tmp_path):
-    with pytest.raises(InputError, match=r"no raw\S*/\*\.json; run experiments\."):
+    with pytest.raises(
+        InputError, match=r"no raw\S*/\*\.json; measure something first"
+    ):
         figures.draw(name, tmp_path)
     for raw in made_up(name):
         path = results.raw_path(

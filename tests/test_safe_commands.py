@@ -160,7 +160,8 @@ def test_table1(place):
     assert card["data"]["source"] == dsrl.made_name(TASK)
     chosen = card["data"]["selection"]
     assert (chosen["max_cost"], chosen["return_quantile"]) == (10.0, 0.5)
-    answer = shell.call("launch.compose", *flags, "--data=best")
+    walker = CONFIG.replace("dsrl", "dmc_walker")
+    answer = shell.call("launch.compose", walker, *flags, "--data=best")
     assert answer.code == 2 and "cost_limit" in answer.err
 
 
