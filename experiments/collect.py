@@ -13,7 +13,7 @@ import hashlib
 import json
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import distributions
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -111,7 +111,7 @@ def collect(
     if path.is_dir():
         raise InputError(f"out is {path}, a folder; expected a file name")
     if path.exists() and not overwrite:
-        _check_same(path, identity)
+        check_same(path, d4rl.load(path)[1], identity, "give another file")
         return path
     parts = play(env, [Actor(policy, action_noise)] * episodes, seed, workers)
     ds = dataset.check(dataset.concatenate(parts), str(path))
@@ -147,8 +147,14 @@ def _policy_hash(policy: str, env: str) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
-def _check_same(path: Path, identity: dict[str, Any]) -> None:
-    _, attrs = d4rl.load(path)
+def check_same(
+    path: Path, attrs: Mapping[str, Any], identity: Mapping[str, Any], advice: str
+) -> None:
+    """Refuse a file whose attributes say that it is not the collection asked for.
+
+    Raises:
+      InputError: what differs, and the advice.
+    """
     differing = [
         f"{name} {attrs.get(name)!r} (asked for {value!r})"
         for name, value in identity.items()
@@ -156,8 +162,8 @@ def _check_same(path: Path, identity: dict[str, Any]) -> None:
     ]
     if differing:
         raise InputError(
-            f"{path}: holds another collection, with {', '.join(differing)}; give "
-            "another file, or ask to overwrite it"
+            f"{path}: holds another collection, with {', '.join(differing)}; {advice}, "
+            "or ask to overwrite it"
         )
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from experiments.collect import Actor, play, simulator_versions
+from experiments.collect import Actor, check_same, play, simulator_versions
 from psec_jax.data import dataset, dsrl
 from psec_jax.data.paths import data_dir
 from psec_jax.data.trajectories import density
@@ -91,7 +91,7 @@ def collect_safe(
     }
     path = data_dir() / dsrl.made_name(task)
     if path.exists() and not overwrite:
-        _check_same(path, task, identity)
+        check_same(path, dsrl.load(path)[1], identity, "move it away")
         return path
     played = [chosen[e % len(chosen)] for e in range(episodes)]
     ds = dataset.concatenate(play(spec, played, seed, workers))
@@ -154,20 +154,6 @@ def _told(actor: Actor) -> str:
     if actor.then:
         name += f" then {Path(actor.then).stem}"
     return f"{name} + noise {actor.action_noise:g}"
-
-
-def _check_same(path: Path, task: str, identity: dict) -> None:
-    _, attrs = dsrl.load(path)
-    differing = [
-        f"{name} {attrs.get(name)!r} (asked for {value!r})"
-        for name, value in identity.items()
-        if attrs.get(name) != value
-    ]
-    if differing:
-        raise InputError(
-            f"{path}: holds another collection for {task}, with "
-            f"{', '.join(differing)}; move it away, or ask to overwrite it"
-        )
 
 
 def main(argv: Sequence[str]) -> None:

@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 from experiments import results, stages
 from experiments.configs.dsrl import get_config
 from experiments.stages import Selection
-from experiments.table2 import Place, changed, table_seeds
+from experiments.table2 import Place, changed, level_changes, table_seeds
 from launch.cli import no_arguments, run
 from psec_jax.data import dsrl
 from psec_jax.errors import InputError, lookup
@@ -272,12 +272,8 @@ def train_composition(cell: Cell, method: str, tune: Cell) -> Policy:
     train_skills(cell)
     if form.head == "constant":
         return load_composition(cell.library, GATED, alpha=tuned_weights(tune, method))
-    changes = {"gate.level": form.level}
-    if form.level != "parameter":
-        cloning = cell.config.table.cloning
-        changes |= {f"gate.{field}": value for field, value in cloning.items()}
     stages.compose(
-        changed(cell.config, changes),
+        changed(cell.config, level_changes(cell.config, form.level)),
         workdir=cell.workdir(method),
         library=cell.library,
         seed=cell.seed,

@@ -209,14 +209,10 @@ def train_composition(
     elif form.head == "constant":
         alpha = [place.config.skill.alpha] * len(skills)
     name = gate_name(method, setting)
-    changes = {
-        "gate.level": form.level,
+    changes = level_changes(place.config, form.level) | {
         "gate.head": form.head,
         "gate.support": form.support,
     }
-    if form.level != "parameter":
-        cloning = place.config.table.cloning
-        changes |= {f"gate.{field}": value for field, value in cloning.items()}
     stages.compose(
         changed(place.config, changes),
         workdir=place.workdir(name),
@@ -342,6 +338,15 @@ def footnote(raws: Sequence[Mapping[str, Any]]) -> str:
         f"episodes below {results.FALL:.0f}. 10 demonstrations a skill. Paper: 5 "
         "seeds, 10 episodes. Rows Base, fixed and Support: see docs/methods.md."
     )
+
+
+def level_changes(config: ConfigDict, level: str) -> dict[str, Any]:
+    """What a gate at this level changes of a config: above the parameter level it is
+    cloned through the sampler, by a budget of its own."""
+    changes = {"gate.level": level}
+    if level != "parameter":
+        changes |= {f"gate.{k}": value for k, value in config.table.cloning.items()}
+    return changes
 
 
 def changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:

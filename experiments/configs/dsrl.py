@@ -11,7 +11,7 @@ r"""DSRL: a base on a mixed set with costs, a reward skill and a safety skill, a
 
 Presets (any field can be changed with --config.FIELD=VALUE):
   quick     minutes on 2 CPU cores: a try
-  standard  some twelve minutes a seed and task on one CPU core
+  standard  a quarter of an hour a seed and task on one CPU core
   paper     the paper's budgets: batch 2048, 1 M / 50 k / 1 k steps; wants a GPU or TPU
 """
 
