@@ -55,11 +55,13 @@ class Actor(NamedTuple):
       policy: "expert", "medium", "random" or the path of an expert file.
       action_noise: standard deviation of Gaussian noise on every action.
       then: who takes over at a random step, where not empty.
+      within: the share of the longest episode in which that step falls.
     """
 
     policy: str
     action_noise: float = 0.0
     then: str = ""
+    within: float = 1.0
 
 
 def collect(
@@ -203,7 +205,10 @@ def play(
 
 
 def serve(
-    pipe: Connection, spec: str, seed: int, share: list[tuple[int, str, float, str]]
+    pipe: Connection,
+    spec: str,
+    seed: int,
+    share: list[tuple[int, str, float, str, float]],
 ) -> None:
     """A worker's job: roll these (episode, actor) out, one message each."""
     env = envs.make(spec)
@@ -218,7 +223,8 @@ def serve(
         actor = Actor(*fields)
         act = find(actor.policy, actor.action_noise)
         if actor.then:
-            act = _handover(act, find(actor.then, actor.action_noise), env.max_steps)
+            then = find(actor.then, actor.action_noise)
+            act = _handover(act, then, int(env.max_steps * actor.within))
         pipe.send(rollout(env, act, seed, episode))
     env.close()
 
@@ -232,7 +238,8 @@ def _make(env: envs.Env, policy: str, noise: float) -> Policy:
 
 
 def _handover(first: Policy, second: Policy, steps: int) -> Policy:
-    """For one episode: the second policy acts from a step that the generator draws."""
+    """For one episode: the second policy acts from a step that the generator draws, 1
+    to `steps`."""
     left: int | None = None
 
     def act(obs: np.ndarray, generator: np.random.Generator) -> np.ndarray:

@@ -8,8 +8,8 @@ rolls out many policies of mixed quality and writes one file in DSRL's layout wh
 there. Policies of Bullet-Safety-Gym are the packaged snapshots of agents trained with
 several penalties on cost (--policies names a folder of others, made by
 experiments.train_expert --snapshots); those of MetaDrive are the simulator's own
-drivers. Each plays without and with noise on its actions; those of Bullet also hand
-over to one another at a random step, which fills the plane between safe and fast.
+drivers. Each plays without and with noise on its actions, and hands over to others at a
+random step, which fills the plane between safe and fast.
 
 Like the official sets, which end at a highest cost (80 for BallRun), these leave out
 the trajectories that cost more; --max_cost is another bound. A crowded plane is then
@@ -18,6 +18,7 @@ costs and returns. The same arguments give the same content, whatever the number
 processes.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,9 @@ from psec_jax.errors import InputError
 # Standard deviations of the noise with which every policy plays.
 NOISES = {"bullet": (0.0, 0.2, 0.5), "metadrive": (0.0, 0.1, 0.3)}
 HANDOVER_NOISE = 0.1
+# The share of the longest episode in which a handover falls: a fast driver arrives
+# after a quarter of it.
+HANDOVER_WITHIN = {"bullet": 1.0, "metadrive": 0.25}
 DRIVERS = ("expert", "idm", *(f"idm-{speed}" for speed in IDM_SPEEDS))
 
 
@@ -86,6 +90,7 @@ def collect_safe(
         "seed": seed,
         "episodes": episodes,
         "policies": json.dumps(names),
+        "policies_sha256": _hash(chosen),
         "max_cost": float(max_cost),
         "most": most,
     }
@@ -115,7 +120,7 @@ def collect_safe(
 
 
 def actors(spec: str, policies: str | Path | None = None) -> list[Actor]:
-    """Every policy for a simulator at every level of noise, and pairs of Bullet's.
+    """Every policy for a simulator at every level of noise, and pairs of them.
 
     Args:
       spec: the simulator, such as "bullet:SafetyBallRun-v0".
@@ -137,13 +142,18 @@ def actors(spec: str, policies: str | Path | None = None) -> list[Actor]:
                 "experiments.train_expert --snapshots, and name their folder"
             )
     alone = [Actor(policy, noise) for noise in NOISES[prefix] for policy in found]
-    if prefix == "metadrive" or len(found) == 1:
+    if len(found) == 1:
         return alone
-    # Sorted names tell the penalty on cost: policies far apart in the list are unlike.
+    # Names tell the penalty on cost, or the speed: far apart in the list is unlike.
     count = len(found)
     offsets = sorted({max(1, count * k // 4) for k in (1, 2, 3)})
     return alone + [
-        Actor(policy, HANDOVER_NOISE, then=found[(i + offset) % count])
+        Actor(
+            policy,
+            HANDOVER_NOISE,
+            then=found[(i + offset) % count],
+            within=HANDOVER_WITHIN[prefix],
+        )
         for offset in offsets
         for i, policy in enumerate(found)
     ]
@@ -154,6 +164,15 @@ def _told(actor: Actor) -> str:
     if actor.then:
         name += f" then {Path(actor.then).stem}"
     return f"{name} + noise {actor.action_noise:g}"
+
+
+def _hash(chosen: Sequence[Actor]) -> str:
+    """Of the policies' files; empty where they are the simulator's own drivers."""
+    paths = sorted({actor.policy for actor in chosen if actor.policy.endswith(".npz")})
+    if not paths:
+        return ""
+    content = b"".join(Path(path).read_bytes() for path in paths)
+    return hashlib.sha256(content).hexdigest()
 
 
 def main(argv: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import shell
 
-from experiments import table1
+from experiments import collect, table1
 from experiments.collect_safe import NOISES, actors, collect_safe
 from experiments.configs.dsrl import get_config
 from psec_jax.data import dataset, dsrl
@@ -86,6 +86,28 @@ def test_collected_set(place, monkeypatch):
     collect_safe(TASK, 12, seed=0, policies=place, workers=1, **ALL)
     one, _ = dsrl.load(TASK, offline=True)
     assert dataset.fingerprint(one) == dataset.fingerprint(ds)
+
+
+def test_handovers():
+    """Drivers of MetaDrive take over early: the fast ones arrive after 250 steps."""
+    first, second = (lambda obs, generator, a=a: a for a in (1, 2))
+    for seed in range(20):
+        act = collect._handover(first, second, 3)
+        played = [act(None, np.random.default_rng(seed)) for _ in range(4)]
+        assert played[0] == 1 and played[3] == 2 and played == sorted(played)
+    chosen = actors("metadrive:easysparse")
+    handovers = [actor for actor in chosen if actor.then]
+    assert len(handovers) == 24 and len(chosen) == 48
+    assert all(actor.within == 0.25 for actor in handovers)
+
+
+def test_other_policies_of_the_same_names_are_another_collection(place, tmp_path):
+    folder = tmp_path / "others"
+    folder.mkdir()
+    for name, other in (("fast", "slow"), ("slow", "fast")):
+        (folder / f"{name}.npz").write_bytes((place / f"{other}.npz").read_bytes())
+    with pytest.raises(InputError, match="policies_sha256"):
+        collect_safe(TASK, 12, seed=0, policies=folder, **ALL)
 
 
 def test_costly_and_crowded_trajectories_are_left_out(place, monkeypatch):

@@ -133,7 +133,7 @@ class MetaDriveEnv:
         )
         self.info: dict[str, Any] = {}
         self._steps, self._screen = 0, (0, 0)
-        self._idm: Any = None
+        self._idm: dict[int, Any] = {}  # by speed
         self.drivers: dict[str, Callable[..., np.ndarray]] = {"expert": self._expert}
         for speed in IDM_SPEEDS:
             self.drivers[f"idm-{speed}"] = partial(self._drive, speed, False)
@@ -154,7 +154,7 @@ class MetaDriveEnv:
         # With random traffic the simulator seeds everything but the traffic.
         traffic = self.simulator.engine.traffic_manager
         traffic.np_random = np.random.RandomState(seed)
-        self._steps, self.info, self._idm = 0, {}, None
+        self._steps, self.info, self._idm = 0, {}, {}
         return self.simulator.reset(force_seed=self._seed)
 
     def step(self, action: np.ndarray) -> Step:
@@ -185,11 +185,12 @@ class MetaDriveEnv:
         """The intelligent driver model, which remembers its lane and its errors."""
         from metadrive.policy.idm_policy import IDMPolicy
 
-        if self._idm is None:
-            self._idm = IDMPolicy(self.simulator.vehicle, random_seed=0)
-            self._idm.NORMAL_SPEED = self._idm.target_speed = speed
-            self._idm.enable_lane_change = overtake
-        return _action(self._idm.act())
+        if speed not in self._idm:
+            driver = IDMPolicy(self.simulator.vehicle, random_seed=0)
+            driver.NORMAL_SPEED = driver.target_speed = speed
+            driver.enable_lane_change = overtake
+            self._idm[speed] = driver
+        return _action(self._idm[speed].act())
 
     def render(self, height: int, width: int) -> np.ndarray:
         """See `Env.render`; the road from above, the car in the middle.
