@@ -22,6 +22,7 @@ only the .npz is written.
 import contextlib
 import importlib.util
 import io
+import itertools
 import os
 import subprocess
 import sys
@@ -255,7 +256,8 @@ def _write_mp4(path: Path, fps: float, images: Iterator[np.ndarray]) -> None:
     import imageio_ffmpeg
 
     # Not imageio's writer: it does not see that ffmpeg failed, as on a full disk.
-    size = f"{WIDTH}x{FRAME_HEIGHT + PANEL_HEIGHT}"
+    first = next(images)
+    size = f"{first.shape[1]}x{first.shape[0]}"
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(fps)]
     target = ["-c:v", "libx264", "-pix_fmt", "yuv420p", str(path)]
     program = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error"]
@@ -267,7 +269,7 @@ def _write_mp4(path: Path, fps: float, images: Iterator[np.ndarray]) -> None:
     ) as encoder:
         # Its own words follow on stderr where it ends early.
         with contextlib.suppress(BrokenPipeError), encoder.stdin:
-            for image in images:
+            for image in itertools.chain([first], images):
                 encoder.stdin.write(image.tobytes())
         told = encoder.stderr.read().decode(errors="replace").strip().splitlines()
     if encoder.returncode:
@@ -292,6 +294,39 @@ WRITERS: dict[str, Callable[[Path, float, Iterator[np.ndarray]], None]] = {
 PACKAGES = ("imageio_ffmpeg", "matplotlib", "PIL")
 
 
+def check_packages() -> None:
+    """Raise `CannotDraw` where a package that drawing needs is missing."""
+    if missing := [p for p in PACKAGES if importlib.util.find_spec(p) is None]:
+        raise CannotDraw(
+            f"cannot draw: {', '.join(missing)} not installed; "
+            "pip install 'psec_jax[plot,video]'"
+        )
+
+
+def write_video(path: Path, fps: float, images: Iterator[np.ndarray]) -> None:
+    """Make a video, whole or not at all.
+
+    Args:
+      path: ends in .mp4 or .gif; replaced when the new one is complete.
+      fps: frames a second.
+      images: one or more, uint8 [H, W, 3] with H and W even.
+
+    Raises:
+      CannotDraw: a package is missing.
+      InputError: another suffix, or a file that cannot be written.
+    """
+    write = lookup(WRITERS, path.suffix, "video suffix")
+    check_packages()
+    # ffmpeg tells the format by the suffix, so it stays at the end.
+    temporary = path.with_name(f"{path.stem}.tmp-{os.getpid()}{path.suffix}")
+    with reported(f"write {path}"):
+        try:
+            write(temporary, fps, images)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
 def draw(
     trace: Trace, env: str, out: Path, every: int = 2, title: str | None = None
 ) -> Path:
@@ -309,26 +344,13 @@ def draw(
       InputError: another suffix, an environment that does not repeat itself, or a
         file that cannot be written.
     """
-    write = lookup(WRITERS, out.suffix, "video suffix")
-    if missing := [p for p in PACKAGES if importlib.util.find_spec(p) is None]:
-        raise CannotDraw(
-            f"cannot draw: {', '.join(missing)} not installed; "
-            "pip install 'psec_jax[plot,video]'"
-        )
     if title is None:
         many = len(trace.names) > 4
         names = f"{len(trace.names)} skills" if many else " + ".join(trace.names)
         title = f"{env}   {names or 'base'}"
-    # ffmpeg tells the format by the suffix, so it stays at the end.
-    temporary = out.with_name(f"{out.stem}.tmp-{os.getpid()}{out.suffix}")
-    with reported(f"write {out}"):
-        with Renderer(env, FRAME_HEIGHT, WIDTH) as renderer:
-            fps = 1 / (every * renderer.step_seconds)
-            try:
-                write(temporary, fps, _frames(trace, renderer, every, title))
-                os.replace(temporary, out)
-            finally:
-                temporary.unlink(missing_ok=True)
+    with Renderer(env, FRAME_HEIGHT, WIDTH) as renderer:
+        fps = 1 / (every * renderer.step_seconds)
+        write_video(out, fps, _frames(trace, renderer, every, title))
     return out
 
 

@@ -69,7 +69,7 @@ def train_expert(
     """Train, keep the best policy, and write its card beside it.
 
     Args:
-      env: "dm_control:walker-walk", "gymnasium:ID".
+      env: "dm_control:walker-walk", "gymnasium:ID"; it may be shifted.
       steps: environment steps in all.
       seed: of the training.
       out: the expert file, NAME.npz; the card is NAME.json.
@@ -87,7 +87,7 @@ def train_expert(
       InputError: bad arguments, a file that is there or cannot be written, or a package
         that is missing.
     """
-    out = Path(out)
+    out, env = Path(out), envs.shifted(env)
     numbers = {
         "steps": steps,
         "eval_every": eval_every,
@@ -271,7 +271,9 @@ def _gymnasium_env(spec: str, cost_penalty: float = 0.0) -> Any:
 def main(argv: Sequence[str]) -> None:
     """Train what the flags ask for."""
     no_arguments(argv)
-    path = train_expert(**{name: flag.value for name, flag in FLAGS.items()})
+    given = {name: flag.value for name, flag in FLAGS.items()}
+    env = envs.shifted(given.pop("env"), *given.pop("shift"))
+    path = train_expert(env, **given)
     print(f"{path} and {path.with_suffix('.json')}")
 
 
@@ -283,6 +285,7 @@ def _define_flags() -> dict[str, flags.FlagHolder]:
             "dm_control:DOMAIN-TASK, gymnasium:ID, bullet:NAME.",
             required=True,
         ),
+        "shift": define_shift(),
         "steps": flags.DEFINE_integer("steps", 200_000, "Environment steps."),
         "seed": flags.DEFINE_integer("seed", 0, "Of the training."),
         "out": flags.DEFINE_string(
@@ -306,7 +309,7 @@ def _define_flags() -> dict[str, flags.FlagHolder]:
 
 
 if __name__ == "__main__":
-    from launch.cli import no_arguments, run
+    from launch.cli import define_shift, no_arguments, run
 
     FLAGS = _define_flags()
     run(main)

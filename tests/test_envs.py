@@ -43,6 +43,8 @@ def play(env, seed, steps=30):
         (WALKER, (24, 6, 1000)),
         ("dm_control:ball_in_cup-catch", (8, 2, 1000)),
         ("gymnasium:Swimmer-v5", (8, 2, 1000)),
+        ("dm_control:walker-walk@friction:0.5,gravity:2", (24, 6, 1000)),
+        ("gymnasium:Walker2d-v5@friction:0.5,thigh_size:2", (17, 6, 1000)),
     ],
 )
 def test_reset_repeats_the_episode_of_a_fresh_environment(spec, sizes):
@@ -197,6 +199,20 @@ def test_a_worker_that_keeps_dying_is_named(monkeypatch, capfd):
     assert len(lines) == RESTARTS
     for number, line in enumerate(lines, 1):
         assert re.match(f"{named}; .* played again .restart {number} of", line)
+
+
+def tell_environment(pipe):
+    """A worker's job: what it was started with."""
+    pipe.send(dict(os.environ))
+
+
+def test_workers_leave_out_large_pages(monkeypatch):
+    """`make demo` sets them for training; MetaDrive crashes with them."""
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    worker = Worker("test_envs:tell_environment", name="worker")
+    assert "GLIBC_TUNABLES" not in worker.recv()
+    worker.close()
 
 
 def test_workers_never_run_the_main_module_again(tmp_path):

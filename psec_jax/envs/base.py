@@ -31,7 +31,7 @@ class Env(Protocol):
     """One environment.
 
     Attributes:
-      spec: the name it was made by.
+      spec: the name it was made by, in the form of `psec_jax.envs.shifted`.
       obs_dim: S.
       action_dim: A.
       max_steps: steps after which an episode is cut.

@@ -1,26 +1,34 @@
 """DeepMind Control suite (Tassa et al. 2018)."""
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
-from psec_jax.envs import gl
+from psec_jax.envs import gl, shifts
 from psec_jax.envs.base import ActionBox, Step
 from psec_jax.errors import InputError
+
+MAX_POSES = 10_000  # as many as the suite's quadruped tries
 
 
 class DmControlEnv:
     """One suite task; observations are the dictionary's values, concatenated in the
     environment's order. Action repeat is 1."""
 
-    def __init__(self, domain: str, task: str) -> None:
+    def __init__(self, domain: str, task: str, shift: Mapping[str, float]) -> None:
         """Build the task; `make` checks the names first."""
         from dm_control import suite
 
-        self.spec = f"dm_control:{domain}-{task}"
+        self.spec = shifts.join(f"dm_control:{domain}-{task}", shift)
         # A fixed seed here, because a few tasks draw their model when they are built.
-        self._env = suite.load(domain, task, task_kwargs={"random": 0})
+        with _shifted_models(shift, self.spec):
+            self._env = suite.load(domain, task, task_kwargs={"random": 0})
+        self._poses = 0
+        if shift:
+            self._env.physics.after_reset = self._after_reset
         # The suite's shadows take a third of the time of drawing without a GPU.
         self._env.physics.model.vis.quality.shadowsize = 1024
         bounds = self._env.action_spec()
@@ -41,14 +49,34 @@ class DmControlEnv:
         self.step_seconds = float(self._env.control_timestep())
         self.obs_dim = len(self.reset(0))
 
+    def _after_reset(self) -> None:
+        """The simulator's own, but not for ever: the humanoid draws poses until nothing
+        touches, and thick thighs always do."""
+        self._poses += 1
+        if self._poses > MAX_POSES:
+            raise RuntimeError(f"none of {MAX_POSES} first poses is free of contacts")
+        physics = self._env.physics
+        type(physics).after_reset(physics)
+
+    @contextlib.contextmanager
+    def _stable(self) -> Iterator[None]:
+        """Turn what the simulator gives up on in the body into an `InputError`."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise InputError(f"{self.spec}: {error}") from error
+
     def reset(self, seed: int) -> np.ndarray:
         """See `Env.reset`."""
         self._env.task.random.seed(seed)
-        return _flatten(self._env.reset().observation)
+        self._poses = 0
+        with self._stable():
+            return _flatten(self._env.reset().observation)
 
     def step(self, action: np.ndarray) -> Step:
         """See `Env.step`."""
-        result = self._env.step(self._box(action))
+        with self._stable():
+            result = self._env.step(self._box(action))
         terminal = result.last() and result.discount == 0.0
         return Step(
             _flatten(result.observation),
@@ -68,12 +96,38 @@ class DmControlEnv:
         self._env.close()
 
 
+@contextlib.contextmanager
+def _shifted_models(shift: Mapping[str, float], spec: str) -> Iterator[None]:
+    """In the body, models are shifted when they are made of XML.
+
+    A task keeps neither its XML nor the choices that went into it; this is the one
+    place that every task's XML comes through.
+    """
+    if not shift:
+        yield
+        return
+    import mujoco
+    from dm_control.mujoco import wrapper
+
+    def from_xml_string(xml: str | bytes, assets: Any = None) -> wrapper.MjModel:
+        text = xml.decode() if isinstance(xml, bytes) else xml
+        model = mujoco.MjSpec.from_string(text, include=assets, assets=assets)
+        return wrapper.MjModel(shifts.compile_shifted(model, shift, spec))
+
+    plain = vars(wrapper.MjModel)["from_xml_string"]
+    wrapper.MjModel.from_xml_string = from_xml_string
+    try:
+        yield
+    finally:
+        wrapper.MjModel.from_xml_string = plain
+
+
 def _flatten(observation: Mapping[str, np.ndarray]) -> np.ndarray:
     parts = [np.ravel(value) for value in observation.values()]
     return np.concatenate(parts).astype(np.float32)
 
 
-def make(name: str) -> DmControlEnv:
+def make(name: str, shift: Mapping[str, float] | None = None) -> DmControlEnv:
     """Make DOMAIN-TASK, such as "walker-walk"; see `psec_jax.envs.make`."""
     try:
         gl.import_simulator("dm_control.suite")
@@ -96,4 +150,4 @@ def make(name: str) -> DmControlEnv:
             f"dm_control:{name}: unknown task {task!r} of {domain}; choose from "
             f"{', '.join(f'{domain}-{t}' for t in tasks)}"
         )
-    return DmControlEnv(domain, task)
+    return DmControlEnv(domain, task, shift or {})

@@ -1,11 +1,13 @@
 """Gymnasium environments with a flat observation and a bounded continuous action."""
 
+import dataclasses
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from psec_jax.envs import gl
+from psec_jax.envs import gl, shifts
 from psec_jax.envs.base import ActionBox, Step
 from psec_jax.errors import InputError
 
@@ -104,9 +106,37 @@ class GymnasiumEnv:
         self._env.close()
 
 
-def make(name: str) -> GymnasiumEnv:
+def _shifted(registered: Any, shift: Mapping[str, float], spec: str) -> Any:
+    """A registered MuJoCo environment that loads a shifted model."""
+    gl.import_simulator("mujoco")
+    import mujoco
+    from gymnasium.envs.mujoco import MujocoEnv
+    from gymnasium.envs.registration import load_env_creator
+
+    creator: Any = registered.entry_point
+    if isinstance(creator, str):
+        creator = load_env_creator(creator)
+    load = MujocoEnv._initialize_simulation
+    if getattr(creator, "_initialize_simulation", None) is not load:
+        raise InputError(
+            f"{spec}: not one of Gymnasium's MuJoCo environments, so it has no shifts"
+        )
+
+    class Shifted(creator):
+        def _initialize_simulation(self) -> tuple[Any, Any]:
+            source = mujoco.MjSpec.from_file(self.fullpath)
+            model = shifts.compile_shifted(source, shift, spec)
+            screen = model.vis.global_
+            screen.offwidth = max(screen.offwidth, self.width)
+            screen.offheight = max(screen.offheight, self.height)
+            return model, mujoco.MjData(model)
+
+    return dataclasses.replace(registered, entry_point=Shifted)
+
+
+def make(name: str, shift: Mapping[str, float] | None = None) -> GymnasiumEnv:
     """Make the environment registered as `name`; see `psec_jax.envs.make`."""
-    spec = f"gymnasium:{name}"
+    spec = shifts.join(f"gymnasium:{name}", shift or {})
     try:
         import gymnasium
     except ModuleNotFoundError as error:
@@ -120,6 +150,8 @@ def make(name: str) -> GymnasiumEnv:
         registered = gymnasium.spec(registered_name)
         if "mujoco" in str(registered.entry_point):
             gl.import_simulator("mujoco")
+        if shift:
+            registered = _shifted(registered, shift, spec)
         options: dict[str, Any] = {"disable_env_checker": True}
         env = gymnasium.make(registered, **options)
         if "rgb_array" in env.metadata.get("render_modes", ()):
