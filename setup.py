@@ -38,6 +38,9 @@ EXTRAS = {
     "gymnasium": ["gymnasium[mujoco]>=1.2,<2", "mujoco>=3.17,<4"],
     "plot": ["matplotlib>=3.11,<4", "scikit-learn>=1.7,<2"],
     "video": ["imageio-ffmpeg>=0.6,<1", "pillow>=11"],
+    # Minari needs Pillow and does not say so.
+    "minari": ["minari>=0.5.4,<0.6", "pillow>=11"],
+    "sweep": ["submitit>=1.5.4,<2"],
     "experts": ["stable-baselines3>=2.9,<3"],
     "wandb": ["wandb>=0.20,<1"],
     "cuda": ["jax[cuda12]"],
@@ -53,7 +56,7 @@ EXTRAS = {
 # What the main job, its figures and the tests need; requirements.txt is this set.
 EXTRAS["all"] = [
     requirement
-    for extra in ("dm_control", "gymnasium", "plot", "video", "dev")
+    for extra in ("dm_control", "gymnasium", "minari", "plot", "video", "sweep", "dev")
     for requirement in EXTRAS[extra]
 ]
 

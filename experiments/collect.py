@@ -80,7 +80,7 @@ def collect(
     number of episodes is kept as it is.
 
     Args:
-      env: "dm_control:walker-walk", "gymnasium:ID".
+      env: "dm_control:walker-walk", "gymnasium:ID"; it may be shifted.
       policy: "expert", "medium", "random" or the path of an expert file.
       episodes: how many.
       seed: with the episode's number it sets the initial state and the noise.
@@ -95,16 +95,12 @@ def collect(
     Raises:
       InputError: bad arguments, or the file holds another collection.
     """
-    if episodes < 1:
-        raise InputError(f"episodes is {episodes}, expected 1 or more")
-    if seed < 0:
-        raise InputError(f"seed is {seed}, expected 0 or more")
-    if workers is not None and workers < 1:
-        raise InputError(f"workers is {workers}, expected 1 or more")
+    env = envs.shifted(env)
+    check_numbers(seed, workers, episodes=episodes)
     identity = {
         "environment": env,
         "policy": Path(policy).name,
-        "policy_sha256": _policy_hash(policy, env),
+        "policy_sha256": policy_hash(policy, env),
         "episodes": episodes,
         "seed": seed,
         "action_noise": float(action_noise),
@@ -138,8 +134,23 @@ def default_name(identity: dict[str, Any]) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name)
 
 
-def _policy_hash(policy: str, env: str) -> str:
-    """Of the policy's file; empty where there is none, or where a worker refuses it."""
+def check_numbers(seed: int, workers: int | None, **counts: int) -> None:
+    """Refuse a seed below 0, and workers or another count below 1.
+
+    Raises:
+      InputError: the number is named.
+    """
+    counts |= {"workers": 1 if workers is None else workers}
+    for name, count in counts.items():
+        if count < 1:
+            raise InputError(f"{name} is {count}, expected 1 or more")
+    if seed < 0:
+        raise InputError(f"seed is {seed}, expected 0 or more")
+
+
+def policy_hash(policy: str, env: str) -> str:
+    """SHA-256 of the policy's file; empty where there is none, or where a worker
+    refuses it."""
     if policy.endswith(".npz"):
         path = Path(policy)
     elif policy in PRESETS and env in cards():
@@ -177,24 +188,30 @@ def simulator_versions() -> dict[str, str]:
 
 
 def play(
-    env: str, actors: Sequence[Actor], seed: int, workers: int | None = None
+    env: str,
+    actors: Sequence[Actor],
+    seed: int,
+    workers: int | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[Dataset]:
     """Roll out one episode of every actor, in worker processes.
 
     Args:
       env: see `psec_jax.envs.make`.
-      actors: who plays episode e; its number and the seed set everything else.
+      actors: who plays each episode; its number and the seed set everything else.
       seed: of initial states and noise.
       workers: processes; by default one for every core.
+      numbers: of the episodes; by default 0, 1, ...
 
     Raises:
       InputError: an environment or a policy that cannot be made.
     """
     count = min(workers or default_workers(len(actors)), len(actors))
+    numbers = range(len(actors)) if numbers is None else numbers
     pool = []
     try:
         for i in range(count):
-            share = [(e, *actors[e]) for e in range(i, len(actors), count)]
+            share = [(numbers[e], *actors[e]) for e in range(i, len(actors), count)]
             name = f"collection worker {i + 1} of {count}"
             target = "experiments.collect:serve"
             pool.append(Worker(target, env, seed, share, name=name))
@@ -252,11 +269,16 @@ def _handover(first: Policy, second: Policy, steps: int) -> Policy:
     return act
 
 
+def streams(seed: int, episode: int) -> tuple[int, np.random.Generator]:
+    """The seed of an episode's reset, and its noise."""
+    env_seed, noise_seed = np.random.SeedSequence((seed, episode)).spawn(2)
+    return int(env_seed.generate_state(1)[0]), np.random.default_rng(noise_seed)
+
+
 def rollout(env: envs.Env, act: Any, seed: int, episode: int) -> Dataset:
     """One whole episode; it depends on (seed, episode) alone."""
-    env_seed, noise_seed = np.random.SeedSequence((seed, episode)).spawn(2)
-    generator = np.random.default_rng(noise_seed)
-    obs = env.reset(int(env_seed.generate_state(1)[0]))
+    env_seed, generator = streams(seed, episode)
+    obs = env.reset(env_seed)
     rows = []
     ended = False
     while not ended:
@@ -274,7 +296,9 @@ def rollout(env: envs.Env, act: Any, seed: int, episode: int) -> Dataset:
 def main(argv: Sequence[str]) -> None:
     """Collect what the flags ask for, and print one line about it."""
     no_arguments(argv)
-    path = collect(**{name: flag.value for name, flag in FLAGS.items()})
+    given = {name: flag.value for name, flag in FLAGS.items()}
+    env = envs.shifted(given.pop("env"), *given.pop("shift"))
+    path = collect(env, **given)
     _, attrs = d4rl.load(path)
     returns = attrs["returns"]
     print(
@@ -290,6 +314,7 @@ def _define_flags() -> dict[str, flags.FlagHolder]:
         "env": flags.DEFINE_string(
             "env", None, "dm_control:DOMAIN-TASK or gymnasium:ID.", required=True
         ),
+        "shift": define_shift(),
         "policy": flags.DEFINE_string(
             "policy", "expert", "expert, medium, random, or an expert file (.npz)."
         ),
@@ -311,7 +336,7 @@ def _define_flags() -> dict[str, flags.FlagHolder]:
 
 
 if __name__ == "__main__":
-    from launch.cli import no_arguments, run
+    from launch.cli import define_shift, no_arguments, run
 
     FLAGS = _define_flags()
     run(main)

@@ -26,7 +26,13 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from experiments.collect import Actor, check_same, play, simulator_versions
+from experiments.collect import (
+    Actor,
+    check_numbers,
+    check_same,
+    play,
+    simulator_versions,
+)
 from psec_jax.data import dataset, dsrl
 from psec_jax.data.paths import data_dir
 from psec_jax.data.trajectories import density
@@ -78,12 +84,7 @@ def collect_safe(
         max_cost = dsrl.task(task).max_cost
     if not max_cost >= 0:
         raise InputError(f"max_cost is {max_cost}, expected 0 or more")
-    if episodes < 1:
-        raise InputError(f"episodes is {episodes}, expected 1 or more")
-    if seed < 0:
-        raise InputError(f"seed is {seed}, expected 0 or more")
-    if workers is not None and workers < 1:
-        raise InputError(f"workers is {workers}, expected 1 or more")
+    check_numbers(seed, workers, episodes=episodes)
     chosen = actors(spec, policies)
     names = [_told(actor) for actor in chosen]
     identity = {

@@ -1,12 +1,14 @@
-r"""Say what a dataset holds: a card and its cost-return plane.
+r"""Say what a dataset holds: a card and its trajectories as points of a plane.
 
     python -m experiments.dataset_card --data=OfflineBallRun-v0 --out=cards/ball_run
+    python -m experiments.dataset_card --data=halfcheetah-medium-v2 --out=cards/cheetah
     python -m experiments.dataset_card --data=walker.hdf5 --out=cards/walker
 
 writes OUT/card.json, OUT/card.md and OUT/plane.png and .svg: where the data comes from,
 how many trajectories and of which lengths, quantiles of returns and costs, the share
 within --cost_limit, and the file's attributes. For a DSRL task returns and costs are
-given normalised too.
+given normalised too, for a set of D4RL its scores. The plane is that of costs and
+returns; data without costs are told and drawn without them, by length and return.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,13 +20,14 @@ from absl import flags
 
 from experiments import plots
 from psec_jax import data as datasets
-from psec_jax.data import dataset, dsrl
+from psec_jax.data import d4rl_sets, dataset, dsrl, minari, sets
 from psec_jax.errors import InputError
 from psec_jax.files import reported, write_atomic, write_json
 from psec_jax.types import Dataset
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 LONG = 200  # characters of an attribute beyond which it is only described
+BENCHMARKS = {"DSRL": dsrl, "D4RL": d4rl_sets}
 
 
 def describe(
@@ -41,16 +44,17 @@ def describe(
     Raises:
       InputError: a limit below 0.
     """
-    task = dsrl.task_of(path)
+    benchmark, task = _task(path)
     returns, costs = dataset.episode_returns(ds), dataset.episode_costs(ds)
     normalised = dsrl.normalised_cost(costs, cost_limit)
     slices = dataset.episode_slices(ds)
+    lengths = np.array([rows.stop - rows.start for rows in slices])
     safe = costs <= cost_limit
     card = {
         "source": path.name,
-        "origin": _origin(path, attrs),
+        "origin": _origin(path, attrs, benchmark),
         "task": task,
-        "environment": dsrl.TASKS[task].spec if task else attrs.get("environment"),
+        "environment": datasets.environment(path) or attrs.get("environment"),
         "fingerprint": dataset.fingerprint(ds),
         "transitions": len(ds.obs),
         "trajectories": len(returns),
@@ -58,8 +62,9 @@ def describe(
         "action_dim": ds.action.shape[1],
         "ended": int(ds.terminal.sum()),
         "cut": int(ds.timeout.sum()),
-        "length": _quantiles(np.array([rows.stop - rows.start for rows in slices])),
+        "length": _quantiles(lengths),
         "return": _quantiles(returns),
+        "has_costs": benchmark == "DSRL" or bool(ds.cost.any()),
         "cost": _quantiles(costs),
         "steps_with_cost": float(np.mean(ds.cost > 0)),
         "cost_limit": cost_limit,
@@ -67,17 +72,32 @@ def describe(
         "best_return_within_limit": float(returns[safe].max()) if safe.any() else None,
         "normalised_cost": _quantiles(normalised),
         "normalised_return": None,
+        "normalised_score": None,
         "attributes": {name: _told(value) for name, value in attrs.items()},
     }
-    if task:
+    if benchmark == "DSRL":
         card["normalised_return"] = _quantiles(dsrl.normalised_return(task, returns))
+    if benchmark == "D4RL":
+        scores = d4rl_sets.normalised_score(task, returns)
+        card["normalised_score"] = _quantiles(scores)
     return card
 
 
-def _origin(path: Path, attrs: Mapping[str, Any]) -> str:
-    if attrs.get("made_by") == dsrl.MAKER:
+def _task(path: Path) -> tuple[str, str] | tuple[None, None]:
+    """The benchmark of a file and its task, where its name tells them."""
+    for benchmark, source in BENCHMARKS.items():
+        task = source.task_of(path)
+        if task is not None:
+            return benchmark, task
+    return None, None
+
+
+def _origin(path: Path, attrs: Mapping[str, Any], benchmark: str | None) -> str:
+    if attrs.get("made_by") == sets.MAKER:
         return "made by this project in the simulator"
-    return "official DSRL file" if dsrl.task_of(path) else "given by path"
+    if minari.task_of(path) is not None:
+        return "Minari dataset"
+    return f"official {benchmark} file" if benchmark else "given by path"
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float]:
@@ -100,10 +120,11 @@ def markdown(card: Mapping[str, Any]) -> str:
     rows = {
         "length": "length",
         "return": "return",
-        "cost": "cost",
         "normalised return": "normalised_return",
-        "normalised cost": "normalised_cost",
+        "normalised score": "normalised_score",
     }
+    if card["has_costs"]:
+        rows |= {"cost": "cost", "normalised cost": "normalised_cost"}
     names = ["mean", *(f"{q:g}" for q in QUANTILES)]
     heads = ["mean", "least", *(f"{100 * q:g} %" for q in QUANTILES[1:-1]), "most"]
     best = card["best_return_within_limit"]
@@ -116,10 +137,15 @@ def markdown(card: Mapping[str, Any]) -> str:
         f"- {card['trajectories']} trajectories, {card['transitions']} transitions; "
         f"{card['ended']} ended, {card['cut']} cut at a time limit",
         f"- observations of {card['obs_dim']} numbers, actions of {card['action_dim']}",
-        f"- cost limit {card['cost_limit']:g}: {100 * card['within_limit']:.1f} % of "
-        "the trajectories are within it"
-        + ("" if best is None else f", the best of them with return {best:.1f}"),
-        f"- {100 * card['steps_with_cost']:.1f} % of the steps have a cost",
+    ]
+    if card["has_costs"]:
+        lines += [
+            f"- cost limit {card['cost_limit']:g}: {100 * card['within_limit']:.1f} % "
+            "of the trajectories are within it"
+            + ("" if best is None else f", the best of them with return {best:.1f}"),
+            f"- {100 * card['steps_with_cost']:.1f} % of the steps have a cost",
+        ]
+    lines += [
         "",
         "| of a trajectory | " + " | ".join(heads) + " |",
         "|" + "---|" * (1 + len(heads)),
@@ -144,7 +170,7 @@ def write(
     """Write a dataset's card and plane into a folder; returns the card.
 
     Args:
-      data: a file, a folder of episode files or a task's id.
+      data: a file, a folder of episode files or a set's name.
       out: the folder, made if missing.
       cost_limit: the most that a safe trajectory costs.
       clip_actions: clip actions into [-1, 1] instead of refusing them.
@@ -161,12 +187,17 @@ def write(
     out = Path(out)
     with reported(f"make the folder {out}"):
         out.mkdir(parents=True, exist_ok=True)
+    if card["has_costs"]:
+        x, where = dataset.episode_costs(ds), {"limit": cost_limit}
+    else:
+        x = np.array([rows.stop - rows.start for rows in dataset.episode_slices(ds)])
+        where = {"x_label": "steps of a trajectory"}
     figure = plots.plane(
-        dataset.episode_costs(ds),
+        x,
         dataset.episode_returns(ds),
         card["task"] or card["source"],
         f"{card['trajectories']} trajectories of {card['source']} ({card['origin']}).",
-        cost_limit,
+        **where,
     )
     plots.save(figure, out, "plane")
     write_atomic(out / "card.md", markdown(card))
@@ -178,10 +209,16 @@ def main(argv: Sequence[str]) -> None:
     """Write what the flags ask for, and print one line about it."""
     no_arguments(argv)
     card = write(**{name: flag.value for name, flag in FLAGS.items()})
+    least, most = (card["return"][end] for end in ("0", "1"))
+    told = f"return {least:.1f} to {most:.1f}"
+    if card["has_costs"]:
+        told += (
+            f", {100 * card['within_limit']:.1f} % within the cost limit "
+            f"{card['cost_limit']:g}"
+        )
     print(
         f"{FLAGS['out'].value}/card.md: {card['trajectories']} trajectories of "
-        f"{card['source']} ({card['origin']}), {100 * card['within_limit']:.1f} % "
-        f"within the cost limit {card['cost_limit']:g}"
+        f"{card['source']} ({card['origin']}), {told}"
     )
 
 
@@ -191,7 +228,7 @@ def _define_flags() -> dict[str, flags.FlagHolder]:
         "data": flags.DEFINE_string(
             "data",
             None,
-            "HDF5 file, episode .npz or folder of them, or a DSRL task.",
+            "HDF5 file, episode .npz or folder of them, or a set's name.",
             required=True,
         ),
         "out": flags.DEFINE_string("out", None, "Folder of the card.", required=True),

@@ -39,6 +39,11 @@ STYLES = {
     "NSEC": (SKY, "^"),
     "PSEC (MLP)": (PURPLE, "P"),
     "PSEC": (BLUE, "o"),
+    "BC": (BLACK, "<"),
+    "IQL": (ORANGE, ">"),
+    "Joint": (SKY, "v"),
+    "Fine-tune": (PURPLE, "P"),
+    "Skill": (GREEN, "D"),
     "Support": (GREEN, "D"),
     "PSEC + support": (VERMILION, "p"),
     "LoRA skill": (BLUE, "o"),
@@ -49,7 +54,13 @@ STYLES = {
 TASKS = {"stand": (DARK, "X"), "walk": (BLUE, "o"), "run": (VERMILION, "D")}
 FRAMES = 8  # images above a trace of one episode
 LEGEND_ROWS = 11  # beside it
-FORMS = {" fixed": "////", " (learned)": "...."}
+FORMS = {
+    " fixed": "////",
+    " (learned)": "....",
+    " (friction)": "",
+    " (thigh)": "////",
+    " (gravity)": "....",
+}
 RETURN = "return of an episode (0 to 1000)"
 
 _RC = {
@@ -136,6 +147,7 @@ def table(
     paper: Mapping[str, Mapping[str, float]],
     title: str,
     note: str,
+    x_label: str = RETURN,
 ) -> Figure:
     """Bars of every method, a panel for each setting, the paper's numbers as marks."""
     summary = results.summarise(raws)
@@ -147,7 +159,7 @@ def table(
         for axes, setting in zip(panels[0], settings, strict=True):
             _bars(axes, summary[setting], rows, paper[setting])
             axes.set_title(setting, fontsize=10)
-            axes.set_xlabel(RETURN)
+            axes.set_xlabel(x_label)
         for axes in panels[0, 1:]:
             axes.set_yticklabels([])
         figure.legend(handles=[_paper_mark()], loc="outside upper right")
@@ -254,6 +266,8 @@ def lines(
     log: bool = False,
     ticks: Mapping[float, str] | None = None,
     mark: tuple[float, str] | None = None,
+    y_label: str = RETURN,
+    top: float = 1000.0,
 ) -> Figure:
     """Return against a number, one line with intervals for each method.
 
@@ -266,6 +280,8 @@ def lines(
       log: scale of the number.
       ticks: labels of chosen numbers; by default those measured.
       mark: a number to point out, and why.
+      y_label: of the returns.
+      top: the highest return shown.
     """
     number = {raw["setting"]: raw["x"] for raw in raws}
     curves: dict[str, list[tuple[float | None, Any]]] = {}
@@ -279,7 +295,7 @@ def lines(
         axes.set_xscale("log" if log else "linear")
         if mark is not None:
             axes.axvline(mark[0], color="0.6", ls=":", lw=1.2)
-            axes.text(mark[0], 1005, f" {mark[1]}", color="0.4", fontsize=8)
+            axes.text(mark[0], 1.005 * top, f" {mark[1]}", color="0.4", fontsize=8)
         drawn = [method for method in STYLES if method in curves]
         for i, method in enumerate(drawn):
             if curves[method][0][0] is None:
@@ -294,9 +310,9 @@ def lines(
         axes.minorticks_off()
         seen = [*measured, *shown, *(x for m in drawn for x in paper.get(m, {}))]
         _set_width(axes, min(seen), max(seen), log)
-        axes.set_ylim(0, 1000)
+        axes.set_ylim(0, top)
         axes.set_xlabel(x_label)
-        axes.set_ylabel(RETURN)
+        axes.set_ylabel(y_label)
         handles = axes.get_legend_handles_labels()[0]
         if any(method in paper for method in drawn):
             handles.append(_paper_mark())
@@ -524,15 +540,17 @@ def plane(
     title: str,
     note: str,
     limit: float | None = None,
+    x_label: str = "cost of a trajectory",
 ) -> Figure:
     """Trajectories of a dataset as points of cost and return.
 
     Args:
-      costs: [E].
+      costs: [E], or other numbers with their x_label.
       returns: [E].
       title: of the figure.
       note: the caption.
       limit: cost limit, drawn as a line; points beyond it differ.
+      x_label: of the costs.
     """
     safe = np.ones(len(costs), bool) if limit is None else costs <= limit
     kinds = {
@@ -556,7 +574,7 @@ def plane(
                 )
         if limit is not None:
             axes.axvline(limit, color=BLACK, ls="--", lw=1, label=f"limit {limit:g}")
-        axes.set(xlabel="cost of a trajectory", ylabel="return of a trajectory")
+        axes.set(xlabel=x_label, ylabel="return of a trajectory")
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
     return figure
 

@@ -10,7 +10,7 @@ from test_data import assert_same
 from test_download import serve  # noqa: F401, a fixture
 
 from psec_jax import data
-from psec_jax.data import d4rl, dataset, dsrl, trajectories
+from psec_jax.data import d4rl, dataset, dsrl, sets, trajectories
 from psec_jax.errors import InputError
 from psec_jax.types import Dataset
 
@@ -198,7 +198,7 @@ BAD = {
         f"is a set of OfflineCarRun-v0, expected {NAME}",
     ),
     "a made set": (
-        {"attrs": {"made_by": dsrl.MAKER}},
+        {"attrs": {"made_by": sets.MAKER}},
         "has the name of an official set, but is made by psec_jax",
     ),
 }

@@ -4,23 +4,26 @@ import os
 from pathlib import Path
 from typing import Any
 
-from psec_jax.data import d4rl, dataset, dmc, dsrl
+from psec_jax.data import d4rl, d4rl_sets, dataset, dmc, dsrl, minari
 from psec_jax.errors import InputError
 from psec_jax.types import Dataset
 
-__all__ = ["CATALOGUES", "load", "locate", "read"]
+__all__ = ["CATALOGUES", "environment", "load", "locate", "read"]
 
 # Sources of sets with names of their own: a module with `names(text)`, whether a text
-# is meant as such a name, and `find(name, offline)`, the file it stands for.
-CATALOGUES = {"dsrl": dsrl}
+# is meant as such a name, `find(name, offline)`, the file it stands for,
+# `task_of(path)`, the name of a file's set if it has one, `load(path, clip_actions,
+# required=)`, and `environment(path)`, the simulator of a file's set if that is known.
+CATALOGUES = {"d4rl": d4rl_sets, "dsrl": dsrl, "minari": minari}
 
 
 def locate(name: str | os.PathLike[str], offline: bool = False) -> Path:
     """The file or folder that a name stands for.
 
     Args:
-      name: a path, or a name of one of CATALOGUES, such as "OfflineBallRun-v0"; its
-        file is downloaded where none is there.
+      name: a path, or a name of one of CATALOGUES, such as "OfflineBallRun-v0",
+        "halfcheetah-medium-v2" or "minari:mujoco/hopper/medium-v0"; its file is
+        downloaded where none is there.
       offline: never use the network.
 
     Raises:
@@ -30,6 +33,13 @@ def locate(name: str | os.PathLike[str], offline: bool = False) -> Path:
         if source.names(str(name)):
             return source.find(str(name), offline).path
     return Path(name)
+
+
+def environment(data: str | os.PathLike[str]) -> str | None:
+    """The simulator of a set of CATALOGUES, given its name or its file; None for other
+    data."""
+    known = (source.environment(data) for source in CATALOGUES.values())
+    return next(filter(None, known), None)
 
 
 def read(
@@ -43,7 +53,7 @@ def read(
 
     Args:
       name: a folder of episode files or one of them (.npz), a HDF5 file in the layout
-        of D4RL or DSRL, or a name of one of CATALOGUES.
+        of D4RL or DSRL, a folder of Minari, or a name of one of CATALOGUES.
       clip_actions: clip actions into [-1, 1] instead of refusing them.
       with_costs: refuse data without costs, which would be taken for zeros.
       offline: never use the network.
@@ -55,13 +65,16 @@ def read(
       InputError: the data cannot be had, read or used, or has negative costs.
     """
     path = locate(name, offline)
+    required = ("cost",) if with_costs else ()
+    for source in CATALOGUES.values():
+        if source.task_of(path) is not None:
+            ds, attrs = source.load(path, clip_actions, required=required)
+            dataset.check_costs(ds, str(path))
+            return ds, attrs
     if path.is_dir() or path.suffix == ".npz":
         if with_costs:
             raise InputError(f"{path}: episode files hold no costs")
         return dmc.load(path, clip_actions=clip_actions), {}
-    if dsrl.task_of(path) is not None:
-        return dsrl.load(path, clip_actions)
-    required = ("cost",) if with_costs else ()
     ds, attrs = d4rl.load(path, clip_actions, required)
     dataset.check_costs(ds, str(path))
     return ds, attrs

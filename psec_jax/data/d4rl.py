@@ -1,8 +1,17 @@
-"""HDF5 files in the layout of D4RL and DSRL (Fu et al. 2020; Liu et al. 2023)."""
+"""HDF5 files in the layout of D4RL and DSRL (Fu et al. 2020; Liu et al. 2023).
+
+The customary Q-learning view of D4RL, its `qlearning_dataset`, takes every next
+observation from the next row, so that it has to leave out the rows at a timeout and the
+last one. `load` gives the same rows where a file has no `next_observations`, but for a
+true end in the last row, which it keeps. Where a file has them, as v2 has, it also
+keeps the rows at a timeout: each is a transition like any other, and no true end. A row
+marked both is a true end; the customary view leaves it out.
+"""
 
 import contextlib
 import io
 import os
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,8 +45,10 @@ def load(
 
     `next_observations` may be missing (the older D4RL files): each is then the next
     row's observation, and the last row of an episode that was cut, whose successor the
-    file does not hold, is dropped. `timeouts` and `costs` may be missing; rewards,
-    costs and flags may have shape [N] or [N, 1].
+    file does not hold, is dropped. `timeouts` may be missing: episodes then end at
+    `terminals` and at the last row. A line on stderr tells either; both cannot be
+    missing, for a row before a cut would be joined with another episode. `costs` may be
+    missing; rewards, costs and flags may have shape [N] or [N, 1].
 
     Args:
       path: the file.
@@ -109,7 +120,10 @@ def _arrays(
             arrays[name] = file[key]
         elif name not in OPTIONAL or name in required:
             found = ", ".join(sorted(file)) or "nothing"
-            raise InputError(f"{path}: no dataset {key!r}; the file holds {found}")
+            older = ", as in D4RL v0" if name in ("next_obs", "timeout") else ""
+            raise InputError(
+                f"{path}: no dataset {key!r}{older}; the file holds {found}"
+            )
     return arrays
 
 
@@ -130,6 +144,12 @@ def _assemble(arrays: Mapping[str, np.ndarray], path: Path) -> Dataset:
     n = len(arrays["obs"]) if np.ndim(arrays["obs"]) else 0
     if n == 0:
         raise InputError(f"{path}: holds no transitions")
+    untimed = "timeout" not in arrays
+    if untimed and "next_obs" not in arrays:
+        raise InputError(
+            f"{path}: neither timeouts nor next_observations, as in D4RL v0: where "
+            "episodes were cut cannot be told; expected one of them"
+        )
     for name in OPTIONAL[1:]:
         arrays.setdefault(name, np.zeros(n))
     for name in arrays:
@@ -143,6 +163,11 @@ def _assemble(arrays: Mapping[str, np.ndarray], path: Path) -> Dataset:
         if array.dtype.kind not in "biuf" or not np.isin(array, (0, 1)).all():
             raise InputError(f"{path}: {KEYS[name]} holds other values than 0 and 1")
         arrays[name] = array.astype(bool)
+    if untimed:
+        _tell(
+            f"{path}: no timeouts: episodes end at {int(arrays['terminal'].sum())} "
+            "terminals and at the last row"
+        )
     if "next_obs" in arrays:
         return Dataset(**arrays)
     cut = arrays["timeout"] & ~arrays["terminal"]
@@ -160,7 +185,15 @@ def _assemble(arrays: Mapping[str, np.ndarray], path: Path) -> Dataset:
         raise InputError(
             f"{path}: no next_observations, and no episode of two rows or more"
         )
+    _tell(
+        f"{path}: no next_observations, as in D4RL v0: each is the next row's "
+        f"observation; {int(cut.sum())} rows at a cut are dropped"
+    )
     return Dataset(**{name: array[~cut] for name, array in arrays.items()})
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def save(

@@ -6,15 +6,15 @@ made in the same simulator, else the official file downloaded.
 
 import os
 import re
-import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from psec_jax.data import d4rl, dataset, download
+from psec_jax.data import d4rl, dataset, sets
 from psec_jax.data.paths import data_dir
+from psec_jax.data.sets import Found
 from psec_jax.errors import InputError, lookup
 from psec_jax.types import Dataset
 
@@ -24,7 +24,6 @@ MIRRORS = (
     "http://data.offline-saferl.org/download/",
 )
 REQUIRED = ("next_obs", "timeout", "cost")  # beyond those every file needs
-MAKER = "psec_jax"
 
 
 class Task(NamedTuple):
@@ -51,18 +50,6 @@ class Task(NamedTuple):
     max_return: float
     max_cost: float
     trajectories: int
-
-
-class Found(NamedTuple):
-    """Where a task's set lies.
-
-    Attributes:
-      path: the file.
-      source: "official", or "made" by this project.
-    """
-
-    path: Path
-    source: str
 
 
 # MetaDrive: the benchmark's table says 261 observations, its simulator gives 259 (9 of
@@ -151,6 +138,12 @@ def task_of(path: str | os.PathLike[str]) -> str | None:
     return None
 
 
+def environment(data: str | os.PathLike[str]) -> str | None:
+    """The simulator of a task, given its id or its file; None for anything else."""
+    name = data if data in TASKS else task_of(data)
+    return TASKS[name].spec if name is not None else None
+
+
 def task_in(spec: str) -> str:
     """The id of the task that has this simulator.
 
@@ -166,8 +159,7 @@ def task_in(spec: str) -> str:
 
 def cache_dir() -> Path:
     """`$DSRL_DATASET_DIR`, or `~/.dsrl/datasets`; not created here."""
-    named = os.environ.get("DSRL_DATASET_DIR")
-    return Path(named or "~/.dsrl/datasets").expanduser()
+    return sets.cache_dir("DSRL_DATASET_DIR", "~/.dsrl/datasets")
 
 
 def made_name(name: str) -> str:
@@ -188,22 +180,21 @@ def find(name: str, offline: bool = False) -> Found:
         what makes one.
     """
     official = cache_dir() / task(name).file
-    made = data_dir() / made_name(name)
-    if not official.is_file() and made.is_file():
-        return Found(made, "made")
-    download.fetch(
-        [mirror + official.name for mirror in MIRRORS],
+    return sets.find(
         official,
-        check=lambda path: _check_layout(path, name),
+        data_dir() / made_name(name),
+        urls=[mirror + official.name for mirror in MIRRORS],
+        check=lambda path: sets.check_layout(path, name, task(name), REQUIRED),
+        command=f"python -m experiments.collect_safe --task={name}",
         offline=offline,
-        hint=f"make a set with: python -m experiments.collect_safe --task={name}",
-        report=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    return Found(official, "official")
 
 
 def load(
-    source: str | os.PathLike[str], clip_actions: bool = False, offline: bool = False
+    source: str | os.PathLike[str],
+    clip_actions: bool = False,
+    offline: bool = False,
+    required: Collection[str] = (),
 ) -> tuple[Dataset, dict[str, Any]]:
     """Read one set.
 
@@ -212,6 +203,7 @@ def load(
         says by its name or its attribute `task` of which task it is has to be so.
       clip_actions: clip actions into [-1, 1] instead of refusing them.
       offline: never use the network.
+      required: further fields that the file may not lack.
 
     Returns:
       The checked dataset and the file's attributes.
@@ -224,19 +216,14 @@ def load(
     if names(str(source)):
         source = find(str(source), offline).path
     path = Path(source)
-    ds, attrs = d4rl.load(path, clip_actions, REQUIRED)
+    ds, attrs = d4rl.load(path, clip_actions, (*REQUIRED, *required))
     dataset.check_costs(ds, str(path))
     named = task_of(path)
     if named is not None:
-        made = attrs.get("made_by") == MAKER
-        if made != (path.name == made_name(named)):
-            raise InputError(
-                f"{path}: has the name of {'an official' if made else 'a made'} set, "
-                f"but is {'' if made else 'not '}made by {MAKER}"
-            )
+        sets.check_maker(path, made_name(named), attrs)
     name = named or attrs.get("task")
     if name is not None:
-        _check_set(path, name, ds, attrs)
+        _check(path, name, ds, attrs)
     return ds, attrs
 
 
@@ -252,45 +239,22 @@ def save(name: str, ds: Dataset, attrs: Mapping[str, Any]) -> Path:
       InputError: what `load` would refuse, or a file that cannot be written.
     """
     path = data_dir() / made_name(name)
-    known = {"made_by": MAKER, "task": name, "environment": task(name).spec}
-    attrs = dict(attrs) | known
+    attrs = sets.made_attributes(name, task(name), attrs)
     ds = dataset.check(ds, str(path))
     dataset.check_costs(ds, str(path))
-    _check_set(path, name, ds, attrs)
+    _check(path, name, ds, attrs)
     return d4rl.save(path, ds, attrs, costs=True)
 
 
-def _check_set(path: Path, name: str, ds: Dataset, attrs: Mapping[str, Any]) -> None:
+def _check(path: Path, name: str, ds: Dataset, attrs: Mapping[str, Any]) -> None:
     """Refuse a set that is not of its task."""
+    sets.check(path, name, task(name), ds, attrs)
     longest = max(rows.stop - rows.start for rows in dataset.episode_slices(ds))
     if longest > task(name).length:
         raise InputError(
             f"{path}: a trajectory has {longest} steps, an episode of {name} at most "
             f"{task(name).length}"
         )
-    _check_sizes(path, name, ds.obs.shape, ds.action.shape)
-    if attrs.get("task", name) != name:
-        raise InputError(f"{path}: is a set of {attrs['task']}, expected {name}")
-
-
-def _check_layout(path: Path, name: str) -> None:
-    """Refuse a file whose keys or sizes are not the task's, without reading it all."""
-    shapes, _ = d4rl.layout(path, REQUIRED)
-    _check_sizes(path, name, shapes["obs"], shapes["action"])
-
-
-def _check_sizes(
-    path: Path, name: str, obs: tuple[int, ...], action: tuple[int, ...]
-) -> None:
-    expected = task(name)
-    for what, shape, size in (
-        ("observations", obs, expected.obs_dim),
-        ("actions", action, expected.action_dim),
-    ):
-        if len(shape) != 2 or shape[1] != size:
-            raise InputError(
-                f"{path}: {what} have the shape {shape}, those of {name} [N, {size}]"
-            )
 
 
 def normalised_return(name: str, returns: np.ndarray) -> np.ndarray:

@@ -45,6 +45,43 @@ def share(ds: Dataset, part: float, seed: int = 0) -> Dataset:
     return dataset.take(ds, np.sort(order[: max(1, round(part * count))]))
 
 
+def cut(ds: Dataset, transitions: int, seed: int = 0) -> Dataset:
+    """Exactly N transitions: whole trajectories in an order drawn at random, the last
+    one cut off.
+
+    With one seed, a smaller cut is the beginning of a larger one.
+
+    Args:
+      ds: the dataset.
+      transitions: N.
+      seed: of the order.
+
+    Raises:
+      InputError: fewer transitions than asked for.
+    """
+    if transitions > len(ds.obs):
+        raise InputError(
+            f"a cut to {transitions} transitions asked for, the set has {len(ds.obs)}"
+        )
+    count = len(dataset.episode_slices(ds))
+    order = np.random.default_rng(seed).permutation(count)
+    return head(dataset.take(ds, order), transitions)
+
+
+def head(ds: Dataset, transitions: int) -> Dataset:
+    """The first N transitions; the last of them ends its trajectory, as a timeout
+    unless it is a true end.
+
+    Raises:
+      InputError: N below 1.
+    """
+    if transitions < 1:
+        raise InputError(f"{transitions} transitions asked for, expected 1 or more")
+    ds = Dataset(*(array[:transitions].copy() for array in ds))
+    ds.timeout[-1] = not ds.terminal[-1]
+    return ds
+
+
 def apply_filter(ds: Dataset, name: str, seed: int = 0, **options: Any) -> Dataset:
     """The trajectories that the filter `name` of FILTERS keeps, in their order.
 

@@ -12,6 +12,7 @@ from psec_jax.errors import InputError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "experts"
 SAFE_ASSETS = ASSETS.parent / "safe"  # snapshots of safe tasks, a folder each
+D4RL_ASSETS = ASSETS.parent / "d4rl"  # of robots, plain and shifted, a folder each
 OBS_CLIP = 10.0
 NORM_EPS = 1e-5
 

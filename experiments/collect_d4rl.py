@@ -1,0 +1,307 @@
+r"""Make a set of D4RL's names in Gymnasium's simulators, from packaged snapshots.
+
+    python -m experiments.collect_d4rl --set=halfcheetah-medium-v2 --seed=0
+    python -m experiments.collect_d4rl --set=walker2d-gravity-source \
+        --transitions=100000 --seed=0
+
+writes one file in D4RL's layout where `--data=halfcheetah-medium-v2` finds it
+(`$PSEC_DATA_DIR`), unless the official file is there, and prints a line about it. The
+policies are snapshots of a training (psec_jax/assets/d4rl, or --policies: a folder made
+by experiments.train_expert --snapshots), a folder for the plain robot and for each
+shifted one. RECIPES says which of them play:
+
+  expert         the one of highest return
+  medium         of those before the expert, the one whose normalised score is nearest
+                 to a third of the expert's
+  medium-replay  all up to the medium one
+  medium-expert  the medium one, then the expert
+  full-replay, and the source sets of shifted simulators: all
+  random         none; actions are uniform
+
+in the order of their training, each the same number of transitions, with Gaussian noise
+of --action_noise on every action. A policy plays whole episodes until it has its part,
+and its last trajectory is cut there, which is marked as a timeout. The same arguments
+give the same content, whatever the number of processes.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from absl import flags
+
+from experiments.collect import (
+    Actor,
+    check_numbers,
+    check_same,
+    play,
+    policy_hash,
+    simulator_versions,
+)
+from psec_jax import files
+from psec_jax.data import d4rl_sets, dataset, trajectories
+from psec_jax.data.paths import data_dir
+from psec_jax.envs.experts import D4RL_ASSETS
+from psec_jax.errors import InputError
+from psec_jax.types import Dataset
+
+LONGEST = 1000  # steps of an episode
+
+
+class Snapshot(NamedTuple):
+    """A policy as it was at one point of its training.
+
+    Attributes:
+      path: its file.
+      steps: environment steps it had been trained for.
+      score: D4RL's normalised score of its mean return in its own simulator, without
+        noise, as its card tells.
+    """
+
+    path: Path
+    steps: int
+    score: float
+
+
+def snapshots(name: str, folder: Path | None = None) -> list[Snapshot]:
+    """A simulator's policies in the order of their training.
+
+    Args:
+      name: a set of that simulator.
+      folder: of the policies and their cards; by default the package's.
+
+    Raises:
+      InputError: there is none, a card is of another simulator or tells of no policy,
+        or a file is missing.
+    """
+    task = d4rl_sets.task(name)
+    if folder is None:
+        shift = name.split("-")[1] if task.quality == "source" else ""
+        folder = D4RL_ASSETS / "-".join(filter(None, [task.robot, shift]))
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        card = files.read_json(path)
+        if card.get("environment") != task.spec:
+            raise InputError(
+                f"{path}: policies of {card.get('environment')}, {name} is made in "
+                f"{task.spec}"
+            )
+        points = card.get("snapshots", card.get("training_curve", []))
+        kept = [point for point in points if "file" in point]
+        if not kept:
+            raise InputError(
+                f"{path}: tells of no snapshot; train with train_expert --snapshots"
+            )
+        for point in kept:
+            if "steps" not in point or not point.get("returns"):
+                raise InputError(f"{path}: {point['file']} has no steps or no returns")
+            policy = path.with_name(point["file"])
+            if not policy.is_file():
+                raise InputError(f"{path}: tells of {policy.name}, which is not there")
+            mean = float(np.mean(point["returns"]))
+            score = float(d4rl_sets.normalised_score(task.robot, mean))
+            found.append(Snapshot(policy, point["steps"], score))
+    if not found:
+        raise InputError(
+            f"{folder}: no card of a policy (*.json) for {name}; make some with "
+            f"experiments.train_expert --env={task.spec} --snapshots, and name their "
+            "folder with --policies"
+        )
+    return sorted(found, key=lambda snapshot: (snapshot.steps, snapshot.path.name))
+
+
+def expert(found: Sequence[Snapshot]) -> Snapshot:
+    """The snapshot of highest return."""
+    return max(found, key=lambda snapshot: snapshot.score)
+
+
+def medium(found: Sequence[Snapshot]) -> Snapshot:
+    """Of the snapshots before the expert, the one whose score is nearest to a third of
+    the expert's.
+
+    Raises:
+      InputError: there is none before it.
+    """
+    best = expert(found)
+    before = found[: found.index(best)]
+    if not before:
+        raise InputError(
+            f"{best.path.parent}: no snapshot before the best, {best.path.name}, that "
+            "could be the medium one"
+        )
+    return min(before, key=lambda snapshot: abs(snapshot.score - best.score / 3))
+
+
+# Each: snapshots in the order of their training -> those that play, in their order.
+RECIPES: dict[str, Callable[[Sequence[Snapshot]], list[Snapshot]]] = {
+    "expert": lambda found: [expert(found)],
+    "medium": lambda found: [medium(found)],
+    "medium-replay": lambda found: list(found[: found.index(medium(found)) + 1]),
+    "medium-expert": lambda found: [medium(found), expert(found)],
+    "full-replay": list,
+    "source": list,
+}
+
+
+def collect_d4rl(
+    name: str,
+    transitions: int,
+    seed: int,
+    action_noise: float = 0.1,
+    policies: str | Path | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Play until a set has this many transitions, and write it.
+
+    Args:
+      name: a set, such as halfcheetah-medium-v2.
+      transitions: how many, in equal parts of every policy.
+      seed: with the episode's number it sets the initial state and the noise.
+      action_noise: standard deviation of Gaussian noise on every action; a random set
+        has none.
+      policies: a folder of expert files and their cards; by default the package's.
+      workers: processes; by default one for every core.
+      overwrite: collect again, and replace the file.
+
+    Returns:
+      The file's path.
+
+    Raises:
+      InputError: bad arguments, no policies, a simulator that is not installed, or the
+        file holds another collection.
+    """
+    task = d4rl_sets.task(name)
+    check_numbers(seed, workers, transitions=transitions)
+    if task.quality == "random":
+        actors, chosen = [Actor("random")], []
+        definition = {}
+    else:
+        found = snapshots(name, Path(policies) if policies else None)
+        chosen = RECIPES[task.quality](found)
+        actors = [Actor(str(policy.path), action_noise) for policy in chosen]
+        definition = {"expert_score": expert(found).score}
+        if task.quality.startswith("medium"):
+            definition |= {
+                "medium": "of the snapshots before the expert, the one whose score is "
+                "nearest to a third of the expert's",
+                "medium_score": medium(found).score,
+            }
+    if transitions < len(actors):
+        raise InputError(
+            f"transitions is {transitions}, expected {len(actors)} or more, one for "
+            "each policy"
+        )
+    identity = {
+        "transitions": transitions,
+        "seed": seed,
+        "action_noise": float(actors[0].action_noise),
+        "policies": json.dumps([Path(actor.policy).name for actor in actors]),
+        "policies_sha256": json.dumps([policy_hash(a.policy, "") for a in actors]),
+    }
+    path = data_dir() / d4rl_sets.made_name(name)
+    if path.is_file() and not overwrite:
+        check_same(path, d4rl_sets.load(path)[1], identity, "move it away")
+        return path
+    files.make_room(path)
+    ends = np.linspace(0, transitions, len(actors) + 1).astype(int)
+    parts = gather(task.spec, actors, np.diff(ends), seed, workers)
+    ds = dataset.concatenate(parts)
+    counts = [len(dataset.episode_slices(part)) for part in parts]
+    returns = dataset.episode_returns(ds)
+    attrs = (
+        identity
+        | definition
+        | {
+            "policy_steps": [policy.steps for policy in chosen],
+            "policy_scores": [policy.score for policy in chosen],
+            "policy_of_trajectory": np.repeat(np.arange(len(parts)), counts),
+            "returns": returns,
+            "scores": d4rl_sets.normalised_score(name, returns),
+            "versions": json.dumps(simulator_versions(), sort_keys=True),
+        }
+    )
+    return d4rl_sets.save(name, ds, attrs)
+
+
+def gather(
+    env: str,
+    actors: Sequence[Actor],
+    sizes: Sequence[int],
+    seed: int,
+    workers: int | None = None,
+) -> list[Dataset]:
+    """Exactly as many transitions of every actor as asked for.
+
+    Args:
+      env: see `psec_jax.envs.make`.
+      actors: who plays; episode i of actor k has the number i * len(actors) + k.
+      sizes: transitions of each.
+      seed: of initial states and noise.
+      workers: processes; by default one for every core.
+
+    Raises:
+      InputError: an environment or a policy that cannot be made.
+    """
+    played: list[list[Dataset]] = [[] for _ in actors]
+    while True:
+        todo = []
+        for k, (episodes, size) in enumerate(zip(played, sizes, strict=True)):
+            steps = sum(len(ds.obs) for ds in episodes)
+            length = steps / len(episodes) if episodes else LONGEST
+            first, more = len(episodes), math.ceil((size - steps) / length)
+            todo += [(k, i) for i in range(first, first + more)]
+        if not todo:
+            break
+        numbers = [i * len(actors) + k for k, i in todo]
+        rounds = play(env, [actors[k] for k, _ in todo], seed, workers, numbers)
+        for (k, _), ds in zip(todo, rounds, strict=True):
+            played[k].append(ds)
+    return [
+        trajectories.head(dataset.concatenate(episodes), int(size))
+        for episodes, size in zip(played, sizes, strict=True)
+    ]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Collect what the flags ask for, and print one line about it."""
+    no_arguments(argv)
+    given = {name: flag.value for name, flag in FLAGS.items()}
+    path = collect_d4rl(given.pop("set"), **given)
+    _, attrs = d4rl_sets.load(path)
+    scores = attrs["scores"]
+    print(
+        f"{path}: {attrs['transitions']} transitions, {len(scores)} trajectories, "
+        f"normalised score mean {scores.mean():.1f} min {scores.min():.1f} max "
+        f"{scores.max():.1f}"
+    )
+
+
+if __name__ == "__main__":
+    from launch.cli import no_arguments, run
+
+    FLAGS = {
+        "set": flags.DEFINE_string(
+            "set", None, "A set's name, such as halfcheetah-medium-v2.", required=True
+        ),
+        "transitions": flags.DEFINE_integer(
+            "transitions", 100_000, "Transitions in all."
+        ),
+        "seed": flags.DEFINE_integer("seed", 0, "Sets initial states and noise."),
+        "action_noise": flags.DEFINE_float(
+            "action_noise", 0.1, "Standard deviation of Gaussian noise on every action."
+        ),
+        "policies": flags.DEFINE_string(
+            "policies", None, "Folder of expert files and cards; default the packaged."
+        ),
+        "workers": flags.DEFINE_integer(
+            "workers", None, "Processes; by default one for every core."
+        ),
+        "overwrite": flags.DEFINE_bool(
+            "overwrite", False, "Collect again where the file is already there."
+        ),
+    }
+    run(main)
