@@ -1,12 +1,13 @@
 # make test    set-up, lint, tests
 # make demo    set-up, the main job at the quick preset
 # make bench   set-up, speed of this machine and of every stage
+# make faults  set-up, 100 kills over all stages; what is left is compared
 # make lint    set-up, formatting and lint only
 # make setup-safe  set-up and the safe simulators, Bullet-Safety-Gym and MetaDrive; their
 #              tests, skipped without them, then run in make test
 # make clean   remove .venv and caches; results, runs and data stay
 .POSIX:
-.PHONY: test demo bench lint install setup-safe clean
+.PHONY: test demo bench faults lint install setup-safe clean
 
 # The first of these that is 3.11 or newer makes the environment.
 PYTHON = python3.11 python3 python3.12 python3.13
@@ -28,6 +29,9 @@ demo: install
 
 bench: install
 	$(PAGES) $(VENV)/bin/python -m experiments.benchmark
+
+faults: install
+	$(VENV)/bin/python -m experiments.faults $(FAULTS_ARGS)
 
 lint: install
 	$(VENV)/bin/ruff format --check .

@@ -4,11 +4,12 @@
     python -m experiments.benchmark --quick --only=matmul,train
 
 Measures start-up and memory, the rate of matrix products, training steps of every
-stage, the cost of composing skills, the latency of an action, evaluation, and bfloat16;
-prints a table and saves it as JSON. A full run takes some six minutes of two CPU cores,
-on which nothing else should run. --quick repeats less and starts with fewer
-transitions: it checks the benchmark, its figures are not to be quoted. Evaluation by
-several processes needs `make setup-safe`, and is left out without it.
+stage, several seeds as one program, the cost of composing skills, the latency of an
+action, evaluation, and bfloat16; prints a table and saves it as JSON. A full run takes
+some six minutes of two CPU cores, on which nothing else should run. --quick repeats
+less and starts with fewer transitions: it checks the benchmark, its figures are not to
+be quoted. Evaluation by several processes needs `make setup-safe`, and is left out
+without it.
 
 Rates and ratios come from measurements taken in turns (A B A B ...), because the speed
 of a machine drifts: a figure is the median over the turns, a ratio the median of the
@@ -82,6 +83,7 @@ class Sizes:
       latency_repeats: actions timed one by one.
       matmul: m of the square products m x m x m.
       batches: batch sizes.
+      seeds: numbers R of bases trained as one program, the first of them 1.
       skills: numbers K of skills composed.
       transitions: in the file that the start-up is measured with.
       start_steps: gradient steps of that run.
@@ -99,6 +101,7 @@ class Sizes:
     latency_repeats: int = 300
     matmul: int = 2048
     batches: tuple[int, ...] = (256, 2048)
+    seeds: tuple[int, ...] = (1, 2, 4, 8)
     skills: tuple[int, ...] = (1, 4, 16, 64)
     transitions: int = 1_000_000
     start_steps: int = 20
@@ -138,6 +141,7 @@ TARGETS = {
     ("train", "base, batch 2048: share of f32 matmul"): Target(">=", 75),
     ("train", "both skills and critics, batch 256: over a base step"): Target("<=", 2),
     ("train", "both skills and critics, batch 2048: over a base step"): Target("<=", 2),
+    ("seeds", "8 bases, batch 256: time over one"): Target("<=", 2),
     ("startup", "first gradient step, 1000000 transitions"): Target("<=", 15),
     ("startup", "peak memory, 1000000 transitions"): Target("<=", 2),
     ("skills", "K = 16, batch 2048: cost over the base"): Target("<=", 2.0),
@@ -176,10 +180,18 @@ def make_row(group: str, name: str, values: Sequence[float], unit: str) -> Row:
     """A figure from its values in every turn, beside its target."""
     low, value, high = (float(q) for q in np.quantile(values, (0.05, 0.5, 0.95)))
     target = TARGETS.get((group, name))
-    if target is None or (group == "bfloat16" and not fast_bfloat16()):
+    if target is None or not judged(group):
         return Row(group, name, value, low, high, unit)
     asked = f"{target.sense} {target.bound:g}"
     return Row(group, name, value, low, high, unit, asked, target.met(value))
+
+
+def judged(group: str) -> bool:
+    """Whether targets of the group apply here: several seeds cost an accelerator less
+    than as many times one, a CPU is busy with one."""
+    if group == "seeds":
+        return jax.default_backend() != "cpu"
+    return group != "bfloat16" or fast_bfloat16()
 
 
 def interleave(
@@ -427,7 +439,9 @@ def compile_step(stage: Stage) -> tuple[Callable[[], Any], float]:
     """A call that makes one step (it keeps the state), and the seconds to compile."""
 
     def step(state: Any, data: Any, key: jax.Array) -> tuple[Any, dict]:
-        return stage.update(state, data, jax.random.fold_in(key, state.step))
+        # Several members stand at the same step.
+        step = jnp.ravel(state.step)[0]
+        return stage.update(state, data, jax.random.fold_in(key, step))
 
     # The step donates its input, as in training.
     state = jax.tree.map(lambda x: jnp.array(x, x.dtype), stage.state)
@@ -470,6 +484,36 @@ def train(sizes: Sizes) -> list[Row]:
         over = ratios(times[OFFLINE], times["base"])
         label = f"{OFFLINE}, batch {batch}: over a base step"
         rows.append(make_row("train", label, over, "x"))
+    return rows
+
+
+def several(stage: Stage, count: int) -> Stage:
+    """`count` members of a stage as one program, as `training.train_together` runs it;
+    the data are shared."""
+
+    def update(state: Any, data: Any, key: jax.Array) -> tuple[Any, dict]:
+        keys = jax.random.split(key, count)
+        return jax.vmap(stage.update, (0, None, 0))(state, data, keys)
+
+    state = tree.stack([stage.state] * count)
+    return dataclasses.replace(stage, update=update, state=state)
+
+
+def seeds(sizes: Sizes) -> list[Row]:
+    """A step of several bases as one program, in turns with a step of one."""
+    rows = []
+    on_cpu = jax.default_backend() == "cpu"
+    for batch in sizes.batches[:1] if on_cpu else sizes.batches:
+        base = make_stages(sizes, batch)["base"]
+        calls = {
+            str(count): compile_step(base if count == 1 else several(base, count))[0]
+            for count in sizes.seeds
+        }
+        times = interleave(calls, sizes.repeats, sizes.seconds)
+        one = times[str(sizes.seeds[0])]
+        for count in sizes.seeds[1:]:
+            label = f"{count} bases, batch {batch}: time over one"
+            rows.append(make_row("seeds", label, ratios(times[str(count)], one), "x"))
     return rows
 
 
@@ -808,6 +852,7 @@ GROUPS = {
     "startup": startup,
     "matmul": matmul,
     "train": train,
+    "seeds": seeds,
     "skills": skills,
     "latency": latency,
     "evaluation": evaluation,

@@ -3,22 +3,24 @@
 The commands of launch/ and the tables call these; a finished stage is not run again.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, ParamSpec
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from experiments.collect import collect
 from experiments.configs import dmc_walker, dsrl
 from psec_jax import data as datasets
-from psec_jax import envs, support, tree
+from psec_jax import envs, processes, sharding, support, tree
 from psec_jax.agents import critic_file
 from psec_jax.agents import critics as critic_agent
 from psec_jax.agents import gate as gate_agent
@@ -30,6 +32,7 @@ from psec_jax.agents.common import (
     TrainData,
     Transitions,
     make_transitions,
+    pad_rows,
     reward_scale,
 )
 from psec_jax.agents.critic_file import Finished
@@ -37,11 +40,10 @@ from psec_jax.agents.critics import CriticConfig, CriticParams
 from psec_jax.agents.offline import Frozen, OfflineConfig, OfflineData
 from psec_jax.composition import PolicyConfig, PolicyParams
 from psec_jax.data import dataset, normalise
-from psec_jax.data import dsrl as dsrl_data
-from psec_jax.data.trajectories import apply_filter, share, split
+from psec_jax.data.trajectories import apply_filter, cut, share, split
 from psec_jax.diffusion import DiffusionConfig
 from psec_jax.errors import InputError, lookup
-from psec_jax.evaluation import Episodes, evaluate
+from psec_jax.evaluation import Episodes, evaluate, evaluate_together
 from psec_jax.gating import BOUNDED_HEADS, GateConfig, init_gate
 from psec_jax.library import SkillLibrary
 from psec_jax.lora import ADAPTERS
@@ -49,6 +51,8 @@ from psec_jax.losses import OBJECTIVES, WeightConfig
 from psec_jax.networks.denoiser import NetworkConfig
 from psec_jax.policy import (
     Policy,
+    act_together,
+    alike,
     check_critics,
     diffusion_config,
     load_base,
@@ -57,7 +61,7 @@ from psec_jax.policy import (
 )
 from psec_jax.policy import compose as load_composition
 from psec_jax.run import Run, open_run, versions
-from psec_jax.training import train
+from psec_jax.training import Member, train, train_together
 from psec_jax.types import Dataset, Normaliser
 
 # Least values of what no dataclass of the core checks before training starts.
@@ -76,6 +80,8 @@ class Selection(NamedTuple):
       split: cut into pieces of this many steps; everything else counts pieces.
       filter: a key of `data.trajectories.FILTERS`.
       share: a random part of those that the filter left, in (0, 1].
+      transitions: of all that is left, trajectories drawn at random until there are
+        this many; the last one is cut.
     """
 
     best: bool = False
@@ -86,6 +92,7 @@ class Selection(NamedTuple):
     split: int | None = None
     filter: str | None = None
     share: float | None = None
+    transitions: int | None = None
 
     def of(self, ds: Dataset, episodes: int, source: str) -> Dataset:
         """The trajectories chosen: `episodes` of them, or all with 0.
@@ -99,7 +106,7 @@ class Selection(NamedTuple):
             ds = apply_filter(ds, self.filter)
         if self.share is not None:
             ds = share(ds, self.share)
-        return dataset.select(
+        ds = dataset.select(
             ds,
             min_return=self.min_return,
             max_cost=self.max_cost,
@@ -108,6 +115,7 @@ class Selection(NamedTuple):
             source=source,
             **{"best" if self.best else "first": episodes or None},
         )
+        return ds if self.transitions is None else cut(ds, self.transitions)
 
     def reads_costs(self) -> bool:
         """Whether data without costs cannot be chosen from."""
@@ -181,7 +189,7 @@ def load_demos(
       config: its `data` section says how to collect.
       env: environment the demonstrations are of.
       episodes: trajectories; 0 takes all that a file has.
-      path: an HDF5 file, an episode file or a folder of them, or a task of DSRL; None
+      path: an HDF5 file, an episode file or a folder of them, or a set's name; None
         collects with `config.data.policy` in `env`, or uses what was collected before.
       selection: by default the first ones.
       with_costs: refuse data without costs.
@@ -211,12 +219,9 @@ def load_demos(
     return Demos(selection.of(ds, episodes, path), path, selection)
 
 
-def task_env(data: str | None) -> str | None:
-    """The simulator of a DSRL task's set; None for other data."""
-    if data is None:
-        return None
-    task = data if data in dsrl_data.TASKS else dsrl_data.task_of(data)
-    return dsrl_data.task(task).spec if task else None
+def known_env(data: str | None) -> str | None:
+    """The simulator of a known set; None for other data."""
+    return None if data is None else datasets.environment(data)
 
 
 def check_config(
@@ -367,6 +372,198 @@ def train_config(config: ConfigDict, section: str) -> OptimiserConfig:
     )
 
 
+class Load(NamedTuple):
+    """What a stage asks for: demonstrations; see `load_demos`."""
+
+    config: ConfigDict
+    env: str
+    episodes: int
+    path: str | None = None
+    selection: Selection = FIRST
+    with_costs: bool = False
+
+
+class Train(NamedTuple):
+    """What a stage asks for: the state and summary of a training; see `train`."""
+
+    update: functools.partial
+    state: Any
+    data: Any
+    key: jax.Array
+    run: Run
+    steps: int
+    stage: str
+    options: ConfigDict
+
+
+class RollOut(NamedTuple):
+    """What a stage asks for: episodes of a policy; see `evaluate`."""
+
+    policy: Policy
+    env: str
+    episodes: int
+    seed: int
+
+
+class Write(NamedTuple):
+    """What a stage says before it writes: of several processes the first goes on."""
+
+
+Work = Generator[Load | Train | RollOut | Write, Any, dict[str, Any]]
+P = ParamSpec("P")
+
+
+class Stage(Generic[P]):
+    """A stage: called, it runs alone; `work` is what `together` runs side by side.
+
+    Attributes:
+      work: the stage as a generator, which asks for what takes long (`Load`, `Train`,
+        `RollOut`), is sent it, and returns the result.
+    """
+
+    def __init__(self, work: Callable[P, Work]) -> None:
+        self.work = work
+        functools.update_wrapper(self, work)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
+        """The result of the stage run alone."""
+        return together({"": self.work(*args, **kwargs)})[""]
+
+
+def together(
+    works: Mapping[str, Work], mesh: str | None = None
+) -> dict[str, dict[str, Any]]:
+    """Run stages side by side: what they train is one program, and so are roll-outs.
+
+    Args:
+      works: by a name for messages, such as "seed 3".
+      mesh: sizes of a mesh of devices, see `sharding.make_mesh`; None is one device.
+
+    Returns:
+      Their results by name.
+
+    Raises:
+      InputError: what they train does not go into one program, or a mesh that does not
+        fit.
+    """
+    devices = sharding.make_mesh(mesh, len(works))
+    results: dict[str, dict[str, Any]] = {}
+    loaded: list[tuple[Load, Demos]] = []
+    answers: dict[str, Any] = dict.fromkeys(works)
+    writing = False
+    while answers:
+        loads, trains, rolls, writes = {}, {}, {}, {}
+        # What the first process puts into its folders, the others find there.
+        with contextlib.nullcontext() if writing else processes.first_before_others():
+            for name, answer in answers.items():
+                try:
+                    asked = works[name].send(answer)
+                except StopIteration as end:
+                    results[name] = end.value
+                    continue
+                if isinstance(asked, Load):
+                    loads[name] = _loaded(asked, loaded)
+                elif isinstance(asked, Train):
+                    # Freed here, what is equal never lies on the device R times.
+                    first = next(iter(trains.values()), asked)
+                    trains[name] = asked._replace(data=_shared(asked.data, first.data))
+                elif isinstance(asked, RollOut):
+                    rolls[name] = asked
+                else:
+                    writes[name] = None
+        if writes and not processes.first():
+            break
+        writing = writing or bool(writes)
+        answers = loads | _train_all(trains, devices) | _roll_out_all(rolls) | writes
+    return {name: results[name] for name in works if name in results}
+
+
+def _loaded(asked: Load, loaded: list[tuple[Load, Demos]]) -> Demos:
+    """Demonstrations, read once for all that ask for the same."""
+    for known, demos in loaded:
+        if known == asked:
+            return demos
+    loaded.append((asked, load_demos(*asked)))
+    return loaded[-1][1]
+
+
+def _shared(data: Any, first: Any) -> Any:
+    """The same data, where it equals `first` by the very arrays of that."""
+
+    def one(mine: jax.Array, other: jax.Array) -> jax.Array:
+        equal = mine.shape == other.shape and bool(jnp.array_equal(mine, other))
+        return other if equal else mine
+
+    if jax.tree.structure(data) != jax.tree.structure(first):
+        return data
+    return jax.tree.map(one, data, first)
+
+
+def _train_all(asked: Mapping[str, Train], mesh: Mesh | None) -> dict[str, Any]:
+    """State and summary of each training, all in one program."""
+    if "" in asked:  # a stage alone
+        update, state, data, key, run, steps, stage, options = asked[""]
+        options = {**options, "steps": steps, "stage": stage, "mesh": mesh}
+        return {"": train(update, state, data, key, run=run, **options)}
+    if not asked:
+        return {}
+    first_name, first = next(iter(asked.items()))
+    for name, one in asked.items():
+        if _program(one) != _program(first):
+            raise InputError(
+                f"{name} cannot be trained in one program with {first_name}: its "
+                "network or its budget is another"
+            )
+    rows = [_rows(one.data) for one in asked.values()]
+    members = [
+        Member(one.state, _lengthened(one.data, max(rows), rows), one.key, one.run, n)
+        for n, one in asked.items()
+    ]
+    options = {**first.options, "steps": first.steps, "stage": first.stage}
+    results = train_together(first.update, members, mesh=mesh, **options)
+    return dict(zip(asked, results, strict=True))
+
+
+def _program(asked: Train) -> tuple[Any, ...]:
+    """What trainings of one program have in common."""
+    update, steps = asked.update, (asked.steps, asked.options)
+    return update.func, update.args, steps, tree.shapes(asked.state)
+
+
+def _rows(data: TrainData | Transitions | OfflineData) -> int:
+    rows = data.transitions if isinstance(data, OfflineData) else data
+    return len(rows.obs)
+
+
+def _lengthened(data: Any, length: int, rows: Sequence[int]) -> Any:
+    """Data as long as those of all members, where they differ."""
+    if min(rows) == length:
+        return data
+    if isinstance(data, OfflineData):
+        return data._replace(transitions=pad_rows(data.transitions, length))
+    return pad_rows(data, length)
+
+
+def _roll_out_all(asked: Mapping[str, RollOut]) -> dict[str, Any]:
+    """Episodes of each policy; those that can act in one call play together."""
+    episodes: dict[str, Any] = {}
+    for name, one in asked.items():
+        if name in episodes:
+            continue
+        same = [
+            other
+            for other, two in asked.items()
+            if two[1:] == one[1:] and alike(two.policy, one.policy)
+        ]
+        if len(same) == 1:
+            episodes[name] = evaluate(one.policy.act, *one[1:])
+            continue
+        act = act_together([asked[other].policy for other in same])
+        played = evaluate_together(act, len(same), *one[1:])
+        episodes |= zip(same, played, strict=True)
+    return episodes
+
+
 OFFLINE_SECTIONS = ("critics", "weights", "cost_limit")
 
 
@@ -447,6 +644,7 @@ def _save_critics(
     return critic_file.save(run.workdir, params, normaliser, card)
 
 
+@Stage
 def train_critics(
     config: ConfigDict,
     *,
@@ -456,7 +654,7 @@ def train_critics(
     env: str | None = None,
     data: str | None = None,
     selection: Selection = FIRST,
-) -> dict[str, Any]:
+) -> Work:
     """Train critics alone, to be shared by skills; they stay in the run's folder.
 
     Args:
@@ -478,9 +676,9 @@ def train_critics(
     check_config(config, "critics", False, OFFLINE_SECTIONS)
     agent = critic_config(config)
     _, normaliser, _ = SkillLibrary.open(library).load_base()
-    env = env or task_env(data) or config.skill.env
+    env = env or known_env(data) or config.skill.env
     episodes = config.skill.episodes
-    demos = load_demos(config, env, episodes, data, selection, agent.safety)
+    demos = yield Load(config, env, episodes, data, selection, agent.safety)
     check_fit(demos, load_base(library))
     rows = transitions(config, demos, normaliser, agent.safety)
     record = {
@@ -494,7 +692,7 @@ def train_critics(
     if done is not None:
         return done
     init_key, train_key = jax.random.split(jax.random.key(seed))
-    state, summary = train(
+    state, summary = yield Train(
         functools.partial(critic_agent.update, agent),
         critic_agent.init(agent, init_key, rows.obs.shape[1], rows.action.shape[1]),
         rows,
@@ -502,8 +700,9 @@ def train_critics(
         run=run,
         steps=config.critics.steps,
         stage="critics",
-        **config.run,
+        options=config.run,
     )
+    yield Write()
     saved = _save_critics(run, agent, state.trained, normaliser, demos, summary)
     result = {"summary": summary}
     result |= {name: saved.card[name] for name in ("fingerprint", "kinds")}
@@ -563,7 +762,8 @@ def train_offline(
     seed: int,
     steps: int,
     base: Any = None,
-) -> tuple[Any, dict[str, Any], Finished]:
+    start: Any = None,
+) -> Generator[Train | Write, Any, tuple[Any, dict[str, Any], Finished]]:
     """Train skills or a base on objectives of offline RL, with their critics.
 
     Args:
@@ -573,6 +773,7 @@ def train_offline(
       seed: of parameters, batches and noise.
       steps: updates.
       base: under the skills.
+      start: parameters a base is trained on; None starts afresh.
 
     Returns:
       Averaged parameters of the actor (skills have leaves [K, ...]), the training
@@ -581,18 +782,19 @@ def train_offline(
     agent, rows, finished = prepared.agent, prepared.rows, prepared.finished
     frozen = Frozen(base, finished.params if finished else None)
     init_key, train_key = jax.random.split(jax.random.key(seed))
-    state, summary = train(
+    state, summary = yield Train(
         functools.partial(offline_agent.update, agent),
         offline_agent.init(
-            agent, init_key, rows.obs.shape[1], rows.action.shape[1], base
+            agent, init_key, rows.obs.shape[1], rows.action.shape[1], base, start
         ),
         OfflineData(rows, frozen),
         train_key,
         run=run,
         steps=steps,
         stage=" ".join(agent.objectives),
-        **config.run,
+        options=config.run,
     )
+    yield Write()
     if finished is None:
         finished = _save_critics(
             run,
@@ -626,6 +828,7 @@ def _critics_record(config: ConfigDict, finished: Finished | None) -> dict[str, 
     return {"critics": critics, "weights": config.weights.to_dict()}
 
 
+@Stage
 def pretrain(
     config: ConfigDict,
     *,
@@ -639,8 +842,9 @@ def pretrain(
     section: str = "base",
     objective: str = "bc",
     critics: str | Path | None = None,
+    start: str | Path | None = None,
     evaluate_after: bool = True,
-) -> dict[str, Any]:
+) -> Work:
     """Train a base on demonstrations and put it into a library.
 
     Args:
@@ -648,7 +852,8 @@ def pretrain(
       workdir: the run's folder.
       library: folder of the library, made if missing.
       seed: of parameters, batches and noise.
-      env: environment; default that of a DSRL task's `data`, else `config.base.env`.
+      env: environment; default that of `data`, where that is a known set, else
+        `config.base.env`.
       data: demonstrations; default collects.
       selection: which of them.
       name: of the base in its card.
@@ -656,6 +861,8 @@ def pretrain(
       objective: a key of `OBJECTIVES`; "fisor" is the FISOR baseline.
       critics: folder of a finished run whose critics (and scaling of observations) are
         used; None trains critics together with a base that needs them.
+      start: folder of a library whose base is trained on, with its scaling of
+        observations: fine-tuning of all parameters; None starts afresh.
       evaluate_after: roll the base out and record its returns on the card.
 
     Returns:
@@ -668,28 +875,39 @@ def pretrain(
     needed = _needed([objective])
     check_config(config, section, evaluate_after, OFFLINE_SECTIONS if needed else ())
     stage = config[section]
-    env = env or task_env(data) or config.base.env
+    env = env or known_env(data) or config.base.env
     make_normaliser = lookup(normalise.NORMALISERS, config.normaliser, "normaliser")
     network = NetworkConfig(**config.network, dropout=stage.dropout)
     diffusion = DiffusionConfig(**config.diffusion)
+    first, more = None, {}
+    if start is not None:
+        first, first_normaliser, card = SkillLibrary.open(start).load_base()
+        network = dataclasses.replace(network_config(card), dropout=stage.dropout)
+        diffusion = diffusion_config(card)
+        more["start"] = card["fingerprint"]
     agent = pretrain_agent.PretrainConfig(
         network, diffusion, train_config(config, section), stage.batch_size
     )
-    demos = load_demos(config, env, stage.episodes, data, selection, "safety" in needed)
+    demos = yield Load(config, env, stage.episodes, data, selection, "safety" in needed)
     if data and evaluate_after:
         check_env(env, demos)
     finished = load_critics(critics, needed)
-    if finished:
+    if start is not None:
+        check_fit(demos, load_base(start))
+        normaliser = first_normaliser
+        if finished:
+            check_critics(critics, finished, load_base(start))
+    elif finished:
         _check_sizes(demos, *finished.dims, str(critics))
         normaliser = finished.normaliser
     else:
         normaliser = make_normaliser(demos.dataset.obs, config.std_floor)
-    offline, more = None, {}
+    offline = None
     if needed:
         offline = prepare_offline(
             config, agent, [objective], demos, normaliser, finished
         )
-        more = _critics_record(config, finished) | {"objective": objective}
+        more |= _critics_record(config, finished) | {"objective": objective}
     run, done = open_stage(
         workdir,
         library,
@@ -714,29 +932,32 @@ def pretrain(
     opened = SkillLibrary.create(library)
     action_dim = demos.dataset.action.shape[1]
     if offline:
-        params, summary, finished = train_offline(
-            config, offline, run=run, seed=seed, steps=stage.steps
+        params, summary, finished = yield from train_offline(
+            config, offline, run=run, seed=seed, steps=stage.steps, start=first
         )
     else:
         init_key, train_key = jax.random.split(jax.random.key(seed))
-        state, summary = train(
+        state, summary = yield Train(
             functools.partial(pretrain_agent.update, agent),
             pretrain_agent.init(
-                agent, init_key, demos.dataset.obs.shape[1], action_dim
+                agent, init_key, demos.dataset.obs.shape[1], action_dim, first
             ),
             train_data(demos, normaliser),
             train_key,
             run=run,
             steps=stage.steps,
             stage="base",
-            **config.run,
+            options=config.run,
         )
         params = state.ema
+        yield Write()
     policy = Policy(
         PolicyConfig(network, diffusion, action_dim),
         PolicyParams(params, normaliser),
     )
-    returns = episodes_card(config, policy, env) if evaluate_after else None
+    returns = None
+    if evaluate_after:
+        returns = yield from episodes_card(config, policy, env)
     opened.add_base(
         params,
         normaliser,
@@ -771,6 +992,7 @@ def train_data(demos: Demos, normaliser: Any, frozen: Any = None) -> TrainData:
     )
 
 
+@Stage
 def expand(
     config: ConfigDict,
     *,
@@ -783,7 +1005,7 @@ def expand(
     selection: Selection = FIRST,
     critics: str | Path | None = None,
     evaluate_after: bool = True,
-) -> dict[str, Any]:
+) -> Work:
     """Learn skills from demonstrations, the library's base frozen, and add them.
 
     Args:
@@ -794,7 +1016,8 @@ def expand(
       library: folder of an existing library.
       seed: of parameters, batches and noise.
       name: of the skill, or of each of them.
-      env: environment; default that of a DSRL task's `data`, else `config.skill.env`.
+      env: environment; default that of `data`, where that is a known set, else
+        `config.skill.env`.
       data: demonstrations; default collects.
       selection: which of them.
       critics: folder of a finished run whose critics are used; None trains critics
@@ -821,7 +1044,7 @@ def expand(
         )
     if needed:
         check_config(config, "skill", evaluate_after, OFFLINE_SECTIONS)
-    env = env or task_env(data) or stage.env
+    env = env or known_env(data) or stage.env
     lookup(ADAPTERS, stage.adapter, "adapter")
     opened = SkillLibrary.open(library)
     base, normaliser, base_card = opened.load_base()
@@ -834,7 +1057,7 @@ def expand(
         adapter=stage.adapter,
         alpha=stage.alpha,
     )
-    demos = load_demos(config, env, stage.episodes, data, selection, "safety" in needed)
+    demos = yield Load(config, env, stage.episodes, data, selection, "safety" in needed)
     base_policy = load_base(library)
     check_fit(demos, base_policy)
     if data and evaluate_after:
@@ -861,12 +1084,12 @@ def expand(
         return done
     base = jax.tree.map(jnp.asarray, base)
     if offline:
-        stacked, summary, finished = train_offline(
+        stacked, summary, finished = yield from train_offline(
             config, offline, run=run, seed=seed, steps=stage.steps, base=base
         )
     else:
         init_key, train_key = jax.random.split(jax.random.key(seed))
-        state, summary = train(
+        state, summary = yield Train(
             functools.partial(skill_agent.update, agent),
             skill_agent.init(agent, init_key, base),
             train_data(demos, normaliser, base),
@@ -874,9 +1097,10 @@ def expand(
             run=run,
             steps=stage.steps,
             stage="skill",
-            **config.run,
+            options=config.run,
         )
         stacked = tree.stack([state.ema])
+        yield Write()
     returns = {}
     for k, (skill, objective) in enumerate(zip(names, objectives, strict=True)):
         opened.add_skill(
@@ -891,6 +1115,7 @@ def expand(
                 "data": demos.card(),
                 "returns": None,
                 "steps": stage.steps,
+                "base_fingerprint": base_card["fingerprint"],
                 "config": run.config,
                 "versions": versions(),
             }
@@ -900,7 +1125,7 @@ def expand(
         returns[skill] = None
         if evaluate_after:
             policy = load_composition(library, [skill])
-            returns[skill] = episodes_card(config, policy, env)
+            returns[skill] = yield from episodes_card(config, policy, env)
             opened.set_returns("skill", skill, returns[skill])
     result = {
         "summary": summary,
@@ -931,6 +1156,7 @@ def fit_support(
     return fit(config, trajectories, states)
 
 
+@Stage
 def compose(
     config: ConfigDict,
     *,
@@ -946,7 +1172,7 @@ def compose(
     base_data: str | None = None,
     alpha: Sequence[float] | None = None,
     evaluate_after: bool = True,
-) -> dict[str, Any]:
+) -> Work:
     """Make a gate over skills of a library, train its head, and add it.
 
     Args:
@@ -1015,17 +1241,19 @@ def compose(
         compat=stage.compat,
     )
     start = start_weights(stage.start, stage.head, strength, base_member, alpha)
-    demos = load_demos(config, env, config.skill.episodes, data, selection)
+    demos = yield Load(config, env, config.skill.episodes, data, selection)
     check_fit(demos, policy)
     if data and evaluate_after:
         check_env(env, demos)
     skill_demos: list[Demos] = []
     background = None
     if stage.support != "none":
-        skill_demos = _skill_demos(config, cards, support_data)
+        skill_demos = yield from _skill_demos(config, cards, support_data)
     if stage.support == "learned":
         base_card = SkillLibrary.open(library).card("base", "base")
-        background = _card_demos(config, "base", base_card, base_data, "base_data")
+        background = yield from _card_demos(
+            config, "base", base_card, base_data, "base_data"
+        )
         check_fit(background, policy)
     run, done = open_stage(
         workdir,
@@ -1066,7 +1294,7 @@ def compose(
         frozen = PolicyParams(
             policy.params.base, policy.params.normaliser, stacked, strength, gate
         )
-        state, summary = train(
+        state, summary = yield Train(
             functools.partial(gate_agent.update, agent),
             gate_agent.init(agent, gate),
             train_data(demos, policy.params.normaliser, frozen),
@@ -1074,9 +1302,10 @@ def compose(
             run=run,
             steps=stage.steps,
             stage="gate",
-            **config.run,
+            options=config.run,
         )
         gate = gate | {"head": state.params}
+    yield Write()
     opened = SkillLibrary.open(library)
     opened.add_gate(
         name,
@@ -1089,6 +1318,8 @@ def compose(
             "data": demos.card(),
             "returns": None,
             "steps": stage.steps if summary else 0,
+            "base_fingerprint": cards[0]["base_fingerprint"],
+            "skill_fingerprints": [card["fingerprint"] for card in cards],
             "config": run.config,
             "versions": versions(),
         },
@@ -1096,7 +1327,8 @@ def compose(
     )
     returns = None
     if evaluate_after:
-        returns = episodes_card(config, load_composition(library, gate=name), env)
+        policy = load_composition(library, gate=name)
+        returns = yield from episodes_card(config, policy, env)
         opened.set_returns("gate", name, returns)
     result = {"summary": summary, "returns": returns, "library": str(library)}
     run.finish(result)
@@ -1144,7 +1376,7 @@ def start_weights(
 
 def _skill_demos(
     config: ConfigDict, cards: Sequence[Mapping[str, Any]], paths: Sequence[str]
-) -> list[Demos]:
+) -> Generator[Load, Demos, list[Demos]]:
     """Each skill's own demonstrations, checked against its card."""
     if paths and len(paths) != len(cards):
         raise InputError(
@@ -1153,7 +1385,7 @@ def _skill_demos(
     loaded = []
     for i, card in enumerate(cards):
         what, path = f"skill {card['name']!r}", paths[i] if paths else None
-        demos = _card_demos(config, what, card, path, "support_data")
+        demos = yield from _card_demos(config, what, card, path, "support_data")
         trajectories = demos.card()["trajectories"]
         if trajectories < 2:
             raise InputError(
@@ -1173,7 +1405,7 @@ def _skill_demos(
 
 def _card_demos(
     config: ConfigDict, what: str, card: Mapping[str, Any], path: str | None, flag: str
-) -> Demos:
+) -> Generator[Load, Demos, Demos]:
     """The demonstrations a card names, from a file or collected again."""
     known = card.get("data")
     if path is None and not (known and card.get("env")):
@@ -1182,13 +1414,13 @@ def _card_demos(
         )
     trajectories = known["trajectories"] if known else 0
     selection = Selection(**(known or {}).get("selection", {}))
-    return load_demos(config, card.get("env"), trajectories, path, selection)
+    return (yield Load(config, card.get("env"), trajectories, path, selection))
 
 
-def episodes_card(config: ConfigDict, policy: Policy, env: str) -> dict[str, Any]:
+def episodes_card(config: ConfigDict, policy: Policy, env: str) -> Work:
     """Roll a policy out and say what it gave, for cards and results."""
     seed, count = config.evaluation.seed, config.evaluation.episodes
-    episodes = evaluate(policy.act, env, count, seed)
+    episodes = yield RollOut(policy, env, count, seed)
     return episodes_json(episodes, env, seed)
 
 
@@ -1204,6 +1436,7 @@ def episodes_json(episodes: Episodes, env: str, seed: int) -> dict[str, Any]:
     }
 
 
+@Stage
 def evaluate_library(
     library: str | Path,
     env: str,
@@ -1217,7 +1450,7 @@ def evaluate_library(
     matmul_dtype: str | None = None,
     candidates: int = 1,
     critics: str | Path | None = None,
-) -> dict[str, Any]:
+) -> Work:
     """Roll out what `psec_jax.policy.compose` makes of a library.
 
     Raises:
@@ -1234,7 +1467,8 @@ def evaluate_library(
         candidates=candidates,
         critics=critics,
     )
-    return episodes_json(evaluate(policy.act, env, episodes, seed), env, seed)
+    played = yield RollOut(policy, env, episodes, seed)
+    return episodes_json(played, env, seed)
 
 
 def describe(what: str, result: Mapping[str, Any]) -> str:

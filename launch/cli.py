@@ -6,10 +6,13 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from psec_jax.envs.shifts import QUANTITIES
 from psec_jax.errors import InputError, Stopped, TrainingError
 
 _PROJECT = ("launch", "experiments", "psec_jax")
@@ -19,8 +22,12 @@ _CONFIG_DEFAULTS: dict[str, str] = {}
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """Parse the flags, call `main(argv)` with what is left, and exit.
+def run(
+    main: Callable[[list[str]], None],
+    parser: Callable[[list[str]], list[str]] | None = None,
+) -> None:
+    """Parse the flags, by `parse` or another parser, call `main(argv)` with what is
+    left, and exit.
 
     Exit codes: 0 done; 1 numbers that are not finite, in training or of a policy; 2
     input that cannot be used. Both are told in one line on stderr that starts with
@@ -28,7 +35,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     this project and keeps its traceback.
     """
     try:
-        app.run(_quiet(main), flags_parser=_parse)
+        app.run(_quiet(main), flags_parser=parser or parse)
     except InputError as error:
         _fail(str(error), 2)
     except (TrainingError, FloatingPointError) as error:
@@ -65,6 +72,64 @@ def floats(name: str, texts: Sequence[str] | None) -> list[float] | None:
     return numbers
 
 
+class Member(NamedTuple):
+    """One of several runs of a command, which are one program.
+
+    Attributes:
+      name: "seed S", or "" where --seeds was not given.
+      seed: S, or None.
+      folder: its folder in each of the folders given, or "".
+    """
+
+    name: str = ""
+    seed: int | None = None
+    folder: str = ""
+
+    def place(self, folder: str | None) -> Path | None:
+        """Its own part of a folder given by flag; None where none was."""
+        return None if folder is None else Path(folder, self.folder)
+
+
+def define_seeds() -> flags.FlagHolder:
+    """The flag of several seeds, for `members`."""
+    return flags.DEFINE_list(
+        "seeds",
+        None,
+        "Several training seeds, such as 0,1,2, as one program: seed S has the folder "
+        "seedS in --workdir, --library and --critics.",
+    )
+
+
+def members(texts: Sequence[str] | None) -> list[Member]:
+    """The runs that --seeds stands for; one without a name where it was not given.
+
+    Raises:
+      InputError: see `seeds`.
+    """
+    if texts is None:
+        return [Member()]
+    return [Member(f"seed {seed}", seed, f"seed{seed}") for seed in seeds(texts)]
+
+
+def seeds(texts: Sequence[str]) -> tuple[int, ...]:
+    """The seeds of a list flag.
+
+    Raises:
+      InputError: none, one that is there twice, or something else than a number from 0
+        to 2**32 - 1.
+    """
+    if not texts:
+        raise InputError("--seeds: got none, expected one or more")
+    for i, text in enumerate(texts):
+        if not (text.isascii() and text.isdecimal() and int(text) < 2**32):
+            raise InputError(
+                f"--seeds: got {text!r}, expected numbers from 0 to {2**32 - 1}"
+            )
+        if int(text) in map(int, texts[:i]):
+            raise InputError(f"--seeds: {int(text)} is there twice")
+    return tuple(map(int, texts))
+
+
 def _fail(message: str, code: int) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
@@ -91,17 +156,34 @@ def define_config(
     return config_flags.DEFINE_config_file(name, None, help_text, lock_config=True)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def define_shift() -> flags.FlagHolder:
+    """The flag of a change of the simulator, for `psec_jax.envs.shifted`."""
+    return flags.DEFINE_multi_string(
+        "shift",
+        [],
+        "Change the simulator of --env: QUANTITY:FACTOR, such as friction:0.25, "
+        "several separated by commas. Multiplies the numbers that the MuJoCo model has "
+        f"for one of {', '.join(QUANTITIES)}",  # absl adds that it may be repeated
+    )
+
+
+def parse(argv: list[str]) -> list[str]:
     """Parse, with every mistake of the user as an InputError."""
     options = argv[1 : argv.index("--")] if "--" in argv else argv[1:]
     if any(option in _HELP for option in options):
         print(_help())
         sys.exit(0)
+    for option in options:
+        if "gs://" in option:
+            raise InputError(
+                f"{option}: a bucket is used through a folder where it is mounted, see "
+                "docs/launching.md"
+            )
     for name, default in _CONFIG_DEFAULTS.items():
-        if not _given(options, name):
+        if not given(options, name):
             argv = [argv[0], f"--{name}={default}", *argv[1:]]
         # ml_collections keeps silent about a missing file until a field is read.
-        for path in _given(argv[1:], name):
+        for path in given(argv[1:], name):
             if not os.path.isfile(path.split(":")[0]):
                 raise InputError(f"--{name}={path}: there is no such config file")
     # Flags may also follow arguments: launch.library list --library=DIR.
@@ -112,7 +194,7 @@ def _parse(argv: list[str]) -> list[str]:
         raise InputError(_explain(error)) from error
 
 
-def _given(options: Sequence[str], name: str) -> list[str]:
+def given(options: Sequence[str], name: str) -> list[str]:
     """Values given to a flag, as --name=value or --name value."""
     values = []
     for option, after in zip(options, [*options, ""][1:], strict=True):
@@ -151,7 +233,7 @@ def _help() -> str:
 
 def _flag_help(flag: flags.Flag) -> list[str]:
     head = f"  --[no]{flag.name}" if flag.boolean else f"  --{flag.name}=..."
-    text = flag.help or ""
+    text = " ".join((flag.help or "").split())
     default = _CONFIG_DEFAULTS.get(flag.name, flag.default)
     if isinstance(default, list):
         default = ",".join(map(str, default))

@@ -75,9 +75,9 @@ def target_data() -> tuple[str | None, stages.Selection]:
         return options.data(), given
     chosen = stages.best_of_safe(options.CONFIG.value)
     said = {k: v for k, v in given._asdict().items() if v is not None}
-    env = options.ENV.value
+    env = options.env()
     if env is None:
-        library = SkillLibrary.open(options.LIBRARY.value)
+        library = SkillLibrary.open(options.members()[0].place(options.LIBRARY.value))
         env = library.card("skill", SKILLS.value[0]).get("env")
     return options.located(dsrl.task_in(env)), chosen._replace(**said)
 
@@ -85,23 +85,28 @@ def target_data() -> tuple[str | None, stages.Selection]:
 def main(argv: Sequence[str]) -> None:
     """Flags to one call."""
     no_arguments(argv)
+    options.start()
     data, selection = target_data()
-    result = stages.compose(
-        options.CONFIG.value,
-        workdir=options.WORKDIR.value,
-        library=options.LIBRARY.value,
-        seed=options.SEED.value,
-        name=NAME.value,
-        skills=SKILLS.value,
-        env=options.ENV.value,
-        data=data,
-        selection=selection,
-        support_data=[options.located(name) for name in SUPPORT_DATA.value],
-        base_data=options.located(BASE_DATA.value) if BASE_DATA.value else None,
-        alpha=floats("alpha", ALPHA.value),
-        evaluate_after=options.EVALUATE.value,
-    )
-    print(stages.describe(f"gate {NAME.value!r}", result))
+    works = {
+        member.name: stages.compose.work(
+            options.CONFIG.value,
+            workdir=member.place(options.WORKDIR.value),
+            library=member.place(options.LIBRARY.value),
+            seed=member.seed,
+            name=NAME.value,
+            skills=SKILLS.value,
+            env=options.env(),
+            data=data,
+            selection=selection,
+            support_data=[options.located(name) for name in SUPPORT_DATA.value],
+            base_data=options.located(BASE_DATA.value) if BASE_DATA.value else None,
+            alpha=floats("alpha", ALPHA.value),
+            evaluate_after=options.EVALUATE.value,
+        )
+        for member in options.members()
+    }
+    for result in stages.together(works, options.MESH.value).values():
+        print(stages.describe(f"gate {NAME.value!r}", result))
 
 
 if __name__ == "__main__":

@@ -22,19 +22,28 @@ from launch.cli import no_arguments, run
 def main(argv: Sequence[str]) -> None:
     """Flags to one call."""
     no_arguments(argv)
-    result = stages.train_critics(
-        options.CONFIG.value,
-        workdir=options.WORKDIR.value,
-        library=options.LIBRARY.value,
-        seed=options.SEED.value,
-        env=options.ENV.value,
-        data=options.data(),
-        selection=options.selection(),
-    )
-    kinds = " and ".join(result["kinds"])
-    print(
-        f"critics of {kinds} ({result['fingerprint']}) are in {options.WORKDIR.value}"
-    )
+    options.start()
+    env, data, members = options.env(), options.data(), options.members()
+    works = {
+        member.name: stages.train_critics.work(
+            options.CONFIG.value,
+            workdir=member.place(options.WORKDIR.value),
+            library=member.place(options.LIBRARY.value),
+            seed=member.seed,
+            env=env,
+            data=data,
+            selection=options.selection(),
+        )
+        for member in members
+    }
+    results = stages.together(works, options.MESH.value)
+    for member in members:
+        if member.name not in results:  # told by the first of several processes
+            continue
+        result = results[member.name]
+        kinds, fingerprint = " and ".join(result["kinds"]), result["fingerprint"]
+        folder = member.place(options.WORKDIR.value)
+        print(f"critics of {kinds} ({fingerprint}) are in {folder}")
 
 
 if __name__ == "__main__":

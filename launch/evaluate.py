@@ -5,6 +5,8 @@ r"""Roll a base, a skill or a composition out in the simulator: raw returns as J
         --skills=walk --alpha=16
     python -m launch.evaluate --library=runs/library --env=dm_control:walker-walk \
         --gate=walk-psec --episodes=30 --out=walk.json
+    python -m launch.evaluate --library=runs/library --env=dm_control:walker-walk \
+        --gate=walk-psec --seeds=0,1,2      # runs/library/seed0 ..., all at once
 """
 
 from collections.abc import Sequence
@@ -12,13 +14,15 @@ from collections.abc import Sequence
 from absl import flags
 
 from experiments import stages
-from launch.cli import floats, no_arguments, run
+from launch.cli import define_seeds, define_shift, floats, members, no_arguments, run
+from psec_jax import envs
 from psec_jax.files import make_room, write_json
 
 LIBRARY = flags.DEFINE_string("library", "runs/library", "Folder of the skill library.")
 ENV = flags.DEFINE_string(
     "env", None, "dm_control:DOMAIN-TASK or gymnasium:ID.", required=True
 )
+SHIFT = define_shift()
 SKILLS = flags.DEFINE_list("skills", [], "Names of skills; none is the base alone.")
 ALPHA = flags.DEFINE_list(
     "alpha",
@@ -40,6 +44,7 @@ CANDIDATES = flags.DEFINE_integer(
 CRITICS = flags.DEFINE_string(
     "critics", None, "Folder of the run whose critics choose among candidates."
 )
+SEEDS = define_seeds()
 EPISODES = flags.DEFINE_integer("episodes", 10, "Whole episodes.")
 SEED = flags.DEFINE_integer("seed", 10_000, "Of initial states and the policy's noise.")
 OUT = flags.DEFINE_string("out", None, "JSON file for the raw returns.")
@@ -48,28 +53,35 @@ OUT = flags.DEFINE_string("out", None, "JSON file for the raw returns.")
 def main(argv: Sequence[str]) -> None:
     """Flags to one call."""
     no_arguments(argv)
+    env = envs.shifted(ENV.value, *SHIFT.value)
     if OUT.value:
         make_room(OUT.value)
-    episodes = stages.evaluate_library(
-        LIBRARY.value,
-        ENV.value,
-        EPISODES.value,
-        SEED.value,
-        skills=SKILLS.value,
-        alpha=floats("alpha", ALPHA.value),
-        gate=GATE.value,
-        level=LEVEL.value,
-        matmul_dtype=MATMUL_DTYPE.value,
-        candidates=CANDIDATES.value,
-        critics=CRITICS.value,
-    )
+    works = {
+        member.name: stages.evaluate_library.work(
+            member.place(LIBRARY.value),
+            env,
+            EPISODES.value,
+            SEED.value,
+            skills=SKILLS.value,
+            alpha=floats("alpha", ALPHA.value),
+            gate=GATE.value,
+            level=LEVEL.value,
+            matmul_dtype=MATMUL_DTYPE.value,
+            candidates=CANDIDATES.value,
+            critics=member.place(CRITICS.value),
+        )
+        for member in members(SEEDS.value)
+    }
+    results = stages.together(works)
     if OUT.value:
-        write_json(OUT.value, episodes)
-    returns = episodes["returns"]
-    print(
-        f"{stages.count_episodes(returns)} in {ENV.value}: return mean "
-        f"{episodes['mean']:.1f}, min {min(returns):.1f}, max {max(returns):.1f}"
-    )
+        write_json(OUT.value, results if SEEDS.value else results[""])
+    for name, episodes in results.items():
+        returns = episodes["returns"]
+        print(
+            f"{name and f'{name}: '}{stages.count_episodes(returns)} in {env}: return "
+            f"mean {episodes['mean']:.1f}, min {min(returns):.1f}, max "
+            f"{max(returns):.1f}"
+        )
 
 
 if __name__ == "__main__":

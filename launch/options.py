@@ -1,10 +1,16 @@
 """Flags that the stages share."""
 
+from pathlib import Path
+
+import jax
 from absl import flags
 
 from experiments.stages import Selection
-from launch.cli import define_config
+from launch.cli import Member, define_config, define_seeds, define_shift
+from launch.cli import members as members_of
 from psec_jax import data as datasets
+from psec_jax import envs, processes
+from psec_jax.errors import InputError
 
 CONFIG = define_config(
     "experiments/configs/dmc_walker.py:quick",
@@ -22,9 +28,40 @@ LIBRARY = flags.DEFINE_string("library", "runs/library", "Folder of the skill li
 SEED = flags.DEFINE_integer(
     "seed", 0, "Of parameters, batches and noise.", 0, 2**32 - 1
 )
+SEEDS = define_seeds()
+MESH = flags.DEFINE_string(
+    "mesh",
+    None,
+    "Several devices, as seed:4,data:2: the runs of --seeds are divided by the first "
+    "number, each batch by the second. Default one device; with several processes "
+    "all of theirs.",
+)
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "This is one of several processes of a cluster that JAX knows (TPU pods, SLURM); "
+    "each runs this command.",
+)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "HOST:PORT where the first of --processes=N processes listens, elsewhere than on a "
+    "cluster that JAX knows; --process=I says which one this is.",
+)
+PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes.")
+PROCESS = flags.DEFINE_integer("process", None, "Which process this is, from 0.")
+PEER_SECONDS = flags.DEFINE_integer(
+    "peer_seconds", 300, "How long to wait for the other processes.", 1
+)
+COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    None,
+    "Folder where compiled programs are kept for later runs. Default none.",
+)
 ENV = flags.DEFINE_string(
     "env", None, "dm_control:DOMAIN-TASK or gymnasium:ID; default from the config."
 )
+SHIFT = define_shift()
 DATA = flags.DEFINE_string(
     "data",
     None,
@@ -64,9 +101,50 @@ FILTER = flags.DEFINE_string(
 SHARE = flags.DEFINE_float(
     "share", None, "Keep this random part of the trajectories that the filter left."
 )
+TRANSITIONS = flags.DEFINE_integer(
+    "transitions",
+    None,
+    "Of all that is left, draw trajectories at random until there are this many "
+    "transitions; the last one is cut.",
+)
 EVALUATE = flags.DEFINE_bool(
     "evaluate", True, "Roll the result out and record its returns."
 )
+
+
+def start() -> None:
+    """What has to be done before anything runs on a device.
+
+    Raises:
+      InputError: processes that do not come together.
+    """
+    if COMPILATION_CACHE.value is not None:
+        folder = Path(COMPILATION_CACHE.value).expanduser().absolute()
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    told = (COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    if DISTRIBUTED.value or told != (None, None, None):
+        processes.connect(*told, timeout=PEER_SECONDS.value)
+
+
+def members() -> list[Member]:
+    """The runs that --seed or --seeds stands for."""
+    if SEEDS.value is None:
+        return [Member(seed=SEED.value)]
+    if SEED.present:
+        raise InputError("--seed and --seeds were both given; choose one")
+    return members_of(SEEDS.value)
+
+
+def env() -> str | None:
+    """The environment that --env and --shift stand for."""
+    return shifted(ENV.value)
+
+
+def shifted(env: str | None) -> str | None:
+    """An environment of --env as --shift changes it."""
+    if env is None and SHIFT.value:
+        raise InputError("--shift: changes the simulator of --env, which is not given")
+    return None if env is None else envs.shifted(env, *SHIFT.value)
 
 
 def data() -> str | None:
@@ -90,4 +168,5 @@ def selection() -> Selection:
         split=SPLIT.value,
         filter=FILTER.value,
         share=SHARE.value,
+        transitions=TRANSITIONS.value,
     )

@@ -15,6 +15,15 @@ r"""Train a base policy on demonstrations and put it into a skill library.
         --workdir=runs/fisor --library=runs/fisor_library --data=OfflineBallRun-v0 \
         --objective=fisor
 
+    # fine-tuning of another library's base
+    python -m launch.pretrain --workdir=runs/tuned --library=runs/tuned_library \
+        --start=runs/library --data=more.hdf5 --env=gymnasium:HalfCheetah-v5 \
+        --config.base.episodes=0
+
+    # five seeds as one program: runs/stand/seed0 ..., runs/library/seed0 ...
+    python -m launch.pretrain --seeds=0,1,2,3,4 --workdir=runs/stand \
+        --library=runs/library
+
 The base is a diffusion policy trained by behaviour cloning on the first
 config.base.episodes trajectories of the data, with --best on those of highest return; 0
 takes all of them. Stop it at any time: the same command resumes where it was. Next:
@@ -41,25 +50,38 @@ CRITICS = flags.DEFINE_string(
     "Folder of a finished run whose critics are used as they are; default trains "
     "critics in the same program where the objective needs them.",
 )
+START = flags.DEFINE_string(
+    "start",
+    None,
+    "Folder of a library whose base is trained on, in all of its parameters, into a "
+    "library of its own; default starts afresh.",
+)
 
 
 def main(argv: Sequence[str]) -> None:
     """Flags to one call."""
     no_arguments(argv)
-    result = stages.pretrain(
-        options.CONFIG.value,
-        workdir=options.WORKDIR.value,
-        library=options.LIBRARY.value,
-        seed=options.SEED.value,
-        env=options.ENV.value,
-        data=options.data(),
-        selection=options.selection(),
-        name=NAME.value,
-        objective=OBJECTIVE.value,
-        critics=CRITICS.value,
-        evaluate_after=options.EVALUATE.value,
-    )
-    print(stages.describe(f"base {NAME.value!r}", result))
+    options.start()
+    env, data = options.env(), options.data()
+    works = {
+        member.name: stages.pretrain.work(
+            options.CONFIG.value,
+            workdir=member.place(options.WORKDIR.value),
+            library=member.place(options.LIBRARY.value),
+            seed=member.seed,
+            env=env,
+            data=data,
+            selection=options.selection(),
+            name=NAME.value,
+            objective=OBJECTIVE.value,
+            critics=member.place(CRITICS.value),
+            start=member.place(START.value),
+            evaluate_after=options.EVALUATE.value,
+        )
+        for member in options.members()
+    }
+    for result in stages.together(works, options.MESH.value).values():
+        print(stages.describe(f"base {NAME.value!r}", result))
 
 
 if __name__ == "__main__":

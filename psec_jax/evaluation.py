@@ -84,7 +84,39 @@ def evaluate(
       FloatingPointError: the policy gave NaN or infinity.
       RuntimeError: a worker process has died too often.
     """
-    return _roll_out(act, env_spec, episodes, seed, workers, vector_env)
+    [result] = _roll_out(act, 1, env_spec, episodes, seed, workers, vector_env)
+    return result
+
+
+def evaluate_together(
+    act: Act, count: int, env_spec: str, episodes: int, seed: int
+) -> list[Episodes]:
+    """`evaluate` of R policies at once, in the same environments.
+
+    Each plays the same episodes from the same states and keys as it would alone.
+
+    Args:
+      act: jitted `(keys [R, B], obs [R, B, S]) -> actions [R, B, A]` of all policies,
+        such as `policy.act_together`; B is min(E, 64 / R), or min(E, 8 / R) with a
+        process for each environment, and at least 1.
+      count: R.
+      env_spec: see `psec_jax.envs.make`.
+      episodes: E of each policy.
+      seed: of initial states and policies.
+
+    Returns:
+      The episodes of each policy.
+
+    Raises:
+      As `evaluate`.
+    """
+
+    def flat(keys: jax.Array, obs: np.ndarray) -> np.ndarray:
+        rows = obs.reshape(count, -1, obs.shape[-1])
+        action = np.asarray(act(keys.reshape(rows.shape[:2]), rows))
+        return action.reshape(len(obs), -1)
+
+    return _roll_out(flat, count, env_spec, episodes, seed, None, None)
 
 
 def record(
@@ -103,7 +135,7 @@ def record(
       As `evaluate`.
     """
     rows: list[list[tuple]] = []
-    result = _roll_out(act, env_spec, episodes, seed, None, vector_env, rows)
+    [result] = _roll_out(act, 1, env_spec, episodes, seed, None, vector_env, rows)
     types = (np.float32,) * 5 + (bool,) * 2
     columns = zip(*[row for episode in rows for row in episode], strict=True)
     ds = Dataset(*(np.array(c, dtype=t) for c, t in zip(columns, types, strict=True)))
@@ -112,14 +144,15 @@ def record(
 
 def _roll_out(
     act: Act,
+    count: int,
     env_spec: str,
     episodes: int,
     seed: int,
     workers: int | None,
     vector_env: VectorEnv | None,
     rows: list[list[tuple]] | None = None,
-) -> Episodes:
-    """`evaluate`; `rows` gets the transitions of each episode."""
+) -> list[Episodes]:
+    """The episodes of `count` policies; `rows` gets the transitions of each episode."""
     if episodes < 1:
         raise InputError(f"episodes is {episodes}, expected 1 or more")
     if not 0 <= seed < 2**32:
@@ -128,36 +161,42 @@ def _roll_out(
         rows += [[] for _ in range(episodes)]
     if vector_env is None:
         width = MAX_PROCESSES if one_per_process(env_spec) else MAX_WIDTH
-        with VectorEnv(env_spec, min(episodes, width), workers) as made:
-            return _play(act, made, episodes, seed, rows)
+        width = count * min(episodes, max(width // count, 1))
+        with VectorEnv(env_spec, width, workers) as made:
+            return _play(act, count, made, episodes, seed, rows)
     if vector_env.spec != env_spec:
         raise InputError(
             f"the environments given are {vector_env.spec}, expected {env_spec}"
         )
-    return _play(act, vector_env, episodes, seed, rows)
+    return _play(act, count, vector_env, episodes, seed, rows)
 
 
 def _play(
     act: Act,
+    count: int,
     env: VectorEnv,
     episodes: int,
     seed: int,
     rows: list[list[tuple]] | None,
-) -> Episodes:
-    width = env.num_envs
-    seeds = episode_seeds(seed, episodes)
-    returns, costs = np.zeros(episodes), np.zeros(episodes)
-    lengths = np.zeros(episodes, dtype=np.int64)
-    # Slot b plays episode running[b]; idle slots keep stale observations, so that the
-    # batch never changes its shape.
-    slots = np.arange(min(width, episodes))
+) -> list[Episodes]:
+    width, total = env.num_envs, count * episodes
+    seeds = np.tile(episode_seeds(seed, episodes), count)
+    returns, costs = np.zeros(total), np.zeros(total)
+    lengths = np.zeros(total, dtype=np.int64)
+    # Policy p has the slots of row p, and plays the episodes from p * E on. Slot b
+    # plays episode running[b]; idle slots keep stale observations, so that the batch
+    # never changes its shape.
+    share = width // count
+    owner = np.arange(width) // share
+    slots = np.flatnonzero(np.arange(width) % share < episodes)
     running = np.zeros(width, dtype=np.int64)
-    running[slots] = slots
-    waiting = len(slots)
+    running[slots] = owner[slots] * episodes + slots % share
+    waiting = np.arange(count) * episodes + min(share, episodes)
+    last = np.arange(1, count + 1) * episodes
     obs = np.zeros((width, env.obs_dim), np.float32)
-    obs[slots] = env.reset(slots, seeds[slots])
+    obs[slots] = env.reset(slots, seeds[running[slots]])
     while len(slots):
-        keys = _policy_keys(np.uint32(seed), running, lengths[running])
+        keys = _policy_keys(np.uint32(seed), running % episodes, lengths[running])
         action = np.asarray(act(keys, obs), dtype=np.float32)
         if action.shape != (width, env.action_dim):
             raise InputError(
@@ -167,9 +206,10 @@ def _play(
         action, current = np.clip(action[slots], -1, 1), running[slots]
         if not np.isfinite(action).all():
             bad = current[~np.isfinite(action).all(1)][0]
+            which = f" of policy {bad // episodes + 1} of {count}" if count > 1 else ""
             raise FloatingPointError(
                 f"the policy's action is not finite in step {lengths[bad]} of episode "
-                f"{bad}"
+                f"{bad % episodes}{which}"
             )
         step = env.step(slots, action)
         if rows is not None:
@@ -183,11 +223,20 @@ def _play(
         lengths[current] += 1
         obs[slots] = step.obs
         ended = step.terminal | step.timeout
-        free = slots[ended][: episodes - waiting]
+        taken = []
+        for slot in slots[ended]:
+            policy = owner[slot]
+            if waiting[policy] < last[policy]:
+                running[slot] = waiting[policy]
+                waiting[policy] += 1
+                taken.append(slot)
+        free = np.array(taken, dtype=np.int64)
         if len(free):
-            fresh = np.arange(waiting, waiting + len(free))
-            running[free] = fresh
-            obs[free] = env.reset(free, seeds[fresh])
-            waiting += len(free)
+            obs[free] = env.reset(free, seeds[running[free]])
         slots = slots[~ended | np.isin(slots, free)]
-    return Episodes(returns, costs, lengths, seeds)
+    return [
+        Episodes(
+            *(column[e : e + episodes] for column in (returns, costs, lengths, seeds))
+        )
+        for e in range(0, total, episodes)
+    ]

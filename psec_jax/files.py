@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import platform
 import re
 import shutil
 from collections.abc import Iterator
@@ -11,7 +12,9 @@ from typing import Any
 
 from psec_jax.errors import InputError
 
-_LEFT = re.compile(r"\.(?P<name>.+)\.(?P<purpose>tmp|old|removed)-(?P<pid>\d+)")
+_LEFT = re.compile(
+    r"\.(?P<name>.+)\.(?P<purpose>tmp|old|removed)-((?P<host>.+)-)?(?P<pid>\d+)"
+)
 
 
 @contextlib.contextmanager
@@ -31,7 +34,7 @@ def write_atomic(path: Path | str, content: bytes | str) -> None:
         under that name stays as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary = beside(path, "tmp")
     data = content.encode() if isinstance(content, str) else content
     with reported(f"write {path}"):
         try:
@@ -89,17 +92,17 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def beside(folder: Path, purpose: str) -> Path:
-    """A hidden name beside a folder: ".NAME.PURPOSE-PID"."""
-    return folder.with_name(f".{folder.name}.{purpose}-{os.getpid()}")
+def beside(path: Path, purpose: str) -> Path:
+    """A hidden name beside a file or folder: ".NAME.PURPOSE-HOST-PID"."""
+    return path.with_name(f".{path.name}.{purpose}-{platform.node()}-{os.getpid()}")
 
 
 def replace_folder(temporary: Path, path: Path) -> None:
     """Put a finished folder in the place of `path`; an older one goes only then.
 
     Folders cannot be exchanged in one step portably, so the old one is renamed aside
-    first; it comes back if the new one cannot take its place, and by `recover_folders`
-    if the process dies in between.
+    first; it comes back if the new one cannot take its place, and by `recover` if the
+    process dies in between.
     """
     aside = beside(path, "old")
     had_old = path.exists()
@@ -123,21 +126,32 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(aside)
 
 
-def recover_folders(parent: Path) -> None:
-    """Undo what `replace_folder` and `remove_folder` of dead processes left behind."""
+def recover(parent: Path) -> None:
+    """Undo what dead processes left behind while they wrote, replaced or removed."""
     for left in parent.iterdir():
         match = _LEFT.fullmatch(left.name)
-        if match is None or _alive(int(match["pid"])):
+        if match is None:
             continue
         path = parent / match["name"]
-        with reported(f"tidy {left}"):
-            if match["purpose"] == "old" and not path.exists():
+        lost = match["purpose"] == "old" and not path.exists()
+        # Processes of another host cannot be asked; what they may still write stays.
+        ours = match["host"] in (None, platform.node())
+        if not (lost or ours) or (ours and _alive(int(match["pid"]))):
+            continue
+        # Another process may tidy at the same time.
+        with reported(f"tidy {left}"), contextlib.suppress(FileNotFoundError):
+            if lost:
                 os.rename(left, path)
-            else:
+            elif left.is_dir():
                 shutil.rmtree(left)
+            else:
+                left.unlink()
 
 
 def _alive(pid: int) -> bool:
+    # Our own number was that of an earlier process: in a container it often is.
+    if pid == os.getpid():
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -27,7 +27,7 @@ from psec_jax.errors import InputError
 from psec_jax.files import (
     beside,
     read_json,
-    recover_folders,
+    recover,
     remove_folder,
     replace_folder,
     reported,
@@ -91,7 +91,7 @@ class SkillLibrary:
     def _recover(self) -> None:
         for folder in (self.root, *(self.root / f for f in _FOLDERS.values())):
             if folder.is_dir():
-                recover_folders(folder)
+                recover(folder)
 
     def skills(self) -> list[str]:
         """Names of the skills, sorted."""
@@ -187,20 +187,21 @@ class SkillLibrary:
         Args:
           name: letters, digits, ".", "_" and "-".
           params: {"head": ..., "support": ...}.
-          card: "skills" (names in the order of alpha), "level", "gate" (its form).
+          card: "skills" (names in the order of alpha), "level", "gate" (its form). If
+            it names "skill_fingerprints", they must be those of the library's skills.
           overwrite: replace a gate of that name.
 
         Raises:
-          InputError: a bad name, an unknown skill, another base, or a full disk.
+          InputError: a bad name, an unknown skill, another base, a skill that was
+            replaced, or a full disk.
         """
         _check_card("gate", name, card, ("skills", "level", "gate"))
         _, _, base_card = self.load_base()
         card = self._adopt("gate", name, card, base_card, overwrite)
-        prints = [self._read_card("skill", skill) for skill in card["skills"]]
-        card |= {
-            "skill_fingerprints": [skill["fingerprint"] for skill in prints],
-            "fingerprint": tree.fingerprint(params),
-        }
+        prints = self._skill_fingerprints(card["skills"])
+        card = {"skill_fingerprints": prints} | card
+        self._same_skills(name, card, prints)
+        card |= {"fingerprint": tree.fingerprint(params)}
         self._add("gate", name, params, card)
 
     def _adopt(
@@ -259,16 +260,23 @@ class SkillLibrary:
         """
         params, card = self._load("gate", name)
         self._same_base("gate", name, card, self._read_card("base", "base"))
-        for skill, made_for in zip(
-            card["skills"], card["skill_fingerprints"], strict=True
+        self._same_skills(name, card, self._skill_fingerprints(card["skills"]))
+        return params, card
+
+    def _skill_fingerprints(self, names: Sequence[str]) -> list[str]:
+        return [self._read_card("skill", name)["fingerprint"] for name in names]
+
+    def _same_skills(
+        self, name: str, card: Mapping[str, Any], prints: Sequence[str]
+    ) -> None:
+        for skill, made_for, found in zip(
+            card["skills"], card["skill_fingerprints"], prints, strict=True
         ):
-            found = self._read_card("skill", skill)["fingerprint"]
             if found != made_for:
                 raise InputError(
                     f"gate {name!r}: made for skill {skill!r} {made_for}, the library "
                     f"has {found}; make the gate again"
                 )
-        return params, card
 
     def _same_base(
         self,

@@ -29,11 +29,13 @@ class Writer:
 
     def __init__(self, run: Run, step: int = 0) -> None:
         self._folder = run.workdir
-        # The time orders the files of one run, the process id keeps them apart.
-        name = f"events.out.tfevents.{time.time_ns() // 10**6}.{os.getpid()}"
         with reported(f"write metrics in {run.workdir}"):
             _drop_after(run, step)
             run.events.mkdir(exist_ok=True)
+            # TensorBoard reads files in the order of their names; clocks may go back.
+            name = f"events.out.tfevents.{time.time_ns() // 10**6}.{os.getpid()}"
+            before = max((path.name for path in run.events.iterdir()), default="")
+            name = max(name, f"{before}.1")
             self._file = open(run.metrics, "a")
             self._events = RecordWriter(str(run.events / name))
             self._event(0, file_version="brain.Event:2")
@@ -67,6 +69,12 @@ class Writer:
         self._events.write(event.SerializeToString())
 
 
+def newest(run: Run) -> dict[str, int | float]:
+    """The scalars of the newest line, without its step and timings; {} if none."""
+    line = (read(run) or [{}])[-1]
+    return {n: v for n, v in line.items() if n != "step" and n[:5] != "time/"}
+
+
 def read(run: Run) -> list[dict[str, int | float]]:
     """The lines of metrics.jsonl, oldest first; [] if there are none.
 
@@ -76,7 +84,7 @@ def read(run: Run) -> list[dict[str, int | float]]:
     with reported(f"read {run.metrics}"):
         if not run.metrics.exists():
             return []
-        lines = run.metrics.read_text().splitlines()
+        lines = run.metrics.read_bytes().splitlines()
     try:
         return [json.loads(line) for line in lines]
     except ValueError as error:
@@ -86,13 +94,18 @@ def read(run: Run) -> list[dict[str, int | float]]:
 def _drop_after(run: Run, step: int) -> None:
     if not run.metrics.exists():
         return
+    lines = run.metrics.read_bytes().splitlines(keepends=True)
     kept = []
-    for line in run.metrics.read_text().splitlines():
+    for number, line in enumerate(lines, 1):
         try:
             if json.loads(line)["step"] > step:
                 break
-        except ValueError:
-            # A process killed while writing leaves half a line, and nothing after it.
-            break
-        kept.append(line + "\n")
-    write_atomic(run.metrics, "".join(kept))
+        except (ValueError, TypeError, KeyError) as error:
+            # A process killed while writing leaves half a line at the end.
+            if number == len(lines) and not line.endswith(b"\n"):
+                break
+            raise InputError(
+                f"{run.metrics}: line {number} is damaged; remove it to go on"
+            ) from error
+        kept.append(line.rstrip() + b"\n")
+    write_atomic(run.metrics, b"".join(kept))

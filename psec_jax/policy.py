@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from psec_jax import tree
 from psec_jax.agents import critic_file
 from psec_jax.agents.critic_file import Finished
 from psec_jax.composition import LEVELS, PolicyConfig, PolicyParams, act, weights
@@ -81,6 +82,28 @@ def _act_one(config, params, key, obs):
 def _act_batch(config, params, keys, obs):
     one = functools.partial(act, config, params)
     return jax.vmap(one)(keys, obs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _act_together(config, params, keys, obs):
+    def one(params, keys, obs):
+        return jax.vmap(functools.partial(act, config, params))(keys, obs)
+
+    return jax.vmap(one)(params, keys, obs)
+
+
+def alike(left: Policy, right: Policy) -> bool:
+    """Whether the two can act in one call: the same config and shapes of arrays."""
+    same = tree.shapes(left.params) == tree.shapes(right.params)
+    return left.config == right.config and same
+
+
+def act_together(
+    policies: Sequence[Policy],
+) -> Callable[[Key[Array, "R B"], Float[Array | np.ndarray, "R B S"]], jax.Array]:
+    """The actions [R, B, A] of R policies that are `alike`, as one jitted call."""
+    params = tree.stack([policy.params for policy in policies])
+    return functools.partial(_act_together, policies[0].config, params)
 
 
 @functools.partial(jax.jit, static_argnums=0)

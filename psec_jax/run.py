@@ -17,7 +17,7 @@ import jax
 
 import psec_jax
 from psec_jax.errors import InputError
-from psec_jax.files import read_json, reported, write_json
+from psec_jax.files import read_json, recover, reported, write_json
 
 _PACKAGES = (
     "jax",
@@ -110,6 +110,7 @@ def open_run(
     path = workdir / "config.json"
     with reported(f"make workdir {workdir}"):
         workdir.mkdir(parents=True, exist_ok=True)
+        recover(workdir)
         others = sorted(p.name for p in workdir.iterdir() if p.name[0] != ".")
     if path.exists():
         _refuse_other(workdir, read_json(path), mine)

@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array
 
 from psec_jax import tree
-from psec_jax.errors import InputError
+from psec_jax.errors import InputError, TrainingError
 from psec_jax.gating import DISTANCE_CAP, init_distance, learned_distance
 from psec_jax.types import Params
 
@@ -167,6 +167,7 @@ def fit_learned(
 
     Raises:
       InputError: fewer than two demonstrations of a skill, or copies of one.
+      TrainingError: the fit is not finite.
     """
     reference = fit_neighbour(config, skills, background)
     every = np.concatenate([background, *(np.concatenate(t) for t in skills)])
@@ -244,7 +245,14 @@ def _regress(config: SupportConfig, pool: np.ndarray, target: np.ndarray) -> Par
         keys = jax.random.split(batch_key, config.steps)
         return jax.lax.scan(step, (net, state), keys)[0][0]
 
-    return run(net, optimiser.init(net), pool, target.astype(np.float32))
+    net = run(net, optimiser.init(net), pool, target.astype(np.float32))
+    # Numbers that are not finite stay so from step to step.
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(net)):
+        raise TrainingError(
+            f"the learned support is not finite between steps 0 and {config.steps}; "
+            "nothing was saved"
+        )
+    return net
 
 
 FITS = {"neighbour": fit_neighbour, "learned": fit_learned}

@@ -45,6 +45,11 @@ def fingerprint(tree: Mapping[str, Any]) -> str:
     return digest.hexdigest()[:16]
 
 
+def shapes(tree: Params) -> Params:
+    """Shape and dtype of every leaf, to be compared."""
+    return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
+
+
 def size(tree: Params) -> int:
     """Number of scalars in the tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

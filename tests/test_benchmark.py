@@ -19,6 +19,7 @@ TINY = benchmark.Sizes(
     latency_repeats=2,
     matmul=8,
     batches=(10,),
+    seeds=(1, 2),
     skills=(2,),
     transitions=2000,
     start_steps=2,

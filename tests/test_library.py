@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import shutil
 
 import numpy as np
@@ -150,14 +151,30 @@ def test_full_disk_while_recording_returns_keeps_the_card(library, monkeypatch):
 
 def test_what_a_killed_process_left_is_put_right(library):
     dead, skills = 2**22 + 1, library.root / "skills"  # above the largest process id
+    here = platform.node()
     before = files_of(library.root)
-    os.rename(skills / "walk", skills / f".walk.old-{dead}")
-    (skills / f".walk.tmp-{dead}").mkdir()
-    shutil.copytree(skills / "run", skills / f".run.removed-{dead}")
-    (skills / f".mine.tmp-{os.getpid()}").mkdir()
+    os.rename(skills / "walk", skills / f".walk.old-{here}-{dead}")
+    (skills / f".walk.tmp-{here}-{os.getpid()}").mkdir()  # of an earlier process
+    (skills / f".walk.json.tmp-{here}-{dead}").write_text("{")
+    shutil.copytree(skills / "run", skills / f".run.removed-{here}-{dead}")
+    alive = (f".a.tmp-{here}-{os.getppid()}", f".a.tmp-elsewhere-{dead}")
+    for name in alive:
+        (skills / name).mkdir()
     assert SkillLibrary.open(library.root).skills() == ["run", "walk"]
     assert files_of(library.root) == before
-    assert (skills / f".mine.tmp-{os.getpid()}").is_dir(), "it may still be written"
+    left = [path.name for path in skills.iterdir() if path.name[0] == "."]
+    assert sorted(left) == sorted(alive), "they may still be written"
+
+
+def test_gate_of_skills_that_were_replaced_is_refused(library):
+    prints = [library.card("skill", name)["fingerprint"] for name in ("walk", "run")]
+    card = GATE_CARD | {"skill_fingerprints": prints}
+    library.add_gate("new", GATE, card)
+    library.add_skill("run", tiny.skill(5), SKILL_CARD, overwrite=True)
+    before = files_of(library.root)
+    with pytest.raises(InputError, match="'new': made for skill 'run' .* make the"):
+        library.add_gate("new", GATE, card, overwrite=True)
+    assert files_of(library.root) == before
 
 
 def test_existing_names_are_refused_unless_overwritten(library):

@@ -269,7 +269,9 @@ def test_failed_save_keeps_the_last_good_one(tmp_path, data, monkeypatch):
     import orbax.checkpoint as ocp
 
     def full(self):
-        raise ValueError("RESOURCE_EXHAUSTED: ... No space left on device [28]")
+        raise ValueError(
+            "RESOURCE_EXHAUSTED: ... No space left on device [os_error_code='28']"
+        )
 
     with monkeypatch.context() as patch:
         patch.setattr(ocp.CheckpointManager, "check_for_errors", full)
@@ -292,9 +294,10 @@ def test_full_disk_is_told_before_a_save_is_begun(tmp_path, data, monkeypatch):
         go(run, data)
 
 
-def test_damaged_save_is_refused_by_name(tmp_path, data):
+def test_unreadable_save_is_refused_by_name(tmp_path, data):
     run = open_run(tmp_path, "base")
     go(run, data)
+    (run.checkpoints / "4" / "default" / "sha256.json").unlink()
     (run.checkpoints / "4" / "default" / "_METADATA").write_text("{")
     with pytest.raises(InputError, match="cannot read the save .*/4: .* an older save"):
         go(run, data)

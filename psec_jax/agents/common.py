@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
+from psec_jax import sharding
 from psec_jax.data import dataset
 from psec_jax.diffusion import Schedule
 from psec_jax.errors import InputError
@@ -17,6 +18,7 @@ from psec_jax.losses import draw_noise
 from psec_jax.types import Dataset, Normaliser, Params, TrainState
 
 Metrics = dict[str, Array]
+_NO_ROWS = ("frozen", "count")
 
 
 class TrainData(NamedTuple):
@@ -26,11 +28,13 @@ class TrainData(NamedTuple):
       obs: [N, S], normalised.
       action: [N, A].
       frozen: parameters the update reads and never changes.
+      count: rows to draw from, the others being padding; None is all of them.
     """
 
     obs: Float[Array, "N S"]
     action: Float[Array, "N A"]
     frozen: Any = None
+    count: Int[Array, ""] | None = None
 
 
 class Transitions(NamedTuple):
@@ -43,6 +47,7 @@ class Transitions(NamedTuple):
       h: [*B], above 0 where the constraint is violated; see `make_transitions`.
       next_obs: [*B, S], normalised.
       mask: [*B], 0 where nothing is bootstrapped.
+      count: rows to draw from, the others being padding; None is all of them.
     """
 
     obs: Float[Array, "*B S"]
@@ -51,6 +56,7 @@ class Transitions(NamedTuple):
     h: Float[Array, "*B"]
     next_obs: Float[Array, "*B S"]
     mask: Float[Array, "*B"]
+    count: Int[Array, ""] | None = None
 
 
 class Noise(NamedTuple):
@@ -131,7 +137,19 @@ def descend(
     return TrainState(params, ema, opt_state, state.step + 1), metrics
 
 
-def draw_index(key: Key[Array, ""], count: int, batch_size: int) -> Int[Array, " B"]:
+def pad_rows(data: TrainData | Transitions, length: int) -> TrainData | Transitions:
+    """The same data with rows of zeros behind, which are never drawn."""
+
+    def padded(rows: Array) -> Array:
+        return jnp.pad(rows, [(0, length - len(rows))] + [(0, 0)] * (rows.ndim - 1))
+
+    rows = {k: padded(x) for k, x in data._asdict().items() if k not in _NO_ROWS}
+    return data._replace(count=jnp.asarray(len(data.obs), jnp.int32), **rows)
+
+
+def draw_index(
+    key: Key[Array, ""], data: TrainData | Transitions, batch_size: int
+) -> Int[Array, " B"]:
     """Rows of a batch, uniformly with replacement.
 
     Raises:
@@ -139,6 +157,7 @@ def draw_index(key: Key[Array, ""], count: int, batch_size: int) -> Int[Array, "
     """
     if batch_size < 1:
         raise InputError(f"batch_size: got {batch_size}, expected 1 or more")
+    count = data.obs.shape[0] if data.count is None else data.count
     return jax.random.randint(key, (batch_size,), 0, count)
 
 
@@ -146,16 +165,17 @@ def draw(
     key: Key[Array, ""], data: TrainData, batch_size: int
 ) -> tuple[Float[Array, "B S"], Float[Array, "B A"]]:
     """A batch of states and actions; see `draw_index`."""
-    index = draw_index(key, data.obs.shape[0], batch_size)
-    return data.obs[index], data.action[index]
+    index = draw_index(key, data, batch_size)
+    return sharding.rows((data.obs[index], data.action[index]))
 
 
 def draw_transitions(
     key: Key[Array, ""], data: Transitions, batch_size: int
 ) -> Transitions:
     """A batch of transitions; see `draw_index`."""
-    index = draw_index(key, data.obs.shape[0], batch_size)
-    return jax.tree.map(lambda rows: rows[index], data)
+    index = draw_index(key, data, batch_size)
+    batch = jax.tree.map(lambda rows: rows[index], data._replace(count=None))
+    return sharding.rows(batch)
 
 
 def batch_noise(

@@ -107,6 +107,7 @@ def init(
     obs_dim: int,
     action_dim: int,
     base: Params | None = None,
+    start: Params | None = None,
 ) -> OfflineState:
     """A fresh actor, and fresh critics where they are trained.
 
@@ -116,11 +117,12 @@ def init(
       obs_dim: S.
       action_dim: A.
       base: under the skills.
+      start: of a base that is trained on; None starts afresh.
     """
     actor_key, critic_key = jax.random.split(key)
     actor: Any = config.actor
     if isinstance(actor, PretrainConfig):
-        state = pretrain_agent.init(actor, actor_key, obs_dim, action_dim)
+        state = pretrain_agent.init(actor, actor_key, obs_dim, action_dim, start)
     else:
         keys = jax.random.split(actor_key, len(config.objectives))
         make = functools.partial(

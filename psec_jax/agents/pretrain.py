@@ -38,11 +38,16 @@ class PretrainConfig:
 
 
 def init(
-    config: PretrainConfig, key: Key[Array, ""], obs_dim: int, action_dim: int
+    config: PretrainConfig,
+    key: Key[Array, ""],
+    obs_dim: int,
+    action_dim: int,
+    start: Params | None = None,
 ) -> TrainState:
-    """A fresh base."""
-    params = init_base(config.network, key, obs_dim, action_dim)
-    return init_state(config.optimiser, params)
+    """A fresh base, or the one to be trained on."""
+    if start is None:
+        start = init_base(config.network, key, obs_dim, action_dim)
+    return init_state(config.optimiser, start)
 
 
 def update(

@@ -1,0 +1,166 @@
+"""A mesh of eight devices, made of one CPU, gives the numbers of one device."""
+
+import functools
+from contextlib import closing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import PartitionSpec
+from shell import call
+
+from psec_jax import metrics, sharding
+from psec_jax.agents import pretrain
+from psec_jax.agents.common import OptimiserConfig, TrainData
+from psec_jax.checkpoint import Checkpoints
+from psec_jax.errors import InputError
+from psec_jax.run import open_run
+from psec_jax.training import Member, train_together
+
+BATCH = 8
+AGENT = pretrain.PretrainConfig(
+    tiny.NETWORK,
+    tiny.DIFFUSION,
+    OptimiserConfig(learning_rate=1e-3, ema=0.1),
+    batch_size=BATCH,
+)
+DATA = TrainData(tiny.normal(50, tiny.OBS_DIM), tiny.normal(50, tiny.ACTION_DIM))
+CLOSE = functools.partial(tiny.assert_trees_close, atol=2e-5, rtol=1e-4)
+
+
+@functools.cache
+def start(seed):
+    return pretrain.init(AGENT, jax.random.key(seed), tiny.OBS_DIM, tiny.ACTION_DIM)
+
+
+def go(count, mesh, steps=3, folder=None, data=DATA, **options):
+    members = [
+        Member(
+            start(seed),
+            data,
+            jax.random.key(seed),
+            folder and open_run(folder / str(seed), "base"),
+            f"seed {seed}",
+        )
+        for seed in range(count)
+    ]
+    options = {"log_every": 1, "save_every": 2, "progress": False} | options
+    results = train_together(
+        functools.partial(pretrain.update, AGENT),
+        members,
+        steps=steps,
+        mesh=sharding.make_mesh(mesh, count),
+        **options,
+    )
+    return results, members
+
+
+@functools.cache
+def on_one_device(count):
+    return [state for state, _ in go(count, None)[0]]
+
+
+@pytest.mark.parametrize(
+    ("count", "mesh", "options"),
+    [
+        (4, "seed:4,data:2", {}),
+        (4, "seed:2,data:4", {"steps_per_call": 3}),
+        (1, "data:8", {}),
+    ],
+)
+def test_a_mesh_gives_the_numbers_of_one_device(tmp_path, count, mesh, options):
+    results, members = go(count, mesh, folder=tmp_path, **options)
+    expected = on_one_device(4)[:count]
+    for (state, summary), plain, member in zip(results, expected, members, strict=True):
+        CLOSE(state, plain)
+        assert summary["steps"] == 3
+        assert {len(leaf.devices()) for leaf in jax.tree.leaves(state)} == {1}
+        assert [line["step"] for line in metrics.read(member.run)] == [1, 2, 3]
+        with closing(Checkpoints(member.run.checkpoints)) as saves:
+            tiny.assert_trees_equal(saves.restore(start(0)), state)
+
+
+def test_a_run_goes_on_on_other_devices(tmp_path):
+    """From one device to a mesh and back; one member alone is behind the others."""
+    go(1, None, steps=2, folder=tmp_path)
+    go(2, "seed:2,data:4", steps=2, folder=tmp_path)
+    results, _ = go(2, None, steps=3, folder=tmp_path)
+    for (state, summary), expected in zip(results, on_one_device(4), strict=False):
+        CLOSE(state, expected)
+        assert (summary["resumed_at"], summary["steps"]) == (2, 1)
+
+
+def test_what_lies_where():
+    mesh = sharding.make_mesh("seed:4,data:2", 4)
+    with sharding.using(mesh):
+        got = jax.jit(sharding.rows)({"x": jnp.ones((8, 3))})
+    assert got["x"].sharding.spec == PartitionSpec("data")
+    for count, spec in ((4, PartitionSpec("seed")), (8, PartitionSpec("seed"))):
+        placed = sharding.Layout(mesh, count).put(jnp.ones((count, 3)))
+        assert placed.sharding.spec == spec
+        assert placed.addressable_shards[0].data.shape == (count // 4, 3)
+    # Some may be finished: what is left is whole on every device.
+    for count in (1, 3):
+        layout = sharding.Layout(mesh, count)
+        assert layout.axis is None
+        assert layout.put(jnp.ones((count, 3))).is_fully_replicated
+    keys = jax.random.split(jax.random.key(0), 4)
+    placed = sharding.Layout(mesh, 4).put(keys)
+    np.testing.assert_array_equal(
+        jax.random.key_data(placed), jax.random.key_data(keys)
+    )
+    assert jax.jit(sharding.rows)(jnp.ones((7, 3))).shape == (7, 3)  # no mesh in use
+
+
+@pytest.mark.parametrize(
+    ("text", "members", "message"),
+    [
+        ("seed:4", 4, "takes 4 devices, there are 8"),
+        ("data:16", 1, "takes 16 devices, there are 8"),
+        ("seed:4,data:2", 6, "cannot divide 6 runs by 4"),
+        ("seed:8", 1, "cannot divide 1 runs by 8"),
+        ("", 1, "got '', expected sizes such as seed:4,data:2"),
+        ("8", 8, "got '8'"),
+        ("data:0", 1, "got 'data:0'"),
+        ("data:-8", 1, "got 'data:-8'"),
+        ("data:٨", 1, "got 'data:٨'"),
+        ("model:8", 1, "got 'model:8'"),
+        ("data:2,data:4", 1, "got 'data:2,data:4'"),
+    ],
+)
+def test_bad_meshes(text, members, message):
+    with pytest.raises(InputError) as caught:
+        sharding.make_mesh(text, members)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_batch_that_a_mesh_does_not_divide(tmp_path):
+    agent = pretrain.PretrainConfig(tiny.NETWORK, tiny.DIFFUSION, batch_size=6)
+    member = Member(start(0), DATA, jax.random.key(0), open_run(tmp_path, "base"))
+    with pytest.raises(InputError, match="data:8 does not divide a batch of 6"):
+        train_together(
+            functools.partial(pretrain.update, agent),
+            [member],
+            steps=1,
+            log_every=1,
+            save_every=1,
+            mesh=sharding.make_mesh("data:8"),
+        )
+
+
+def test_a_command_on_a_mesh_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = (f"--workdir={tmp_path}/w", f"--library={tmp_path}/l", "--data=x.hdf5")
+    config = __file__.rpartition("/tests/")[0] + "/experiments/configs/dsrl.py:quick"
+    for mesh, seeds, message in (
+        ("seed:3", "0,1,2", "takes 3 devices, there are 8"),
+        ("seed:8", "0,1,2", "cannot divide 3 runs by 8"),
+        ("seeds:8", "0", "got 'seeds:8'"),
+    ):
+        more = (f"--config={config}", f"--mesh={mesh}", f"--seeds={seeds}")
+        answer = call("launch.pretrain", *flags, *more)
+        assert answer.code == 2 and answer.err.count("\n") == 1, answer.err
+        assert message in answer.err
+    assert not (tmp_path / "w").exists()
