@@ -1,0 +1,130 @@
+"""Score against the strength of the shift, of base, skill and composition.
+
+    python -m experiments.shift_strength --targets=halfcheetah-medium,walker2d-medium
+
+rolls the policies of finished runs of experiments.dynamics_shift (the base of doubled
+gravity, the skill learned in the plain simulator, and both composed by the gate) out in
+simulators from the plain one, factor 1, to beyond the base's own. Nothing is trained
+that is there. Raw episodes are in results/dynamics/raw_strength, the figures
+results/dynamics/figures/strength_TARGET.png are made from those files.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from experiments import dynamics_shift, plots, results, stages
+from experiments.configs.d4rl import get_config
+from experiments.table2 import table_seeds
+from launch.cli import floats, no_arguments, run
+from psec_jax import envs
+from psec_jax.data import d4rl_sets
+from psec_jax.errors import lookup
+from psec_jax.evaluation import evaluate
+
+KIND = "raw_strength"
+POLICIES = ("Base", "Skill", "PSEC")
+QUANTITY = "gravity"  # the shift whose bases are taken, and what is varied
+FACTORS = ("1", "1.25", "1.5", "1.75", "2", "2.5", "3")
+
+
+def run_cells(
+    config: ConfigDict,
+    targets: Sequence[str],
+    factors: Sequence[float],
+    root: Path,
+    folder: Path,
+    report: Callable[[str], None],
+) -> None:
+    """Fill every missing point, target by target and seed by seed."""
+    jax.config.update("jax_compilation_cache_dir", str(root.absolute() / "compiled"))
+    fingerprint = results.config_fingerprint(config.to_dict())
+    for target in targets:
+        for seed in config.table.seeds:
+            cell = dynamics_shift.place(root, config, seed, target, QUANTITY)
+            for method in POLICIES:
+                act = None
+                for factor in factors:
+                    setting = f"{target} {QUANTITY} {factor:g}"
+                    path = results.raw_path(folder, setting, method, seed, KIND)
+                    if results.read_raw(path, fingerprint) is not None:
+                        continue
+                    act = act or dynamics_shift.MAKE[method](cell)
+                    env = cell.env
+                    if factor != 1:
+                        env = envs.shifted(env, f"{QUANTITY}:{factor:g}")
+                    count, start = config.evaluation.episodes, config.evaluation.seed
+                    episodes = evaluate(act, env, count, start)
+                    scores = d4rl_sets.normalised_score(cell.robot, episodes.returns)
+                    raw = results.header(config.to_dict(), setting, method, seed)
+                    raw |= {"target": target, "x": factor, "scores": scores.tolist()}
+                    raw |= stages.episodes_json(episodes, env, start)
+                    results.write_raw(path, raw)
+                    report(f"{setting} {method} seed {seed}: score {scores.mean():.1f}")
+
+
+def draw(folder: Path) -> list[Path]:
+    """A figure for each target, from the raw files alone."""
+    raws = results.load_all(folder, KIND)
+    paths = []
+    for target in sorted({raw["target"] for raw in raws}):
+        mine = dynamics_shift.scored([raw for raw in raws if raw["target"] == target])
+        top = 1.1 * max(np.mean(raw["returns"]) for raw in mine)
+        figure = plots.lines(
+            mine,
+            f"{QUANTITY}, times the plain simulator's",
+            f"{target}: score against the strength of the shift",
+            "Base cloned at factor 2; skill and gate learned at factor 1, 10,000 "
+            "transitions.",
+            {},
+            mark=(2.0, "the base's own"),
+            y_label="normalised score",
+            top=max(top, 1.0),
+        )
+        paths.append(plots.save(figure, folder / "figures", f"strength_{target}"))
+    return paths
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run what is missing, then draw."""
+    no_arguments(argv)
+    folder = Path(FLAGS["results"].value)
+    if not FLAGS["figures_only"].value:
+        config = get_config(FLAGS["preset"].value)
+        if FLAGS["seeds"].value:
+            config.table.seeds = table_seeds(FLAGS["seeds"].value)
+        config.table.methods = dynamics_shift.METHODS
+        for target in FLAGS["targets"].value:
+            lookup(dict.fromkeys(dynamics_shift.TARGETS), target, "target")
+        factors = floats("factors", FLAGS["factors"].value)
+        root = Path(FLAGS["workdir"].value or f"runs/dynamics/{config.preset}")
+        run_cells(config, FLAGS["targets"].value, factors, root, folder, print)
+    for path in draw(folder):
+        print(path)
+
+
+if __name__ == "__main__":
+    FLAGS = {
+        "preset": flags.DEFINE_string(
+            "preset", "standard", "quick, standard or paper."
+        ),
+        "results": flags.DEFINE_string(
+            "results", "results/dynamics", "Folder of raw results and figures."
+        ),
+        "workdir": flags.DEFINE_string(
+            "workdir", None, "Folder of runs; default runs/dynamics/PRESET."
+        ),
+        "targets": flags.DEFINE_list(
+            "targets", ["halfcheetah-medium", "walker2d-medium"], "Target sets."
+        ),
+        "factors": flags.DEFINE_list("factors", FACTORS, "Strengths to roll out at."),
+        "seeds": flags.DEFINE_list("seeds", [], "Seeds; default the preset's."),
+        "figures_only": flags.DEFINE_bool(
+            "figures_only", False, "Only draw the figures again."
+        ),
+    }
+    run(main)

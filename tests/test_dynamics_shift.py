@@ -1,0 +1,111 @@
+"""The dynamics shift end to end on the real walker, and the strength of the shift."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shell
+
+from experiments import dynamics_shift, shift_strength
+from experiments.collect import Actor, play
+from experiments.configs.d4rl import get_config
+from psec_jax.data import d4rl_sets, dataset
+from psec_jax.errors import InputError
+
+TARGET = "walker2d-medium"
+METHODS = ("BC", "IQL", "Scratch", *(f"{m} (gravity)" for m in dynamics_shift.SHIFTED))
+
+
+def small_config():
+    config = get_config("quick")
+    config.update(
+        {
+            "network": {"width": 16, "blocks": 1, "time_features": 8, "time_width": 8},
+            "critics": {"widths": (8,)},
+            "table": {
+                "methods": METHODS,
+                "seeds": (0,),
+                "transitions": 30,
+                "gaussian": {"steps": 2, "batch_size": 8},
+            },
+            "evaluation": {"episodes": 2},
+        }
+    )
+    for section in ("base", "skill", "gate"):
+        config[section].update({"steps": 2, "batch_size": 8})
+    return config
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """Sets of a few short episodes, and an empty working directory."""
+    monkeypatch.setenv("PSEC_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "official"))
+    monkeypatch.chdir(tmp_path)
+    for name in (f"{TARGET}-v2", "walker2d-gravity-source"):
+        spec = d4rl_sets.task(name).spec
+        episodes = play(spec, [Actor("random")] * 4, seed=0, workers=1)
+        d4rl_sets.save(name, dataset.concatenate(episodes), {})
+
+
+def test_table_and_study(place):
+    config, lines = small_config(), []
+    args = (config, [TARGET], Path("runs"), Path("results"), lines.append)
+    dynamics_shift.run_cells(*args)
+    assert len(lines) == len(METHODS)
+    # The skill leaves the base as it is; fine-tuning starts from it and does not.
+    root = Path("runs/walker2d-gravity/seed0")
+    cards = {
+        name: json.loads((root / name / "base/base.json").read_text())
+        for name in ("library", f"library-tuned-{TARGET}", f"library-joint-{TARGET}")
+    }
+    joint = cards[f"library-joint-{TARGET}"]["data"]
+    assert joint["transitions"] == cards["library"]["data"]["transitions"] + 30
+    tuned = cards[f"library-tuned-{TARGET}"]
+    assert tuned["config"]["start"] == cards["library"]["fingerprint"]
+    skill = json.loads((root / f"library/skills/{TARGET}/skill.json").read_text())
+    assert skill["data"]["transitions"] == 30 and skill["objective"] == "reward"
+    text = dynamics_shift.write_table(Path("results"))
+    assert "| PSEC (gravity) |" in text and "(57.1)" in text
+    assert "Of 1 cells" in text
+    table = json.loads(Path("results/dynamics_shift.json").read_text())
+    raw = json.loads(Path("results/raw/walker2d-medium-BC_seed0.json").read_text())
+    scores, returns = raw["scores"], np.array(raw["returns"])
+    assert table[TARGET]["BC"]["mean"] == pytest.approx(np.mean(scores))
+    np.testing.assert_allclose(
+        scores, 100 * (returns - 1.629008) / (4592.3 - 1.629008), rtol=1e-9
+    )
+    assert Path("results/figures/dynamics_shift.png").exists()
+    dynamics_shift.run_cells(*args)
+    assert len(lines) == len(METHODS)  # nothing is run twice
+
+    lines.clear()
+    args = (config, [TARGET], [1.0, 3.0], Path("runs"), Path("results"), lines.append)
+    shift_strength.run_cells(*args)
+    assert len(lines) == 2 * len(shift_strength.POLICIES)
+    raw = Path("results/raw_strength/walker2d-medium-gravity-3-Skill_seed0.json")
+    assert json.loads(raw.read_text())["env"] == "gymnasium:Walker2d-v5@gravity:3"
+    assert [p.name for p in shift_strength.draw(Path("results"))] == [
+        "strength_walker2d-medium.png"
+    ]
+    # A target set that is smaller than the cut.
+    config.table.transitions = 10**6
+    with pytest.raises(InputError, match="1000000|1,000,000"):
+        dynamics_shift.run_cells(*args[:2], Path("more"), Path("more"), lines.append)
+
+
+def test_refusals(place):
+    for flag, said in (
+        ("--targets=ant-medium", "unknown target 'ant-medium'"),
+        ("--methods=PSEC", "unknown method 'PSEC'"),
+        ("--preset=huge", "unknown preset 'huge'"),
+        ("--tables_only", "no raw/*.json"),
+    ):
+        answer = shell.call("experiments.dynamics_shift", flag, "--results=none")
+        assert answer.code == 2 and answer.err.count("\n") == 1, answer.err
+        assert said in answer.err
+    answer = shell.call(
+        "experiments.dynamics_shift", "--targets=walker2d-medium-expert", "--seeds=0"
+    )
+    assert answer.code == 2 and "collect_d4rl" in answer.err, answer.err
