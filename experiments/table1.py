@@ -53,10 +53,12 @@ class Composition:
     Attributes:
       level: at which they are composed.
       head: of the gate; "constant" weights are tuned on tuning episodes.
+      compat: "released" is the gate of the authors' code, with its regulariser.
     """
 
     level: str = "parameter"
     head: str = "linear"
+    compat: str = "paper"
 
 
 COMPOSITIONS = {
@@ -64,6 +66,7 @@ COMPOSITIONS = {
     "NSEC": Composition("noise"),
     "PSEC fixed": Composition(head="constant"),
     "PSEC": Composition(),
+    "PSEC released": Composition(compat="released"),
 }
 METHODS = ("BC", "BC-Safe", "FISOR", "Reward skill", "Safety skill", *COMPOSITIONS)
 # Multipliers of the safety and the reward skill tried for the fixed row.
@@ -272,19 +275,24 @@ def train_composition(cell: Cell, method: str, tune: Cell) -> Policy:
     train_skills(cell)
     if form.head == "constant":
         return load_composition(cell.library, GATED, alpha=tuned_weights(tune, method))
+    changes = level_changes(cell.config, form.level) | {"gate.compat": form.compat}
+    skills, alpha = GATED, None
+    if form.compat == "released":  # its regulariser takes the last skill for safety
+        skills, alpha = SKILLS, [0.0, cell.config.skill.alpha]
     stages.compose(
-        changed(cell.config, level_changes(cell.config, form.level)),
+        changed(cell.config, changes),
         workdir=cell.workdir(method),
         library=cell.library,
         seed=cell.seed,
-        name=method,
-        skills=GATED,
+        name=method.replace(" ", "-"),
+        skills=skills,
+        alpha=alpha,
         env=dsrl.task(cell.task).spec,
         data=cell.data,
         selection=stages.best_of_safe(cell.config),
         evaluate_after=False,
     )
-    return load_composition(cell.library, gate=method)
+    return load_composition(cell.library, gate=method.replace(" ", "-"))
 
 
 def tuned_weights(cell: Cell, method: str) -> list[float]:
