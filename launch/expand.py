@@ -111,8 +111,8 @@ def main(argv: Sequence[str]) -> None:
     no_arguments(argv)
     options.start()
     config = options.CONFIG.value
+    stages.check_config(config, "skill", options.EVALUATE.value)
     if OBJECTIVE.value is not None:
-        stages.check_config(config, "skill", options.EVALUATE.value)
         config.skill.objective = ",".join(OBJECTIVE.value)
     found = tasks(str(config.skill.objective).split(","))
     works, names = {}, {}
