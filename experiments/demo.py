@@ -47,7 +47,10 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     FLAGS = {
-        "results": flags.DEFINE_string("results", "results/demo", "Folder of results."),
+        # Not results/demo, which is committed: its cells would be taken for done.
+        "results": flags.DEFINE_string(
+            "results", "runs/demo/results", "Folder of results."
+        ),
         "workdir": flags.DEFINE_string("workdir", "runs/demo", "Folder of runs."),
     }
     run(main)

@@ -59,15 +59,18 @@ COMPILATION_CACHE = flags.DEFINE_string(
     "Folder where compiled programs are kept for later runs. Default none.",
 )
 ENV = flags.DEFINE_string(
-    "env", None, "dm_control:DOMAIN-TASK or gymnasium:ID; default from the config."
+    "env",
+    None,
+    "dm_control:DOMAIN-TASK or gymnasium:ID; default that of a named set of --data, "
+    "else the config's.",
 )
 SHIFT = define_shift()
 DATA = flags.DEFINE_string(
     "data",
     None,
     "Demonstrations: a D4RL-layout HDF5 file, an episode .npz or a folder of them, or "
-    "a DSRL task such as OfflineBallRun-v0, whose file is looked for or downloaded "
-    "(launch.compose: also best, the best safe trajectories of the skills' task); "
+    "the name of a set, which is looked for or downloaded: OfflineBallRun-v0 (DSRL), "
+    "halfcheetah-medium-v2 (D4RL), minari:ID (launch.compose: also best, the best safe trajectories of the skills' task); "
     "default collects in --env with the policy config.data.policy.",
 )
 OFFLINE = flags.DEFINE_bool("offline", False, "Never download data.")
