@@ -70,7 +70,8 @@ DATA = flags.DEFINE_string(
     None,
     "Demonstrations: a D4RL-layout HDF5 file, an episode .npz or a folder of them, or "
     "the name of a set, which is looked for or downloaded: OfflineBallRun-v0 (DSRL), "
-    "halfcheetah-medium-v2 (D4RL), minari:ID (launch.compose: also best, the best safe trajectories of the skills' task); "
+    "halfcheetah-medium-v2 (D4RL), minari:ID (launch.compose: also best, the best safe "
+    "trajectories of the skills' task); "
     "default collects in --env with the policy config.data.policy.",
 )
 OFFLINE = flags.DEFINE_bool("offline", False, "Never download data.")
