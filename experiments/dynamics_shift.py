@@ -414,40 +414,51 @@ def write_table(folder: Path) -> str:
     return text
 
 
+def define_flags() -> dict[str, flags.FlagHolder]:
+    """Flags of the commands that read these runs."""
+    return {
+        "preset": flags.DEFINE_string(
+            "preset", "standard", "quick, standard or paper."
+        ),
+        "results": flags.DEFINE_string(
+            "results", "results/dynamics", "Folder of raw results, tables and figures."
+        ),
+        "workdir": flags.DEFINE_string(
+            "workdir", None, "Folder of runs; default runs/dynamics/PRESET."
+        ),
+        "seeds": flags.DEFINE_list("seeds", [], "Seeds to run; default the preset's."),
+    }
+
+
+def chosen(given: Mapping[str, flags.FlagHolder]) -> tuple[ConfigDict, Path]:
+    """The config and the folder of runs that `define_flags` stand for."""
+    config = get_config(given["preset"].value)
+    if given["seeds"].value:
+        config.table.seeds = table_seeds(given["seeds"].value)
+    return config, Path(given["workdir"].value or f"runs/dynamics/{config.preset}")
+
+
 def main(argv: Sequence[str]) -> None:
     """Run what is missing, then write the table."""
     no_arguments(argv)
     folder = Path(FLAGS["results"].value)
     if not FLAGS["tables_only"].value:
-        config = get_config(FLAGS["preset"].value)
-        if FLAGS["seeds"].value:
-            config.table.seeds = table_seeds(FLAGS["seeds"].value)
+        config, root = chosen(FLAGS)
         for method in FLAGS["methods"].value:
             lookup(dict.fromkeys(METHODS), method, "method")
         config.table.methods = tuple(FLAGS["methods"].value or METHODS)
         targets = FLAGS["targets"].value or TARGETS
         for target in targets:
             lookup(dict.fromkeys(TARGETS), target, "target")
-        root = Path(FLAGS["workdir"].value or f"runs/dynamics/{config.preset}")
         run_cells(config, targets, root, folder, print)
     print(write_table(folder))
 
 
 if __name__ == "__main__":
-    FLAGS = {
-        "preset": flags.DEFINE_string(
-            "preset", "standard", "quick, standard or paper."
-        ),
-        "results": flags.DEFINE_string(
-            "results", "results/dynamics", "Folder of raw results and tables."
-        ),
-        "workdir": flags.DEFINE_string(
-            "workdir", None, "Folder of runs; default runs/dynamics/PRESET."
-        ),
+    FLAGS = define_flags() | {
         "targets": flags.DEFINE_list(
             "targets", [], "Target sets, such as walker2d-medium; default all six."
         ),
-        "seeds": flags.DEFINE_list("seeds", [], "Seeds to run; default the preset's."),
         "methods": flags.DEFINE_list(
             "methods", [], "Rows to run, such as PSEC (gravity); default all."
         ),

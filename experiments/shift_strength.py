@@ -18,8 +18,6 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from experiments import dynamics_shift, plots, results, stages
-from experiments.configs.d4rl import get_config
-from experiments.table2 import table_seeds
 from launch.cli import floats, no_arguments, run
 from psec_jax import envs
 from psec_jax.data import d4rl_sets
@@ -29,7 +27,7 @@ from psec_jax.evaluation import evaluate
 KIND = "raw_strength"
 POLICIES = ("Base", "Skill", "PSEC")
 QUANTITY = "gravity"  # the shift whose bases are taken, and what is varied
-FACTORS = ("1", "1.25", "1.5", "1.75", "2", "2.5", "3")
+FACTORS = ["1", "1.25", "1.5", "1.75", "2", "2.5", "3"]
 
 
 def run_cells(
@@ -53,10 +51,10 @@ def run_cells(
                     path = results.raw_path(folder, setting, method, seed, KIND)
                     if results.read_raw(path, fingerprint) is not None:
                         continue
-                    act = act or dynamics_shift.MAKE[method](cell)
                     env = cell.env
                     if factor != 1:
                         env = envs.shifted(env, f"{QUANTITY}:{factor:g}")
+                    act = act or dynamics_shift.MAKE[method](cell)
                     count, start = config.evaluation.episodes, config.evaluation.seed
                     episodes = evaluate(act, env, count, start)
                     scores = d4rl_sets.normalised_score(cell.robot, episodes.returns)
@@ -94,35 +92,22 @@ def main(argv: Sequence[str]) -> None:
     no_arguments(argv)
     folder = Path(FLAGS["results"].value)
     if not FLAGS["figures_only"].value:
-        config = get_config(FLAGS["preset"].value)
-        if FLAGS["seeds"].value:
-            config.table.seeds = table_seeds(FLAGS["seeds"].value)
+        config, root = dynamics_shift.chosen(FLAGS)
         config.table.methods = dynamics_shift.METHODS
         for target in FLAGS["targets"].value:
             lookup(dict.fromkeys(dynamics_shift.TARGETS), target, "target")
         factors = floats("factors", FLAGS["factors"].value)
-        root = Path(FLAGS["workdir"].value or f"runs/dynamics/{config.preset}")
         run_cells(config, FLAGS["targets"].value, factors, root, folder, print)
     for path in draw(folder):
         print(path)
 
 
 if __name__ == "__main__":
-    FLAGS = {
-        "preset": flags.DEFINE_string(
-            "preset", "standard", "quick, standard or paper."
-        ),
-        "results": flags.DEFINE_string(
-            "results", "results/dynamics", "Folder of raw results and figures."
-        ),
-        "workdir": flags.DEFINE_string(
-            "workdir", None, "Folder of runs; default runs/dynamics/PRESET."
-        ),
+    FLAGS = dynamics_shift.define_flags() | {
         "targets": flags.DEFINE_list(
             "targets", ["halfcheetah-medium", "walker2d-medium"], "Target sets."
         ),
         "factors": flags.DEFINE_list("factors", FACTORS, "Strengths to roll out at."),
-        "seeds": flags.DEFINE_list("seeds", [], "Seeds; default the preset's."),
         "figures_only": flags.DEFINE_bool(
             "figures_only", False, "Only draw the figures again."
         ),

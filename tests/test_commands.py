@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -411,3 +412,12 @@ def test_a_process(library):
     answer = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert answer.returncode == 0 and answer.stderr == ""
     assert "every file matches its hash" in answer.stdout
+
+
+def test_demo_starts_from_nothing():
+    """Committed cells would be taken for done: the demo writes where none can be."""
+    answer = call("experiments.demo", "--help")
+    folders = re.findall(r"default: (\S+)\)", answer.out)
+    assert len(folders) == 2 and all(f.startswith("runs/") for f in folders)
+    root = Path(__file__).parents[1]
+    assert "runs/" in (root / ".gitignore").read_text().split()

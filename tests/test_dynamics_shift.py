@@ -101,8 +101,12 @@ def test_refusals(place):
         ("--methods=PSEC", "unknown method 'PSEC'"),
         ("--preset=huge", "unknown preset 'huge'"),
         ("--tables_only", "no raw/*.json"),
+        ("--factors=0", "gravity is '0', expected a finite number above 0"),
+        ("--figures_only", "no raw_strength/*.json"),
     ):
-        answer = shell.call("experiments.dynamics_shift", flag, "--results=none")
+        study = flag.startswith(("--factors", "--figures"))
+        command = "shift_strength" if study else "dynamics_shift"
+        answer = shell.call(f"experiments.{command}", flag, "--results=none")
         assert answer.code == 2 and answer.err.count("\n") == 1, answer.err
         assert said in answer.err
     answer = shell.call(
