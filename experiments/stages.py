@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, ParamSpec
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict
 from experiments.collect import collect
 from experiments.configs import dmc_walker, dsrl
 from psec_jax import data as datasets
-from psec_jax import envs, processes, sharding, support, tree
+from psec_jax import envs, processes, sharding, streaming, support, tree
 from psec_jax.agents import critic_file
 from psec_jax.agents import critics as critic_agent
 from psec_jax.agents import gate as gate_agent
@@ -28,12 +29,14 @@ from psec_jax.agents import offline as offline_agent
 from psec_jax.agents import pretrain as pretrain_agent
 from psec_jax.agents import skill as skill_agent
 from psec_jax.agents.common import (
+    DRAWN,
     OptimiserConfig,
     TrainData,
     Transitions,
     make_transitions,
     pad_rows,
     reward_scale,
+    rows_of,
 )
 from psec_jax.agents.critic_file import Finished
 from psec_jax.agents.critics import CriticConfig, CriticParams
@@ -61,7 +64,8 @@ from psec_jax.policy import (
 )
 from psec_jax.policy import compose as load_composition
 from psec_jax.run import Run, open_run, versions
-from psec_jax.training import Member, train, train_together
+from psec_jax.streaming import Stream
+from psec_jax.training import Member, train_together
 from psec_jax.types import Dataset, Normaliser
 
 # Least values of what no dataclass of the core checks before training starts.
@@ -384,9 +388,13 @@ class Load(NamedTuple):
 
 
 class Train(NamedTuple):
-    """What a stage asks for: the state and summary of a training; see `train`."""
+    """What a stage asks for: the state and summary of a training; see `train`.
+
+    `index` says which rows a step draws: (key, their number) -> Int[B].
+    """
 
     update: functools.partial
+    index: functools.partial
     state: Any
     data: Any
     key: jax.Array
@@ -431,13 +439,14 @@ class Stage(Generic[P]):
 
 
 def together(
-    works: Mapping[str, Work], mesh: str | None = None
+    works: Mapping[str, Work], mesh: str | None = None, stream: str = "auto"
 ) -> dict[str, dict[str, Any]]:
     """Run stages side by side: what they train is one program, and so are roll-outs.
 
     Args:
       works: by a name for messages, such as "seed 3".
       mesh: sizes of a mesh of devices, see `sharding.make_mesh`; None is one device.
+      stream: whether data stay in files, see `streaming.wanted`.
 
     Returns:
       Their results by name.
@@ -474,7 +483,8 @@ def together(
         if writes and not processes.first():
             break
         writing = writing or bool(writes)
-        answers = loads | _train_all(trains, devices) | _roll_out_all(rolls) | writes
+        trained = _train_all(trains, devices, stream)
+        answers = loads | trained | _roll_out_all(rolls) | writes
     return {name: results[name] for name in works if name in results}
 
 
@@ -490,8 +500,9 @@ def _loaded(asked: Load, loaded: list[tuple[Load, Demos]]) -> Demos:
 def _shared(data: Any, first: Any) -> Any:
     """The same data, where it equals `first` by the very arrays of that."""
 
-    def one(mine: jax.Array, other: jax.Array) -> jax.Array:
-        equal = mine.shape == other.shape and bool(jnp.array_equal(mine, other))
+    def one(mine: Any, other: Any) -> Any:
+        arrays = np if isinstance(mine, np.ndarray) else jnp
+        equal = mine.shape == other.shape and bool(arrays.array_equal(mine, other))
         return other if equal else mine
 
     if jax.tree.structure(data) != jax.tree.structure(first):
@@ -499,12 +510,10 @@ def _shared(data: Any, first: Any) -> Any:
     return jax.tree.map(one, data, first)
 
 
-def _train_all(asked: Mapping[str, Train], mesh: Mesh | None) -> dict[str, Any]:
+def _train_all(
+    asked: Mapping[str, Train], mesh: Mesh | None, stream: str
+) -> dict[str, Any]:
     """State and summary of each training, all in one program."""
-    if "" in asked:  # a stage alone
-        update, state, data, key, run, steps, stage, options = asked[""]
-        options = {**options, "steps": steps, "stage": stage, "mesh": mesh}
-        return {"": train(update, state, data, key, run=run, **options)}
     if not asked:
         return {}
     first_name, first = next(iter(asked.items()))
@@ -514,14 +523,44 @@ def _train_all(asked: Mapping[str, Train], mesh: Mesh | None) -> dict[str, Any]:
                 f"{name} cannot be trained in one program with {first_name}: its "
                 "network or its budget is another"
             )
-    rows = [_rows(one.data) for one in asked.values()]
-    members = [
-        Member(one.state, _lengthened(one.data, max(rows), rows), one.key, one.run, n)
-        for n, one in asked.items()
-    ]
-    options = {**first.options, "steps": first.steps, "stage": first.stage}
-    results = train_together(first.update, members, mesh=mesh, **options)
+    with contextlib.ExitStack() as stack:
+        datas = [one.data for one in asked.values()]
+        rows = {id(x): x for data in datas for x in rows_of(_drawn_from(data)).values()}
+        if streaming.wanted(stream, sum(x.nbytes for x in rows.values())):
+            datas = _streams(list(asked.values()), stack)
+        else:
+            datas = _lengthened(datas)
+        members = [
+            Member(one.state, data, one.key, one.run, name)
+            for (name, one), data in zip(asked.items(), datas, strict=True)
+        ]
+        options = {**first.options, "steps": first.steps, "stage": first.stage}
+        results = train_together(first.update, members, mesh=mesh, **options)
     return dict(zip(asked, results, strict=True))
+
+
+def _streams(asked: Sequence[Train], stack: contextlib.ExitStack) -> list[Stream]:
+    """The data as files, in the first one's folder until the stack ends."""
+    tables: dict[tuple[int, ...], np.ndarray] = {}
+    folder = asked[0].run.workdir / f"rows-{jax.process_index()}"
+    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    streams = []
+    for one in asked:
+        rows = rows_of(_drawn_from(one.data))
+        same = tuple(id(column) for column in rows.values())
+        if same not in tables:
+            path = folder / f"{len(tables)}.npy"
+            tables[same] = streaming.write_table(rows, path)
+        streams.append(
+            Stream(
+                tables[same],
+                {name: column.shape[1:] for name, column in rows.items()},
+                functools.partial(one.index, count=len(tables[same])),
+                _rest(one.data),
+                functools.partial(_filled, type(one.data)),
+            )
+        )
+    return streams
 
 
 def _program(asked: Train) -> tuple[Any, ...]:
@@ -530,18 +569,39 @@ def _program(asked: Train) -> tuple[Any, ...]:
     return update.func, update.args, steps, tree.shapes(asked.state)
 
 
-def _rows(data: TrainData | Transitions | OfflineData) -> int:
-    rows = data.transitions if isinstance(data, OfflineData) else data
-    return len(rows.obs)
+def _drawn_from(
+    data: TrainData | Transitions | OfflineData,
+) -> TrainData | Transitions:
+    """The part of the data that has rows."""
+    return data.transitions if isinstance(data, OfflineData) else data
 
 
-def _lengthened(data: Any, length: int, rows: Sequence[int]) -> Any:
-    """Data as long as those of all members, where they differ."""
-    if min(rows) == length:
-        return data
-    if isinstance(data, OfflineData):
-        return data._replace(transitions=pad_rows(data.transitions, length))
-    return pad_rows(data, length)
+def _with(data: Any, part: TrainData | Transitions) -> Any:
+    """The data with another part that has rows."""
+    is_offline = isinstance(data, OfflineData)
+    return data._replace(transitions=part) if is_offline else part
+
+
+def _rest(data: TrainData | Transitions | OfflineData) -> Any:
+    """What the data hold beside rows."""
+    return None if isinstance(data, Transitions) else data.frozen
+
+
+def _filled(kind: type, rest: Any, rows: Mapping[str, jax.Array]) -> Any:
+    """Data of one kind whose rows are a batch."""
+    if kind is TrainData:
+        return TrainData(**rows, frozen=rest, count=DRAWN)
+    batch = Transitions(**rows, count=DRAWN)
+    return OfflineData(batch, rest) if kind is OfflineData else batch
+
+
+def _lengthened(datas: Sequence[Any]) -> list[Any]:
+    """Data of one length, where they differ."""
+    lengths = [len(_drawn_from(data).obs) for data in datas]
+    if len(set(lengths)) == 1:
+        return list(datas)
+    longest = max(lengths)
+    return [_with(data, pad_rows(_drawn_from(data), longest)) for data in datas]
 
 
 def _roll_out_all(asked: Mapping[str, RollOut]) -> dict[str, Any]:
@@ -604,7 +664,7 @@ def critic_config(config: ConfigDict, batch_size: int | None = None) -> CriticCo
 def transitions(
     config: ConfigDict, demos: Demos, normaliser: Normaliser, safety: bool
 ) -> Transitions:
-    """Demonstrations as critics read them, on the device."""
+    """Demonstrations as critics read them."""
     stage = config.critics
     scale = reward_scale(demos.dataset) if stage.scale_rewards else 1.0
     return make_transitions(
@@ -694,6 +754,7 @@ def train_critics(
     init_key, train_key = jax.random.split(jax.random.key(seed))
     state, summary = yield Train(
         functools.partial(critic_agent.update, agent),
+        functools.partial(critic_agent.index, agent),
         critic_agent.init(agent, init_key, rows.obs.shape[1], rows.action.shape[1]),
         rows,
         train_key,
@@ -784,6 +845,7 @@ def train_offline(
     init_key, train_key = jax.random.split(jax.random.key(seed))
     state, summary = yield Train(
         functools.partial(offline_agent.update, agent),
+        functools.partial(offline_agent.index, agent),
         offline_agent.init(
             agent, init_key, rows.obs.shape[1], rows.action.shape[1], base, start
         ),
@@ -939,6 +1001,7 @@ def pretrain(
         init_key, train_key = jax.random.split(jax.random.key(seed))
         state, summary = yield Train(
             functools.partial(pretrain_agent.update, agent),
+            functools.partial(pretrain_agent.index, agent),
             pretrain_agent.init(
                 agent, init_key, demos.dataset.obs.shape[1], action_dim, first
             ),
@@ -984,12 +1047,9 @@ def pretrain(
 
 
 def train_data(demos: Demos, normaliser: Any, frozen: Any = None) -> TrainData:
-    """Demonstrations on the device, normalised once."""
-    return TrainData(
-        jnp.asarray(normaliser(demos.dataset.obs)),
-        jnp.asarray(demos.dataset.action),
-        frozen,
-    )
+    """Demonstrations, normalised once."""
+    obs = np.asarray(normaliser(demos.dataset.obs))
+    return TrainData(obs, np.asarray(demos.dataset.action), frozen)
 
 
 @Stage
@@ -1091,6 +1151,7 @@ def expand(
         init_key, train_key = jax.random.split(jax.random.key(seed))
         state, summary = yield Train(
             functools.partial(skill_agent.update, agent),
+            functools.partial(skill_agent.index, agent),
             skill_agent.init(agent, init_key, base),
             train_data(demos, normaliser, base),
             train_key,
@@ -1296,6 +1357,7 @@ def compose(
         )
         state, summary = yield Train(
             functools.partial(gate_agent.update, agent),
+            functools.partial(gate_agent.index, agent),
             gate_agent.init(agent, gate),
             train_data(demos, policy.params.normaliser, frozen),
             train_key,

@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
         )
         for member in members
     }
-    results = stages.together(works, options.MESH.value)
+    results = stages.together(works, options.MESH.value, options.STREAM.value)
     for member in members:
         if member.name not in results:  # told by the first of several processes
             continue

@@ -131,7 +131,9 @@ def main(argv: Sequence[str]) -> None:
             critics=member.place(CRITICS.value),
             evaluate_after=options.EVALUATE.value,
         )
-    for label, result in stages.together(works, options.MESH.value).items():
+    for label, result in stages.together(
+        works, options.MESH.value, options.STREAM.value
+    ).items():
         several = len(names[label]) > 1
         for name in names[label]:
             one = result | {"returns": result["returns"][name]} if several else result

@@ -36,6 +36,14 @@ MESH = flags.DEFINE_string(
     "number, each batch by the second. Default one device; with several processes "
     "all of theirs.",
 )
+STREAM = flags.DEFINE_enum(
+    "stream",
+    "auto",
+    ["auto", "yes", "no"],
+    "Keep the data in a file of --workdir and read each batch from there, not all of "
+    "it in a device's memory; the numbers are the same. auto: where it would fill half "
+    "of that memory. Takes grain (the extra stream).",
+)
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,

@@ -80,7 +80,9 @@ def main(argv: Sequence[str]) -> None:
         )
         for member in options.members()
     }
-    for result in stages.together(works, options.MESH.value).values():
+    for result in stages.together(
+        works, options.MESH.value, options.STREAM.value
+    ).values():
         print(stages.describe(f"base {NAME.value!r}", result))
 
 

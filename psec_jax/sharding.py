@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -72,11 +73,19 @@ def rows(batch: Any) -> Any:
     parts = mesh.shape.get("data", 1) if mesh is not None else 1
     if parts == 1:
         return batch
-    size = len(jax.tree.leaves(batch)[0])
-    if size % parts:
-        raise InputError(f"mesh: data:{parts} does not divide a batch of {size}")
+    check_batch(parts, len(jax.tree.leaves(batch)[0]))
     spec = PartitionSpec("data")
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec), batch)
+
+
+def check_batch(parts: int, size: int) -> None:
+    """Refuse a batch that the data axis does not divide.
+
+    Raises:
+      InputError: that.
+    """
+    if size % parts:
+        raise InputError(f"mesh: data:{parts} does not divide a batch of {size}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +117,25 @@ class Layout:
             return jax.device_put(tree)
         sharding = self._sharding(divided)
         return jax.tree.map(lambda leaf: _put(leaf, sharding), tree)
+
+    def put_batch(
+        self, shape: tuple[int, ...], part: Callable[[tuple[slice, ...]], np.ndarray]
+    ) -> jax.Array:
+        """A batch [R, B, ...], of which a device asks `part` for its members and rows.
+
+        That of one member is [B, ...].
+        """
+        alone = self.count == 1
+
+        def asked(where: tuple[slice, ...]) -> np.ndarray:
+            return part((slice(None), *where))[0] if alone else part(where)
+
+        shape = shape[1:] if alone else shape
+        if self.mesh is None:
+            return jax.device_put(asked((slice(None),) * len(shape)))
+        spec = PartitionSpec("data") if alone else PartitionSpec(self.axis, "data")
+        sharding = NamedSharding(self.mesh, spec)
+        return jax.make_array_from_callback(shape, sharding, asked)
 
     def out(self, divided: bool | tuple[bool, ...]) -> dict[str, Any]:
         """Options of `jax.jit` that place outputs as `put` does."""

@@ -16,11 +16,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from psec_jax import processes, sharding, tree
+from psec_jax import processes, sharding, streaming, tree
 from psec_jax.checkpoint import Checkpoints
 from psec_jax.errors import InputError, Stopped, TrainingError
 from psec_jax.metrics import Writer, newest
 from psec_jax.run import Run
+from psec_jax.streaming import Stream
 
 State = TypeVar("State")
 Update = Callable[[State, Any, jax.Array], tuple[State, dict[str, jax.Array]]]
@@ -37,8 +38,9 @@ class Member(NamedTuple):
 
     Attributes:
       state: a pytree with `.step`, an int32 scalar; left untouched (copied).
-      data: pytree of arrays. Arrays that are the same object in every member lie on
-        the device once; the others need the same shape in every member.
+      data: pytree of arrays, or a `Stream` of which each step gets its batch. Arrays
+        that are the same object in every member lie on the device once; the others need
+        the same shape in every member.
       key: typed key of the member's whole run.
       run: where its metrics and saves go; None keeps nothing on disk.
       name: put before messages, such as "seed 3".
@@ -144,6 +146,13 @@ def train_together(
     }.items():
         if value < 1:
             raise InputError(f"{name}: got {value}, expected 1 or more")
+    streamed = [isinstance(member.data, Stream) for member in members]
+    if any(streamed) and not all(streamed):
+        raise InputError("data: some members are streamed, expected all or none")
+    if any(streamed) and steps_per_call > 1:
+        raise InputError(
+            f"steps_per_call: got {steps_per_call}, expected 1 where data are streamed"
+        )
     started = time.perf_counter()
     line = _Line(progress and processes.first())
     with contextlib.ExitStack() as stack:
@@ -268,7 +277,12 @@ class _Loop:
         self.on_save: Callable[[int, Sequence[Any]], None] | None = None
         self.step = courses[0].step
         self.state = layout.put(_join([course.state for course in courses]))
-        self.data, axes = _share([course.data for course in courses], layout)
+        self.streams = [c.data for c in courses if isinstance(c.data, Stream)]
+        if self.streams:
+            self.data, axes = _share([stream.rest for stream in self.streams], layout)
+            axes, update = (axes, 0), _streamed(update, self.streams[0])
+        else:
+            self.data, axes = _share([course.data for course in courses], layout)
         self.key, self.every = courses[0].key, update
         if len(courses) > 1:
             self.key = jnp.stack([course.key for course in courses])
@@ -284,11 +298,35 @@ class _Loop:
         self, stop: list[int], log_every: int, save_every: int, steps_per_call: int
     ) -> None:
         """Run to the goal; the members then hold the states reached."""
+        with contextlib.closing(self._datas()) as datas:
+            self._run(datas, stop, log_every, save_every, steps_per_call)
+
+    def _datas(self) -> Iterator[Any]:
+        """What each call of the update reads."""
+        if not self.streams:
+            while True:
+                yield self.data
+        keys = [course.key for course in self.courses]
+        with contextlib.closing(
+            streaming.batches(self.streams, keys, self.layout, self.step, self.goal)
+        ) as batches:
+            for batch in batches:
+                yield self.data, batch
+
+    def _run(
+        self,
+        datas: Iterator[Any],
+        stop: list[int],
+        log_every: int,
+        save_every: int,
+        steps_per_call: int,
+    ) -> None:
+        data = next(datas)
         with sharding.using(self.mesh):
             call, zeros = _compile(
                 self.every,
                 self.state,
-                self.data,
+                data,
                 self.key,
                 looped=steps_per_call > 1,
                 layout=self.layout,
@@ -297,9 +335,7 @@ class _Loop:
             self.sums, self.since = self.zeros(), self.step
             if jax.process_count() > 1:
                 # They compile at their own speeds, and then wait little for each other.
-                call = call.lower(
-                    self.state, self.sums, self.data, self.key, 1
-                ).compile()
+                call = call.lower(self.state, self.sums, data, self.key, 1).compile()
                 processes.meet()
         first, compile_s, first_s = self.step, 0.0, 0.0
         pending: collections.deque[jax.Array] = collections.deque()
@@ -318,9 +354,10 @@ class _Loop:
             )
             with sharding.using(self.mesh):
                 self.state, self.sums, tick = call(
-                    self.state, self.sums, self.data, self.key, count
+                    self.state, self.sums, data, self.key, count
                 )
             self.step += count
+            data = next(datas) if self.step < self.goal else None
             if self.step == first + count:
                 compile_s = time.perf_counter() - began
                 tick.block_until_ready()
@@ -452,6 +489,15 @@ def _stop(signum: int, courses: Sequence[_Course]) -> None:
     raise Stopped(
         f"{stopped}; {told.good()}; start again with the same workdir to go on", signum
     )
+
+
+def _streamed(update: Update, stream: Stream) -> Update:
+    """The update on (rest, batch) in place of data."""
+
+    def on_batch(state: State, data: Any, key: jax.Array) -> Any:
+        return update(state, stream.data(*data), key)
+
+    return on_batch
 
 
 def _join(states: Sequence[State]) -> State:

@@ -26,7 +26,7 @@ from psec_jax.envs.vector import VectorEnv
 from psec_jax.errors import Stopped
 from psec_jax.evaluation import evaluate
 from psec_jax.library import SkillLibrary
-from psec_jax.training import train
+from psec_jax.training import train_together
 from psec_jax.types import Dataset
 
 ROOT = Path(__file__).parents[1]
@@ -289,17 +289,17 @@ def test_the_best_trajectories_by_flag(library, walk):
 
 def test_a_stopped_stage_goes_on_to_the_same_result(library, stand, monkeypatch):
     def stopped_at_2(*arguments, **options):
-        def stop(step, state):
+        def stop(step, states):
             if step == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        return train(*arguments, **options, on_save=stop)
+        return train_together(*arguments, **options, on_save=stop)
 
     config = tiny(**{"base.steps": 4})
     options = {"seed": 0, "data": stand, "evaluate_after": False}
     stages.pretrain(config, workdir="whole", library="whole_lib", **options)
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "train", stopped_at_2)
+        patch.setattr(stages, "train_together", stopped_at_2)
         with pytest.raises(Stopped, match="stopped by SIGTERM at step 2"):
             stages.pretrain(config, workdir="halves", library="halves_lib", **options)
     assert not Path("halves/result.json").exists()
@@ -318,7 +318,7 @@ def test_a_finished_stage_is_not_run_again(library, walk, monkeypatch):
 
     versions = Path("lib_walk/versions.json")
     versions.write_text("{}")
-    monkeypatch.setattr(stages, "train", never)
+    monkeypatch.setattr(stages, "train_together", never)
     options = {"seed": 0, "name": "walk", "env": SKILL, "evaluate_after": False}
     result = stages.expand(
         tiny(), workdir="lib_walk", library="lib", data=walk, **options

@@ -19,12 +19,13 @@ import pytest
 
 from experiments import faults, stages
 from experiments.configs.dsrl import get_config
-from psec_jax import metrics
+from psec_jax import metrics, streaming
 from psec_jax.checkpoint import Checkpoints
 from psec_jax.errors import InputError, Stopped, TrainingError
+from psec_jax.files import read_json
 from psec_jax.library import SkillLibrary
 from psec_jax.run import open_run
-from psec_jax.training import train
+from psec_jax.training import train_together
 
 ROOT = Path(__file__).parents[1]
 RATES = {
@@ -115,11 +116,11 @@ def replaced_while(monkeypatch, change):
     """Training that is followed by a change of the library by someone else."""
 
     def changing(*arguments, **options):
-        result = train(*arguments, **options)
+        result = train_together(*arguments, **options)
         change()
         return result
 
-    monkeypatch.setattr(stages, "train", changing)
+    monkeypatch.setattr(stages, "train_together", changing)
 
 
 def test_base_replaced_under_a_running_expand(library, monkeypatch):
@@ -148,7 +149,7 @@ def test_skill_replaced_under_a_running_compose(library, monkeypatch):
     assert opened.gates() == []
 
 
-def stop(step, state):
+def stop(step, states):
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)  # as launchers do, to the group too
 
@@ -157,7 +158,9 @@ def test_stage_with_nothing_left_to_train_tells_the_same(library, monkeypatch):
     expected = go("critics", library, library.parent / "whole")
     run = library.parent / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "train", functools.partial(train, on_save=stop))
+        patch.setattr(
+            stages, "train_together", functools.partial(train_together, on_save=stop)
+        )
         with pytest.raises(Stopped, match="SIGTERM at step 2; last good save: step 2"):
             go("critics", library, run)
     for resumed_at in (2, 4):
@@ -300,3 +303,31 @@ def test_damaged_line_of_metrics_is_refused_by_number(tmp_path, line):
     if line != b"{}\n" and line != b"[1]\n":
         metrics.Writer(run, 3).close()
         assert run.metrics.read_bytes() == b"".join(lines)
+
+
+@pytest.mark.parametrize("stage", RATES)
+def test_streamed_data_make_the_same_entries(place, stage, monkeypatch):
+    tables = []
+    write = streaming.write_table
+
+    def noted(rows, path):
+        tables.append(path)
+        return write(rows, path)
+
+    def made(where):
+        library, run = place / f"lib-{stage}-{where}", place / f"{stage}-{where}"
+        if stage != "pretrain":
+            others = ("skills",) if stage in ("expand", "offline") else ()
+            shutil.copytree("lib", library, ignore=shutil.ignore_patterns(*others))
+        summary = go(stage, library, run)["summary"]
+        told = {name: value for name, value in summary.items() if "/" in name}
+        cards = {p.relative_to(library): read_json(p) for p in library.rglob("*.json")}
+        prints = {path: card.get("fingerprint") for path, card in cards.items()}
+        return {k: v for k, v in told.items() if k != "time/steps_per_s"} | prints
+
+    monkeypatch.setattr(streaming, "write_table", noted)
+    in_memory = made("memory")
+    assert tables == []
+    monkeypatch.setattr(streaming, "_SHARE", 0)  # every set is larger than that
+    assert made("file") == in_memory
+    assert len(tables) == 1 and not tables[0].parent.exists()

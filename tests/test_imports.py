@@ -36,6 +36,7 @@ ROOMS = [
         "psec_jax.run",
         "psec_jax.policy",
         "psec_jax.sharding",
+        "psec_jax.streaming",
         "psec_jax.processes",
     ],
     ["psec_jax.envs", "psec_jax.evaluation"],

@@ -41,7 +41,7 @@ from psec_jax.library import SkillLibrary
 from psec_jax.losses import OBJECTIVES
 from psec_jax.networks.critics import init_q, q_value
 from psec_jax.policy import compose, load_base
-from psec_jax.training import train
+from psec_jax.training import train_together
 from psec_jax.types import Dataset, Normaliser
 
 N, BATCH, SIDE = 256, 64, 0.6
@@ -436,17 +436,17 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(stage, monkeypatch):
         return expand(workdir, name, "safety", given)
 
     def stopped_at_2(*arguments, **options):
-        def stop(step, state):
+        def stop(step, states):
             if step == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        return train(*arguments, **options, on_save=stop)
+        return train_together(*arguments, **options, on_save=stop)
 
     shared()
     whole, halves = f"{stage}_whole", f"{stage}_halves"
     go(whole, whole)
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "train", stopped_at_2)
+        patch.setattr(stages, "train_together", stopped_at_2)
         with pytest.raises(Stopped):
             go(halves, halves)
     assert go(halves, halves)["summary"]["resumed_at"] == 2

@@ -1,4 +1,4 @@
-"""What the three agents share: data on the device, optimiser, averaged weights."""
+"""What the agents share: data, drawing of batches, optimiser, averaged weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,27 +18,32 @@ from psec_jax.losses import draw_noise
 from psec_jax.types import Dataset, Normaliser, Params, TrainState
 
 Metrics = dict[str, Array]
+Rows = Array | np.ndarray  # on the host, until training puts them on a device
+# The `count` of data whose rows are one batch already: a pytree without leaves, so that
+# compiled updates tell it from a number.
+DRAWN = ()
 _NO_ROWS = ("frozen", "count")
 
 
 class TrainData(NamedTuple):
-    """Demonstrations on the device, and what stays frozen while training.
+    """Demonstrations, and what stays frozen while training.
 
     Attributes:
       obs: [N, S], normalised.
       action: [N, A].
       frozen: parameters the update reads and never changes.
-      count: rows to draw from, the others being padding; None is all of them.
+      count: rows to draw from, the others being padding; None is all of them, `DRAWN`
+        says that the rows are the batch.
     """
 
-    obs: Float[Array, "N S"]
-    action: Float[Array, "N A"]
+    obs: Float[Rows, "N S"]
+    action: Float[Rows, "N A"]
     frozen: Any = None
-    count: Int[Array, ""] | None = None
+    count: Int[Array, ""] | tuple[()] | None = None
 
 
 class Transitions(NamedTuple):
-    """Transitions on the device, for critics.
+    """Transitions, for critics.
 
     Attributes:
       obs: [*B, S], normalised.
@@ -47,16 +52,16 @@ class Transitions(NamedTuple):
       h: [*B], above 0 where the constraint is violated; see `make_transitions`.
       next_obs: [*B, S], normalised.
       mask: [*B], 0 where nothing is bootstrapped.
-      count: rows to draw from, the others being padding; None is all of them.
+      count: as of `TrainData`.
     """
 
-    obs: Float[Array, "*B S"]
-    action: Float[Array, "*B A"]
-    reward: Float[Array, "*B"]
-    h: Float[Array, "*B"]
-    next_obs: Float[Array, "*B S"]
-    mask: Float[Array, "*B"]
-    count: Int[Array, ""] | None = None
+    obs: Float[Rows, "*B S"]
+    action: Float[Rows, "*B A"]
+    reward: Float[Rows, "*B"]
+    h: Float[Rows, "*B"]
+    next_obs: Float[Rows, "*B S"]
+    mask: Float[Rows, "*B"]
+    count: Int[Array, ""] | tuple[()] | None = None
 
 
 class Noise(NamedTuple):
@@ -137,18 +142,30 @@ def descend(
     return TrainState(params, ema, opt_state, state.step + 1), metrics
 
 
+def rows_of(data: TrainData | Transitions) -> dict[str, Rows]:
+    """The arrays with a row for each transition, by name."""
+    return {k: x for k, x in data._asdict().items() if k not in _NO_ROWS}
+
+
 def pad_rows(data: TrainData | Transitions, length: int) -> TrainData | Transitions:
     """The same data with rows of zeros behind, which are never drawn."""
 
-    def padded(rows: Array) -> Array:
-        return jnp.pad(rows, [(0, length - len(rows))] + [(0, 0)] * (rows.ndim - 1))
+    def padded(rows: Rows) -> np.ndarray:
+        return np.pad(rows, [(0, length - len(rows))] + [(0, 0)] * (rows.ndim - 1))
 
-    rows = {k: padded(x) for k, x in data._asdict().items() if k not in _NO_ROWS}
+    rows = {name: padded(x) for name, x in rows_of(data).items()}
     return data._replace(count=jnp.asarray(len(data.obs), jnp.int32), **rows)
 
 
+def row_count(data: TrainData | Transitions) -> int | Int[Array, ""]:
+    """How many rows batches are drawn from."""
+    if data.count is None or isinstance(data.count, tuple):
+        return data.obs.shape[0]
+    return data.count
+
+
 def draw_index(
-    key: Key[Array, ""], data: TrainData | Transitions, batch_size: int
+    key: Key[Array, ""], batch_size: int, count: int | Int[Array, ""]
 ) -> Int[Array, " B"]:
     """Rows of a batch, uniformly with replacement.
 
@@ -157,25 +174,17 @@ def draw_index(
     """
     if batch_size < 1:
         raise InputError(f"batch_size: got {batch_size}, expected 1 or more")
-    count = data.obs.shape[0] if data.count is None else data.count
     return jax.random.randint(key, (batch_size,), 0, count)
 
 
 def draw(
-    key: Key[Array, ""], data: TrainData, batch_size: int
-) -> tuple[Float[Array, "B S"], Float[Array, "B A"]]:
-    """A batch of states and actions; see `draw_index`."""
-    index = draw_index(key, data, batch_size)
-    return sharding.rows((data.obs[index], data.action[index]))
-
-
-def draw_transitions(
-    key: Key[Array, ""], data: Transitions, batch_size: int
-) -> Transitions:
-    """A batch of transitions; see `draw_index`."""
-    index = draw_index(key, data, batch_size)
-    batch = jax.tree.map(lambda rows: rows[index], data._replace(count=None))
-    return sharding.rows(batch)
+    index: Int[Array, " B"], data: TrainData | Transitions
+) -> TrainData | Transitions:
+    """The batch of these rows, without `frozen`; `DRAWN` data are one already."""
+    rows = rows_of(data)
+    if not isinstance(data.count, tuple):
+        rows = {name: x[index] for name, x in rows.items()}
+    return type(data)(**sharding.rows(rows))
 
 
 def batch_noise(
@@ -248,4 +257,4 @@ def make_transitions(
         normaliser(ds.next_obs),
         ~ended,
     )
-    return Transitions(*(jnp.asarray(column, jnp.float32) for column in columns))
+    return Transitions(*(np.asarray(column, np.float32) for column in columns))

@@ -10,15 +10,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from psec_jax.agents.common import (
     Metrics,
     OptimiserConfig,
     Transitions,
     descend,
-    draw_transitions,
+    draw,
+    draw_index,
     init_state,
+    row_count,
 )
 from psec_jax.errors import InputError
 from psec_jax.losses import (
@@ -168,11 +170,18 @@ def _chosen(
     return jnp.stack([jnp.min(q[0], 0), *jnp.max(q[1:], 1)])
 
 
+def index(
+    config: CriticConfig, key: Key[Array, ""], count: int | Int[Array, ""]
+) -> Int[Array, " B"]:
+    """The rows that a step with this key draws from `count`."""
+    return draw_index(key, config.batch_size, count)
+
+
 def update(
     config: CriticConfig, state: CriticState, data: Transitions, key: Key[Array, ""]
 ) -> tuple[CriticState, Metrics]:
     """One step on a fresh batch."""
-    batch = draw_transitions(key, data, config.batch_size)
+    batch = draw(index(config, key, row_count(data)), data)
     state, _, metrics = step(config, state, batch)
     return state, metrics
 

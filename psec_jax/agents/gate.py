@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+from jaxtyping import Array, Int, Key
 
 from psec_jax.agents.common import (
     Metrics,
@@ -12,7 +12,9 @@ from psec_jax.agents.common import (
     TrainData,
     descend,
     draw,
+    draw_index,
     init_state,
+    row_count,
 )
 from psec_jax.composition import DENOISERS, LEVELS, PolicyConfig, members
 from psec_jax.diffusion import make_schedule
@@ -84,6 +86,13 @@ def init(config: GateTrainConfig, gate: Params) -> TrainState:
     return init_state(config.optimiser, gate["head"])
 
 
+def index(
+    config: GateTrainConfig, key: Key[Array, ""], count: int | Int[Array, ""]
+) -> Int[Array, " B"]:
+    """The rows that a step with this key draws from `count`."""
+    return draw_index(jax.random.split(key)[0], config.batch_size, count)
+
+
 def update(
     config: GateTrainConfig, state: TrainState, data: TrainData, key: Key[Array, ""]
 ) -> tuple[TrainState, Metrics]:
@@ -91,10 +100,11 @@ def update(
 
     The observations of `data` are normalised already.
     """
-    batch_key, loss_key = jax.random.split(key)
+    _, loss_key = jax.random.split(key)
     if config.compat == "released":
         loss_key = jax.random.key(0)
-    obs, action = draw(batch_key, data, config.batch_size)
+    batch = draw(index(config, key, row_count(data)), data)
+    obs, action = batch.obs, batch.action
     policy, frozen = config.policy, data.frozen
 
     def example_loss(gate: Params, key: Array, obs: Array, action: Array):

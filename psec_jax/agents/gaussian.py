@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from psec_jax.agents import critics as critic_agent
 from psec_jax.agents.common import (
@@ -21,8 +21,10 @@ from psec_jax.agents.common import (
     OptimiserConfig,
     Transitions,
     descend,
-    draw_transitions,
+    draw,
+    draw_index,
     init_state,
+    row_count,
 )
 from psec_jax.agents.critics import CriticConfig, CriticState
 from psec_jax.errors import InputError, lookup
@@ -95,11 +97,18 @@ def init(
     return GaussianState(state, critics)
 
 
+def index(
+    config: GaussianConfig, key: Key[Array, ""], count: int | Int[Array, ""]
+) -> Int[Array, " B"]:
+    """The rows that a step with this key draws from `count`."""
+    return draw_index(key, config.batch_size, count)
+
+
 def update(
     config: GaussianConfig, state: GaussianState, data: Transitions, key: Key[Array, ""]
 ) -> tuple[GaussianState, Metrics]:
     """One step on a fresh batch, shared by actor and critics."""
-    batch = draw_transitions(key, data, config.batch_size)
+    batch = draw(index(config, key, row_count(data)), data)
     critics, weight, metrics = None, jnp.ones(config.batch_size), {}
     if state.critics is not None:
         critics, values, metrics = critic_agent.step(

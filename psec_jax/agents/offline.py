@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from psec_jax.agents import critics as critic_agent
 from psec_jax.agents import pretrain as pretrain_agent
@@ -21,8 +21,10 @@ from psec_jax.agents.common import (
     Transitions,
     batch_noise,
     descend,
-    draw_transitions,
+    draw,
+    draw_index,
     init_state,
+    row_count,
 )
 from psec_jax.agents.critics import CriticConfig, CriticParams, CriticState
 from psec_jax.agents.pretrain import PretrainConfig
@@ -135,19 +137,27 @@ def init(
     return OfflineState(state, critics)
 
 
+def index(
+    config: OfflineConfig, key: Key[Array, ""], count: int | Int[Array, ""]
+) -> Int[Array, " B"]:
+    """The rows that a step with this key draws from `count`."""
+    return draw_index(jax.random.split(key)[0], config.actor.batch_size, count)
+
+
 def update(
     config: OfflineConfig, state: OfflineState, data: OfflineData, key: Key[Array, ""]
 ) -> tuple[OfflineState, Metrics]:
     """One step on a fresh batch, shared by skills and critics."""
-    batch_key, noise_key = jax.random.split(key)
-    batch = draw_transitions(batch_key, data.transitions, config.actor.batch_size)
-    draw = functools.partial(
+    _, noise_key = jax.random.split(key)
+    rows = data.transitions
+    batch = draw(index(config, key, row_count(rows)), rows)
+    draw_noise = functools.partial(
         batch_noise,
         make_schedule(config.actor.diffusion),
         batch_size=config.actor.batch_size,
         action_dim=batch.action.shape[-1],
     )
-    noise = jax.vmap(draw)(jax.random.split(noise_key, len(config.objectives)))
+    noise = jax.vmap(draw_noise)(jax.random.split(noise_key, len(config.objectives)))
     return step(config, state, data.frozen, batch, noise)
 
 

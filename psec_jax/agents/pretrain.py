@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from psec_jax.agents.common import (
     Metrics,
@@ -14,7 +14,9 @@ from psec_jax.agents.common import (
     batch_noise,
     descend,
     draw,
+    draw_index,
     init_state,
+    row_count,
 )
 from psec_jax.diffusion import DiffusionConfig, make_schedule
 from psec_jax.losses import noise_error
@@ -50,12 +52,20 @@ def init(
     return init_state(config.optimiser, start)
 
 
+def index(
+    config: PretrainConfig, key: Key[Array, ""], count: int | Int[Array, ""]
+) -> Int[Array, " B"]:
+    """The rows that a step with this key draws from `count`."""
+    return draw_index(jax.random.split(key)[0], config.batch_size, count)
+
+
 def update(
     config: PretrainConfig, state: TrainState, data: TrainData, key: Key[Array, ""]
 ) -> tuple[TrainState, Metrics]:
     """One step on the diffusion loss (PAPER: 1 M of them at batch 2048)."""
-    batch_key, loss_key = jax.random.split(key)
-    obs, action = draw(batch_key, data, config.batch_size)
+    _, loss_key = jax.random.split(key)
+    batch = draw(index(config, key, row_count(data)), data)
+    obs, action = batch.obs, batch.action
     schedule = make_schedule(config.diffusion)
     noise = batch_noise(schedule, loss_key, config.batch_size, action.shape[-1])
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from psec_jax import tree
 from psec_jax.agents.common import (
@@ -15,7 +15,9 @@ from psec_jax.agents.common import (
     batch_noise,
     descend,
     draw,
+    draw_index,
     init_state,
+    row_count,
 )
 from psec_jax.diffusion import DiffusionConfig, make_schedule
 from psec_jax.errors import InputError
@@ -58,12 +60,20 @@ def init(config: SkillConfig, key: Key[Array, ""], base: Params) -> TrainState:
     return init_state(config.optimiser, params)
 
 
+def index(
+    config: SkillConfig, key: Key[Array, ""], count: int | Int[Array, ""]
+) -> Int[Array, " B"]:
+    """The rows that a step with this key draws from `count`."""
+    return draw_index(jax.random.split(key)[0], config.batch_size, count)
+
+
 def update(
     config: SkillConfig, state: TrainState, data: TrainData, key: Key[Array, ""]
 ) -> tuple[TrainState, Metrics]:
     """One step on the diffusion loss; `data.frozen` is the base's parameters."""
-    batch_key, loss_key = jax.random.split(key)
-    obs, action = draw(batch_key, data, config.batch_size)
+    _, loss_key = jax.random.split(key)
+    batch = draw(index(config, key, row_count(data)), data)
+    obs, action = batch.obs, batch.action
     schedule = make_schedule(config.diffusion)
     noise = batch_noise(schedule, loss_key, config.batch_size, action.shape[-1])
 
