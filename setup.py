@@ -41,6 +41,7 @@ EXTRAS = {
     # Minari needs Pillow and does not say so.
     "minari": ["minari>=0.5.4,<0.6", "pillow>=11"],
     "sweep": ["submitit>=1.5.4,<2"],
+    "stream": ["grain>=0.2.18,<0.3"],
     "experts": ["stable-baselines3>=2.9,<3"],
     "wandb": ["wandb>=0.20,<1"],
     "cuda": ["jax[cuda12]"],
@@ -56,7 +57,16 @@ EXTRAS = {
 # What the main job, its figures and the tests need; requirements.txt is this set.
 EXTRAS["all"] = [
     requirement
-    for extra in ("dm_control", "gymnasium", "minari", "plot", "video", "sweep", "dev")
+    for extra in (
+        "dm_control",
+        "gymnasium",
+        "minari",
+        "plot",
+        "video",
+        "sweep",
+        "stream",
+        "dev",
+    )
     for requirement in EXTRAS[extra]
 ]
 

@@ -4,12 +4,12 @@
     python -m experiments.benchmark --quick --only=matmul,train
 
 Measures start-up and memory, the rate of matrix products, training steps of every
-stage, several seeds as one program, the cost of composing skills, the latency of an
-action, evaluation, and bfloat16; prints a table and saves it as JSON. A full run takes
-some six minutes of two CPU cores, on which nothing else should run. --quick repeats
-less and starts with fewer transitions: it checks the benchmark, its figures are not to
-be quoted. Evaluation by several processes needs `make setup-safe`, and is left out
-without it.
+stage, several seeds as one program, data in a file, several steps as one call, the cost
+of composing skills, the latency of an action, evaluation, and bfloat16; prints a table
+and saves it as JSON. A full run takes some eight minutes of two CPU cores, on which
+nothing else should run. --quick repeats less and starts with fewer transitions: it
+checks the benchmark, its figures are not to be quoted. Evaluation by several processes
+needs `make setup-safe`, and is left out without it.
 
 Rates and ratios come from measurements taken in turns (A B A B ...), because the speed
 of a machine drifts: a figure is the median over the turns, a ratio the median of the
@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import resource
@@ -27,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,13 @@ from absl import flags
 from experiments import stages
 from experiments.configs.dmc_walker import get_config
 from launch.cli import no_arguments, run
-from psec_jax import tree
+from psec_jax import sharding, streaming, tree
 from psec_jax.agents import critics as critic_agent
 from psec_jax.agents import gate as gate_agent
 from psec_jax.agents import offline as offline_agent
 from psec_jax.agents import pretrain as pretrain_agent
 from psec_jax.agents import skill as skill_agent
-from psec_jax.agents.common import TrainData, Transitions, init_state
+from psec_jax.agents.common import TrainData, Transitions, init_state, rows_of
 from psec_jax.agents.critics import CriticConfig
 from psec_jax.agents.offline import Frozen, OfflineConfig, OfflineData, OfflineState
 from psec_jax.composition import PolicyConfig, PolicyParams
@@ -84,6 +85,7 @@ class Sizes:
       matmul: m of the square products m x m x m.
       batches: batch sizes.
       seeds: numbers R of bases trained as one program, the first of them 1.
+      loop: steps in one call.
       skills: numbers K of skills composed.
       transitions: in the file that the start-up is measured with.
       start_steps: gradient steps of that run.
@@ -102,6 +104,7 @@ class Sizes:
     matmul: int = 2048
     batches: tuple[int, ...] = (256, 2048)
     seeds: tuple[int, ...] = (1, 2, 4, 8)
+    loop: int = 8
     skills: tuple[int, ...] = (1, 4, 16, 64)
     transitions: int = 1_000_000
     start_steps: int = 20
@@ -435,8 +438,14 @@ def _offline_stage(sizes: Sizes, batch: int, base: Params) -> Stage:
     )
 
 
-def compile_step(stage: Stage) -> tuple[Callable[[], Any], float]:
-    """A call that makes one step (it keeps the state), and the seconds to compile."""
+def compile_step(
+    stage: Stage, datas: Iterator[Any] | None = None
+) -> tuple[Callable[[], Any], float]:
+    """A call that makes one step (it keeps the state), and the seconds to compile.
+
+    Each call takes the next of `datas`, by default the stage's own.
+    """
+    datas = datas or itertools.repeat(stage.data)
 
     def step(state: Any, data: Any, key: jax.Array) -> tuple[Any, dict]:
         # Several members stand at the same step.
@@ -452,7 +461,7 @@ def compile_step(stage: Stage) -> tuple[Callable[[], Any], float]:
 
     def call() -> Any:
         nonlocal state
-        state, metrics = compiled(state, stage.data, key)
+        state, metrics = compiled(state, next(datas), key)
         return metrics
 
     return call, seconds
@@ -514,6 +523,71 @@ def seeds(sizes: Sizes) -> list[Row]:
         for count in sizes.seeds[1:]:
             label = f"{count} bases, batch {batch}: time over one"
             rows.append(make_row("seeds", label, ratios(times[str(count)], one), "x"))
+    return rows
+
+
+def data_in_a_file(sizes: Sizes) -> list[Row]:
+    """A step on batches from a file, in turns with one on data in memory.
+
+    The file is in the system's page cache, as it was written just before.
+    """
+    rows = []
+    for batch in sizes.batches:
+        base = make_stages(sizes, batch)["base"]
+        with tempfile.TemporaryDirectory() as folder:
+            stage, batches = _in_a_file(base, Path(folder) / "rows.npy")
+            with contextlib.closing(batches):
+                calls = {
+                    "memory": compile_step(base)[0],
+                    "file": compile_step(stage, batches)[0],
+                }
+                times = interleave(calls, sizes.repeats, sizes.seconds)
+        label = f"base, batch {batch}: from a file over from memory"
+        over = ratios(times["file"], times["memory"])
+        rows.append(make_row("streaming", label, over, "x"))
+    return rows
+
+
+def _in_a_file(base: Stage, path: Path) -> tuple[Stage, Generator[jax.Array]]:
+    """The stage on rows of its data, and such rows, as `training` draws them."""
+    index = functools.partial(pretrain_agent.index, *base.update.args)
+    table = streaming.write_table(rows_of(base.data), path)
+    stream = stages.make_stream(base.data, index, table)
+    layout, key = sharding.Layout(None, 1), jax.random.key(0)
+    batches = streaming.batches([stream], [key], layout, 0, sys.maxsize)
+
+    def update(state: Any, rows: jax.Array, key: jax.Array) -> tuple[Any, dict]:
+        return base.update(state, stream.data(stream.rest, rows), key)
+
+    return dataclasses.replace(base, update=update, data=next(batches)), batches
+
+
+def repeated(stage: Stage, count: int) -> Stage:
+    """`count` steps of a stage in one call, as with run.steps_per_call."""
+
+    def update(state: Any, data: Any, key: jax.Array) -> tuple[Any, dict]:
+        def one(state: Any, key: jax.Array) -> tuple[Any, dict]:
+            return stage.update(state, data, key)
+
+        return jax.lax.scan(one, state, jax.random.split(key, count))
+
+    return dataclasses.replace(stage, update=update)
+
+
+def loops(sizes: Sizes) -> list[Row]:
+    """Several steps as one compiled loop, in turns with single ones."""
+    rows = []
+    for batch in sizes.batches:
+        base = make_stages(sizes, batch)["base"]
+        calls = {
+            "single": compile_step(base)[0],
+            "looped": compile_step(repeated(base, sizes.loop))[0],
+        }
+        times = interleave(calls, sizes.repeats, sizes.seconds)
+        singly = [sizes.loop * seconds for seconds in times["single"]]
+        label = f"base, batch {batch}: {sizes.loop} steps in one call over single calls"
+        over = ratios(times["looped"], singly)
+        rows.append(make_row("steps_per_call", label, over, "x"))
     return rows
 
 
@@ -853,6 +927,8 @@ GROUPS = {
     "matmul": matmul,
     "train": train,
     "seeds": seeds,
+    "streaming": data_in_a_file,
+    "steps_per_call": loops,
     "skills": skills,
     "latency": latency,
     "evaluation": evaluation,

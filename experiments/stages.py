@@ -551,16 +551,24 @@ def _streams(asked: Sequence[Train], stack: contextlib.ExitStack) -> list[Stream
         if same not in tables:
             path = folder / f"{len(tables)}.npy"
             tables[same] = streaming.write_table(rows, path)
-        streams.append(
-            Stream(
-                tables[same],
-                {name: column.shape[1:] for name, column in rows.items()},
-                functools.partial(one.index, count=len(tables[same])),
-                _rest(one.data),
-                functools.partial(_filled, type(one.data)),
-            )
-        )
+        streams.append(make_stream(one.data, one.index, tables[same]))
     return streams
+
+
+def make_stream(
+    data: TrainData | Transitions | OfflineData,
+    index: Callable[..., jax.Array],
+    table: np.ndarray,
+) -> Stream:
+    """Data with rows in a table of `streaming.write_table`; `index` as of `Train`."""
+    rows = rows_of(_drawn_from(data))
+    return Stream(
+        table,
+        {name: column.shape[1:] for name, column in rows.items()},
+        functools.partial(index, count=len(table)),
+        _rest(data),
+        functools.partial(_filled, type(data)),
+    )
 
 
 def _program(asked: Train) -> tuple[Any, ...]:

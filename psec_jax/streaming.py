@@ -1,9 +1,10 @@
 """Data larger than a device's memory: in a file, of which every step gets its batch."""
 
 import functools
+import importlib.util
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 
 from psec_jax import sharding
-from psec_jax.errors import lookup
+from psec_jax.errors import InputError, lookup
 from psec_jax.files import reported
 
 # Drawn ahead: enough to hide the reading of a batch behind the steps before it.
@@ -51,7 +52,7 @@ class Stream(NamedTuple):
         return self.fill(rest, columns)
 
 
-def write_table(rows: Mapping[str, np.ndarray], path: Path) -> np.ndarray:
+def write_table(rows: Mapping[str, np.ndarray | jax.Array], path: Path) -> np.ndarray:
     """Columns [N, ...] side by side in a file, as a memory map [N, W].
 
     Raises:
@@ -84,13 +85,18 @@ def wanted(choice: str, size: int) -> bool:
       size: bytes.
 
     Raises:
-      InputError: another choice.
+      InputError: another choice, or grain, which reads them, is not installed.
     """
-    return lookup(
-        {"yes": lambda: True, "no": lambda: False, "auto": lambda: _is_large(size)},
-        choice,
-        "stream",
-    )()
+    asked = {"yes": True, "no": False, "auto": None}
+    answer = lookup(asked, choice, "stream")
+    if answer is None:
+        answer = _is_large(size)
+    if answer and importlib.util.find_spec("grain") is None:
+        raise InputError(
+            f"stream: {size} bytes of data are to be read from a file, which takes "
+            "grain; pip install grain, or the extra 'stream' of psec_jax"
+        )
+    return answer
 
 
 def _is_large(size: int) -> bool:
@@ -108,7 +114,7 @@ def batches(
     layout: sharding.Layout,
     first: int,
     goal: int,
-) -> Iterator[jax.Array]:
+) -> Generator[jax.Array]:
     """The rows of steps `first` to `goal`, read ahead by grain.
 
     The rows are those that the update would draw from data on the device: of step s

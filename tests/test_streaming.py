@@ -1,6 +1,7 @@
 """Data in a file give the numbers of data in a device's memory."""
 
 import functools
+import importlib.util
 from pathlib import Path
 
 import jax
@@ -127,6 +128,10 @@ def test_when_it_is_wanted(monkeypatch):
     assert streaming.wanted("auto", 10**18) and not streaming.wanted("auto", 10**6)
     with pytest.raises(InputError, match=r"unknown stream 'always'; .*auto"):
         streaming.wanted("always", 1)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not streaming.wanted("auto", 10**6)
+    with pytest.raises(InputError, match="stream: 7 bytes .* takes grain; pip inst"):
+        streaming.wanted("yes", 7)
 
 
 def test_refusals(tmp_path):
