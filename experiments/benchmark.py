@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import stages
+from experiments import programs, stages
 from experiments.configs.dmc_walker import get_config
 from launch.cli import no_arguments, run
 from psec_jax import sharding, streaming, tree
@@ -552,7 +552,7 @@ def _in_a_file(base: Stage, path: Path) -> tuple[Stage, Generator[jax.Array]]:
     """The stage on rows of its data, and such rows, as `training` draws them."""
     index = functools.partial(pretrain_agent.index, *base.update.args)
     table = streaming.write_table(rows_of(base.data), path)
-    stream = stages.make_stream(base.data, index, table)
+    stream = programs.make_stream(base.data, index, table)
     layout, key = sharding.Layout(None, 1), jax.random.key(0)
     batches = streaming.batches([stream], [key], layout, 0, sys.maxsize)
 

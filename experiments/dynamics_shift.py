@@ -34,7 +34,7 @@ from ml_collections import ConfigDict
 
 from experiments import plots, results, stages
 from experiments.configs.d4rl import get_config
-from experiments.stages import Selection
+from experiments.demonstrations import FIRST, Selection, load_demos
 from experiments.table2 import Place, table_seeds
 from launch.cli import no_arguments, run
 from psec_jax.agents import gaussian
@@ -154,9 +154,7 @@ def train_joint(cell: Cell) -> Act:
         both = [source, cell.part.of(target, 0, cell.data)]
         names = {"source": Path(cell.source).name, "target": Path(cell.data).name}
         d4rl.save(path, dataset.concatenate(both), names)
-    return _train_whole(
-        cell, f"joint-{cell.target}", str(path), stages.FIRST, "base", "bc"
-    )
+    return _train_whole(cell, f"joint-{cell.target}", str(path), FIRST, "base", "bc")
 
 
 def train_tuned(cell: Cell) -> Act:
@@ -246,7 +244,7 @@ def train_gaussian(cell: Cell, objective: str) -> Act:
         weights=WeightConfig(reward_temperature=sizes.reward_temperature),
         batch_size=sizes.batch_size,
     )
-    demos = stages.load_demos(cell.config, cell.env, 0, cell.data, cell.part)
+    demos = load_demos(cell.config, cell.env, 0, cell.data, cell.part)
     normaliser = normalise.standard(demos.dataset.obs, cell.config.std_floor)
     rows = stages.transitions(cell.config, demos, normaliser, safety=False)
     record = {

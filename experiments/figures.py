@@ -33,8 +33,9 @@ from absl import flags
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from experiments import plots, results, stages, table2
+from experiments import plots, results, table2
 from experiments.configs.dmc_walker import get_config
+from experiments.demonstrations import load_demos
 from experiments.rollout import make_trace
 from experiments.table2 import ENV, SETTINGS, Place
 from psec_jax.diffusion import make_schedule, q_sample
@@ -365,7 +366,7 @@ def embed(count: int, space: str, place: Place) -> dict[str, Any]:
     for number, (task, (skill, alpha)) in enumerate(of_task.items()):
         policy = load_composition(place.library, [skill], alpha=[alpha])
         stage = place.config.base if task == "stand" else place.config.skill
-        demos = stages.load_demos(place.config, ENV.format(task), stage.episodes)
+        demos = load_demos(place.config, ENV.format(task), stage.episodes)
         generator = np.random.default_rng(number)
         rows = generator.choice(len(demos.dataset.obs), count, replace=False)
         keys = jax.random.split(jax.random.key(number), count)

@@ -3,25 +3,22 @@
 The commands of launch/ and the tables call these; a finished stage is not run again.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
-import shutil
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, ParamSpec
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from experiments.collect import collect
 from experiments.configs import dmc_walker, dsrl
-from psec_jax import data as datasets
-from psec_jax import envs, processes, sharding, streaming, support, tree
+from experiments.demonstrations import FIRST, Demos, Selection, known_env
+from experiments.programs import Load, RollOut, Stage, Train, Work, Write
+from psec_jax import envs, support, tree
 from psec_jax.agents import critic_file
 from psec_jax.agents import critics as critic_agent
 from psec_jax.agents import gate as gate_agent
@@ -29,24 +26,20 @@ from psec_jax.agents import offline as offline_agent
 from psec_jax.agents import pretrain as pretrain_agent
 from psec_jax.agents import skill as skill_agent
 from psec_jax.agents.common import (
-    DRAWN,
     OptimiserConfig,
     TrainData,
     Transitions,
     make_transitions,
-    pad_rows,
     reward_scale,
-    rows_of,
 )
 from psec_jax.agents.critic_file import Finished
 from psec_jax.agents.critics import CriticConfig, CriticParams
 from psec_jax.agents.offline import Frozen, OfflineConfig, OfflineData
 from psec_jax.composition import PolicyConfig, PolicyParams
 from psec_jax.data import dataset, normalise
-from psec_jax.data.trajectories import apply_filter, cut, share, split
 from psec_jax.diffusion import DiffusionConfig
 from psec_jax.errors import InputError, lookup
-from psec_jax.evaluation import Episodes, evaluate, evaluate_together
+from psec_jax.evaluation import Episodes
 from psec_jax.gating import BOUNDED_HEADS, GateConfig, init_gate
 from psec_jax.library import SkillLibrary
 from psec_jax.lora import ADAPTERS
@@ -54,8 +47,6 @@ from psec_jax.losses import OBJECTIVES, WeightConfig
 from psec_jax.networks.denoiser import NetworkConfig
 from psec_jax.policy import (
     Policy,
-    act_together,
-    alike,
     check_critics,
     diffusion_config,
     load_base,
@@ -64,78 +55,10 @@ from psec_jax.policy import (
 )
 from psec_jax.policy import compose as load_composition
 from psec_jax.run import Run, open_run, versions
-from psec_jax.streaming import Stream
-from psec_jax.training import Member, train_together
-from psec_jax.types import Dataset, Normaliser
+from psec_jax.types import Normaliser
 
 # Least values of what no dataclass of the core checks before training starts.
 LEAST = {"steps": 1, "batch_size": 1, "episodes": 0, "rank": 1}
-
-
-class Selection(NamedTuple):
-    """Which trajectories of the data are taken, where not all of them are.
-
-    Attributes:
-      best: those of highest return, not the first ones.
-      min_return: none below this return.
-      max_cost: none above this cost.
-      return_quantile: none below this quantile of the returns that are left.
-      cost_quantile: none above this quantile of all costs.
-      split: cut into pieces of this many steps; everything else counts pieces.
-      filter: a key of `data.trajectories.FILTERS`.
-      share: a random part of those that the filter left, in (0, 1].
-      transitions: of all that is left, trajectories drawn at random until there are
-        this many; the last one is cut.
-    """
-
-    best: bool = False
-    min_return: float | None = None
-    max_cost: float | None = None
-    return_quantile: float | None = None
-    cost_quantile: float | None = None
-    split: int | None = None
-    filter: str | None = None
-    share: float | None = None
-    transitions: int | None = None
-
-    def of(self, ds: Dataset, episodes: int, source: str) -> Dataset:
-        """The trajectories chosen: `episodes` of them, or all with 0.
-
-        Raises:
-          InputError: fewer are there, or a filter or a number that cannot be used.
-        """
-        if self.split is not None:
-            ds = split(ds, self.split)
-        if self.filter is not None:
-            ds = apply_filter(ds, self.filter)
-        if self.share is not None:
-            ds = share(ds, self.share)
-        ds = dataset.select(
-            ds,
-            min_return=self.min_return,
-            max_cost=self.max_cost,
-            return_quantile=self.return_quantile,
-            cost_quantile=self.cost_quantile,
-            source=source,
-            **{"best" if self.best else "first": episodes or None},
-        )
-        return ds if self.transitions is None else cut(ds, self.transitions)
-
-    def reads_costs(self) -> bool:
-        """Whether data without costs cannot be chosen from."""
-        return self.max_cost is not None or self.cost_quantile is not None
-
-    def card(self) -> dict[str, Any]:
-        """What is recorded: the first two, and of the others those that are set."""
-        later = self._fields[2:]
-        return {
-            name: value
-            for name, value in self._asdict().items()
-            if name not in later or value is not None
-        }
-
-
-FIRST = Selection()
 
 
 def best_of_safe(config: ConfigDict) -> Selection:
@@ -151,81 +74,6 @@ def best_of_safe(config: ConfigDict) -> Selection:
             "the best trajectories are chosen; experiments/configs/dsrl.py has them"
         )
     return Selection(max_cost=float(config.cost_limit), return_quantile=float(quantile))
-
-
-class Demos(NamedTuple):
-    """Demonstrations of one task.
-
-    Attributes:
-      dataset: whole trajectories.
-      source: file or folder they come from.
-      selection: how they were chosen there.
-    """
-
-    dataset: Dataset
-    source: str
-    selection: Selection = FIRST
-
-    def card(self) -> dict[str, Any]:
-        """What cards and configs record of the data."""
-        returns = dataset.episode_returns(self.dataset)
-        chosen = self.selection != FIRST
-        return {
-            "source": Path(self.source).name,
-            "fingerprint": dataset.fingerprint(self.dataset),
-            "transitions": len(self.dataset.obs),
-            "trajectories": len(returns),
-            "return_mean": float(np.mean(returns)),
-        } | ({"selection": self.selection.card()} if chosen else {})
-
-
-def load_demos(
-    config: ConfigDict,
-    env: str,
-    episodes: int,
-    path: str | None = None,
-    selection: Selection = FIRST,
-    with_costs: bool = False,
-) -> Demos:
-    """`episodes` trajectories of a file, or of a fresh collection.
-
-    Args:
-      config: its `data` section says how to collect.
-      env: environment the demonstrations are of.
-      episodes: trajectories; 0 takes all that a file has.
-      path: an HDF5 file, an episode file or a folder of them, or a set's name; None
-        collects with `config.data.policy` in `env`, or uses what was collected before.
-      selection: by default the first ones.
-      with_costs: refuse data without costs.
-
-    Raises:
-      InputError: the data cannot be used.
-    """
-    if path is None:
-        if episodes < 1:
-            raise InputError(
-                f"episodes: got {episodes}, expected 1 or more to collect in {env}"
-            )
-        path = str(
-            collect(
-                env,
-                config.data.policy,
-                max(episodes, 10),
-                config.data.seeds.get(env, 0),
-                config.data.action_noise,
-            )
-        )
-    ds, _ = datasets.read(
-        path,
-        clip_actions=config.data.clip_actions,
-        with_costs=with_costs or selection.reads_costs(),
-    )
-    return Demos(selection.of(ds, episodes, path), path, selection)
-
-
-def known_env(data: str | None) -> str | None:
-    """The simulator of a known set; None for other data."""
-    return None if data is None else datasets.environment(data)
 
 
 def check_config(
@@ -374,262 +222,6 @@ def train_config(config: ConfigDict, section: str) -> OptimiserConfig:
         weight_decay=stage.weight_decay,
         ema=stage.ema,
     )
-
-
-class Load(NamedTuple):
-    """What a stage asks for: demonstrations; see `load_demos`."""
-
-    config: ConfigDict
-    env: str
-    episodes: int
-    path: str | None = None
-    selection: Selection = FIRST
-    with_costs: bool = False
-
-
-class Train(NamedTuple):
-    """What a stage asks for: the state and summary of a training; see `train`.
-
-    `index` says which rows a step draws: (key, their number) -> Int[B].
-    """
-
-    update: functools.partial
-    index: functools.partial
-    state: Any
-    data: Any
-    key: jax.Array
-    run: Run
-    steps: int
-    stage: str
-    options: ConfigDict
-
-
-class RollOut(NamedTuple):
-    """What a stage asks for: episodes of a policy; see `evaluate`."""
-
-    policy: Policy
-    env: str
-    episodes: int
-    seed: int
-
-
-class Write(NamedTuple):
-    """What a stage says before it writes: of several processes the first goes on."""
-
-
-Work = Generator[Load | Train | RollOut | Write, Any, dict[str, Any]]
-P = ParamSpec("P")
-
-
-class Stage(Generic[P]):
-    """A stage: called, it runs alone; `work` is what `together` runs side by side.
-
-    Attributes:
-      work: the stage as a generator, which asks for what takes long (`Load`, `Train`,
-        `RollOut`), is sent it, and returns the result.
-    """
-
-    def __init__(self, work: Callable[P, Work]) -> None:
-        self.work = work
-        functools.update_wrapper(self, work)
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
-        """The result of the stage run alone."""
-        return together({"": self.work(*args, **kwargs)})[""]
-
-
-def together(
-    works: Mapping[str, Work], mesh: str | None = None, stream: str = "auto"
-) -> dict[str, dict[str, Any]]:
-    """Run stages side by side: what they train is one program, and so are roll-outs.
-
-    Args:
-      works: by a name for messages, such as "seed 3".
-      mesh: sizes of a mesh of devices, see `sharding.make_mesh`; None is one device.
-      stream: whether data stay in files, see `streaming.wanted`.
-
-    Returns:
-      Their results by name.
-
-    Raises:
-      InputError: what they train does not go into one program, or a mesh that does not
-        fit.
-    """
-    devices = sharding.make_mesh(mesh, len(works))
-    results: dict[str, dict[str, Any]] = {}
-    loaded: list[tuple[Load, Demos]] = []
-    answers: dict[str, Any] = dict.fromkeys(works)
-    writing = False
-    while answers:
-        loads, trains, rolls, writes = {}, {}, {}, {}
-        # What the first process puts into its folders, the others find there.
-        with contextlib.nullcontext() if writing else processes.first_before_others():
-            for name, answer in answers.items():
-                try:
-                    asked = works[name].send(answer)
-                except StopIteration as end:
-                    results[name] = end.value
-                    continue
-                if isinstance(asked, Load):
-                    loads[name] = _loaded(asked, loaded)
-                elif isinstance(asked, Train):
-                    # Freed here, what is equal never lies on the device R times.
-                    first = next(iter(trains.values()), asked)
-                    trains[name] = asked._replace(data=_shared(asked.data, first.data))
-                elif isinstance(asked, RollOut):
-                    rolls[name] = asked
-                else:
-                    writes[name] = None
-        if writes and not processes.first():
-            break
-        writing = writing or bool(writes)
-        trained = _train_all(trains, devices, stream)
-        answers = loads | trained | _roll_out_all(rolls) | writes
-    return {name: results[name] for name in works if name in results}
-
-
-def _loaded(asked: Load, loaded: list[tuple[Load, Demos]]) -> Demos:
-    """Demonstrations, read once for all that ask for the same."""
-    for known, demos in loaded:
-        if known == asked:
-            return demos
-    loaded.append((asked, load_demos(*asked)))
-    return loaded[-1][1]
-
-
-def _shared(data: Any, first: Any) -> Any:
-    """The same data, where it equals `first` by the very arrays of that."""
-
-    def one(mine: Any, other: Any) -> Any:
-        arrays = np if isinstance(mine, np.ndarray) else jnp
-        equal = mine.shape == other.shape and bool(arrays.array_equal(mine, other))
-        return other if equal else mine
-
-    if jax.tree.structure(data) != jax.tree.structure(first):
-        return data
-    return jax.tree.map(one, data, first)
-
-
-def _train_all(
-    asked: Mapping[str, Train], mesh: Mesh | None, stream: str
-) -> dict[str, Any]:
-    """State and summary of each training, all in one program."""
-    if not asked:
-        return {}
-    first_name, first = next(iter(asked.items()))
-    for name, one in asked.items():
-        if _program(one) != _program(first):
-            raise InputError(
-                f"{name} cannot be trained in one program with {first_name}: its "
-                "network or its budget is another"
-            )
-    with contextlib.ExitStack() as stack:
-        datas = [one.data for one in asked.values()]
-        rows = {id(x): x for data in datas for x in rows_of(_drawn_from(data)).values()}
-        if streaming.wanted(stream, sum(x.nbytes for x in rows.values())):
-            datas = _streams(list(asked.values()), stack)
-        else:
-            datas = _lengthened(datas)
-        members = [
-            Member(one.state, data, one.key, one.run, name)
-            for (name, one), data in zip(asked.items(), datas, strict=True)
-        ]
-        options = {**first.options, "steps": first.steps, "stage": first.stage}
-        results = train_together(first.update, members, mesh=mesh, **options)
-    return dict(zip(asked, results, strict=True))
-
-
-def _streams(asked: Sequence[Train], stack: contextlib.ExitStack) -> list[Stream]:
-    """The data as files, in the first one's folder until the stack ends."""
-    tables: dict[tuple[int, ...], np.ndarray] = {}
-    folder = asked[0].run.workdir / f"rows-{jax.process_index()}"
-    stack.callback(shutil.rmtree, folder, ignore_errors=True)
-    streams = []
-    for one in asked:
-        rows = rows_of(_drawn_from(one.data))
-        same = tuple(id(column) for column in rows.values())
-        if same not in tables:
-            path = folder / f"{len(tables)}.npy"
-            tables[same] = streaming.write_table(rows, path)
-        streams.append(make_stream(one.data, one.index, tables[same]))
-    return streams
-
-
-def make_stream(
-    data: TrainData | Transitions | OfflineData,
-    index: Callable[..., jax.Array],
-    table: np.ndarray,
-) -> Stream:
-    """Data with rows in a table of `streaming.write_table`; `index` as of `Train`."""
-    rows = rows_of(_drawn_from(data))
-    return Stream(
-        table,
-        {name: column.shape[1:] for name, column in rows.items()},
-        functools.partial(index, count=len(table)),
-        _rest(data),
-        functools.partial(_filled, type(data)),
-    )
-
-
-def _program(asked: Train) -> tuple[Any, ...]:
-    """What trainings of one program have in common."""
-    update, steps = asked.update, (asked.steps, asked.options)
-    return update.func, update.args, steps, tree.shapes(asked.state)
-
-
-def _drawn_from(
-    data: TrainData | Transitions | OfflineData,
-) -> TrainData | Transitions:
-    """The part of the data that has rows."""
-    return data.transitions if isinstance(data, OfflineData) else data
-
-
-def _with(data: Any, part: TrainData | Transitions) -> Any:
-    """The data with another part that has rows."""
-    is_offline = isinstance(data, OfflineData)
-    return data._replace(transitions=part) if is_offline else part
-
-
-def _rest(data: TrainData | Transitions | OfflineData) -> Any:
-    """What the data hold beside rows."""
-    return None if isinstance(data, Transitions) else data.frozen
-
-
-def _filled(kind: type, rest: Any, rows: Mapping[str, jax.Array]) -> Any:
-    """Data of one kind whose rows are a batch."""
-    if kind is TrainData:
-        return TrainData(**rows, frozen=rest, count=DRAWN)
-    batch = Transitions(**rows, count=DRAWN)
-    return OfflineData(batch, rest) if kind is OfflineData else batch
-
-
-def _lengthened(datas: Sequence[Any]) -> list[Any]:
-    """Data of one length, where they differ."""
-    lengths = [len(_drawn_from(data).obs) for data in datas]
-    if len(set(lengths)) == 1:
-        return list(datas)
-    longest = max(lengths)
-    return [_with(data, pad_rows(_drawn_from(data), longest)) for data in datas]
-
-
-def _roll_out_all(asked: Mapping[str, RollOut]) -> dict[str, Any]:
-    """Episodes of each policy; those that can act in one call play together."""
-    episodes: dict[str, Any] = {}
-    for name, one in asked.items():
-        if name in episodes:
-            continue
-        same = [
-            other
-            for other, two in asked.items()
-            if two[1:] == one[1:] and alike(two.policy, one.policy)
-        ]
-        if len(same) == 1:
-            episodes[name] = evaluate(one.policy.act, *one[1:])
-            continue
-        act = act_together([asked[other].policy for other in same])
-        played = evaluate_together(act, len(same), *one[1:])
-        episodes |= zip(same, played, strict=True)
-    return episodes
 
 
 OFFLINE_SECTIONS = ("critics", "weights", "cost_limit")

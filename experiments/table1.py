@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from experiments import results, stages
 from experiments.configs.dsrl import get_config
-from experiments.stages import Selection
+from experiments.demonstrations import FIRST, Selection
 from experiments.table2 import Place, changed, level_changes, table_seeds
 from launch.cli import no_arguments, run
 from psec_jax.data import dsrl
@@ -216,7 +216,7 @@ class Cell(Place):
 def train_base(
     cell: Cell,
     name: str = "base",
-    selection: Selection = stages.FIRST,
+    selection: Selection = FIRST,
     objective: str = "bc",
 ) -> Policy:
     """A whole policy on the set, or on a part of it, in a library of its own."""

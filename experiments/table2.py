@@ -23,7 +23,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import results, stages
+from experiments import programs, results, stages
 from experiments.configs.dmc_walker import get_config
 from launch.cli import no_arguments, run
 from launch.cli import seeds as table_seeds
@@ -154,7 +154,7 @@ class Place:
         return self.root / f"seed{self.seed}" / f"scratch-{task}"
 
 
-def base_work(place: Place) -> stages.Work:
+def base_work(place: Place) -> programs.Work:
     """The base of one seed."""
     return stages.pretrain.work(
         place.config,
@@ -166,7 +166,7 @@ def base_work(place: Place) -> stages.Work:
     )
 
 
-def scratch_work(place: Place, task: str) -> stages.Work:
+def scratch_work(place: Place, task: str) -> programs.Work:
     """A whole policy on the target's demonstrations alone, on a skill's budget."""
     return stages.pretrain.work(
         place.config,
@@ -180,7 +180,7 @@ def scratch_work(place: Place, task: str) -> stages.Work:
     )
 
 
-def skill_work(place: Place, task: str, adapter: str) -> stages.Work:
+def skill_work(place: Place, task: str, adapter: str) -> programs.Work:
     """One skill on the base of its seed."""
     name = skill_name(task, adapter)
     return stages.expand.work(
@@ -196,7 +196,7 @@ def skill_work(place: Place, task: str, adapter: str) -> stages.Work:
 
 def gate_work(
     place: Place, setting: str, method: str, alpha: Sequence[float] | None
-) -> stages.Work:
+) -> programs.Work:
     """The gate of one cell, over skills that are there."""
     form, target = COMPOSITIONS[method], SETTINGS[setting]
     name = gate_name(method, setting)
@@ -219,20 +219,20 @@ def gate_work(
 
 def train_base(place: Place) -> Policy:
     """The base of one seed."""
-    stages.together({"": base_work(place)})
+    programs.together({"": base_work(place)})
     return load_base(place.library)
 
 
 def train_scratch(place: Place, task: str) -> Policy:
     """A whole policy on the target's demonstrations alone, on a skill's budget."""
-    stages.together({"": scratch_work(place, task)})
+    programs.together({"": scratch_work(place, task)})
     return load_base(place.scratch(task))
 
 
 def train_skill(place: Place, task: str, adapter: str) -> str:
     """One skill; returns its name in the library."""
     train_base(place)
-    stages.together({"": skill_work(place, task, adapter)})
+    programs.together({"": skill_work(place, task, adapter)})
     return skill_name(task, adapter)
 
 
@@ -243,7 +243,7 @@ def train_composition(
     for task in SETTINGS[setting].skills:
         train_skill(place, task, COMPOSITIONS[method].adapter)
     alpha = start_weights(tune_place, setting, method)
-    stages.together({"": gate_work(place, setting, method, alpha)})
+    programs.together({"": gate_work(place, setting, method, alpha)})
     return load_composition(place.library, gate=gate_name(method, setting))
 
 
@@ -252,8 +252,8 @@ def train_together(
 ) -> None:
     """What a cell needs, each stage for all seeds as one program."""
 
-    def train(work: Callable[..., stages.Work], *args: Any) -> None:
-        stages.together({f"seed {p.seed}": work(p, *args) for p in places})
+    def train(work: Callable[..., programs.Work], *args: Any) -> None:
+        programs.together({f"seed {p.seed}": work(p, *args) for p in places})
 
     target, form = SETTINGS[setting], COMPOSITIONS.get(method)
     if method == "Scratch":

@@ -33,7 +33,8 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments import stages
+from experiments import programs, stages
+from experiments.demonstrations import Selection
 from launch import options
 from launch.cli import floats, no_arguments, run
 from psec_jax.data import dsrl
@@ -64,7 +65,7 @@ BASE_DATA = flags.DEFINE_string(
 )
 
 
-def target_data() -> tuple[str | None, stages.Selection]:
+def target_data() -> tuple[str | None, Selection]:
     """The target's demonstrations, and which of them.
 
     --data=best stands for the set of the DSRL task whose simulator the skills have, and
@@ -105,7 +106,7 @@ def main(argv: Sequence[str]) -> None:
         )
         for member in options.members()
     }
-    for result in stages.together(
+    for result in programs.together(
         works, options.MESH.value, options.STREAM.value
     ).values():
         print(stages.describe(f"gate {NAME.value!r}", result))

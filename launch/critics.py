@@ -14,7 +14,7 @@ the same program as the skills, as the paper does. The same command resumes.
 
 from collections.abc import Sequence
 
-from experiments import stages
+from experiments import programs, stages
 from launch import options
 from launch.cli import no_arguments, run
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
         )
         for member in members
     }
-    results = stages.together(works, options.MESH.value, options.STREAM.value)
+    results = programs.together(works, options.MESH.value, options.STREAM.value)
     for member in members:
         if member.name not in results:  # told by the first of several processes
             continue

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments import stages
+from experiments import programs, stages
 from launch.cli import define_seeds, define_shift, floats, members, no_arguments, run
 from psec_jax import envs
 from psec_jax.files import make_room, write_json
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
         )
         for member in members(SEEDS.value)
     }
-    results = stages.together(works)
+    results = programs.together(works)
     if OUT.value:
         write_json(OUT.value, results if SEEDS.value else results[""])
     for name, episodes in results.items():

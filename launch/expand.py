@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-from experiments import stages
+from experiments import programs, stages
 from launch import options
 from launch.cli import no_arguments, run
 from psec_jax.errors import InputError
@@ -131,7 +131,7 @@ def main(argv: Sequence[str]) -> None:
             critics=member.place(CRITICS.value),
             evaluate_after=options.EVALUATE.value,
         )
-    for label, result in stages.together(
+    for label, result in programs.together(
         works, options.MESH.value, options.STREAM.value
     ).items():
         several = len(names[label]) > 1

@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from experiments.stages import Selection
+from experiments.demonstrations import Selection
 from launch.cli import Member, define_config, define_seeds, define_shift
 from launch.cli import members as members_of
 from psec_jax import data as datasets

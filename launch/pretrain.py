@@ -34,7 +34,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments import stages
+from experiments import programs, stages
 from launch import options
 from launch.cli import no_arguments, run
 
@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
         )
         for member in options.members()
     }
-    for result in stages.together(
+    for result in programs.together(
         works, options.MESH.value, options.STREAM.value
     ).values():
         print(stages.describe(f"base {NAME.value!r}", result))

@@ -225,6 +225,11 @@ def points(
     for key in grid:
         if given(common, key if key in switches else f"config.{key}"):
             raise InputError(f"--sweep: {key} is also given as a flag")
+    if "seeds" in grid or given(common, "seeds"):
+        raise InputError(
+            "--seeds: every point of a sweep is one run; --sweep=seed:0..4 makes a "
+            "point of each seed"
+        )
     made, entries = [], {}
     for combination in itertools.product(*grid.values()):
         values = dict(zip(grid, combination, strict=True))

@@ -17,9 +17,10 @@ import pytest
 import short
 from shell import call
 
-from experiments import stages, table2
+from experiments import programs, stages, table2
 from experiments.collect import collect
 from experiments.configs.dmc_walker import get_config
+from experiments.demonstrations import FIRST, load_demos
 from psec_jax import tree
 from psec_jax.data import d4rl, dataset
 from psec_jax.envs.vector import VectorEnv
@@ -113,7 +114,7 @@ def quick_starts(environments, monkeypatch):
     def quick(act, env, episodes, seed):
         return evaluate(act, env, episodes, seed, vector_env=environments(env))
 
-    monkeypatch.setattr(stages, "evaluate", quick)
+    monkeypatch.setattr(programs, "evaluate", quick)
     monkeypatch.setattr(table2, "evaluate", quick)
 
 
@@ -239,12 +240,11 @@ def test_compositions(library, stand, walk, quick_starts, level, head, support):
 def test_demonstrations_of_a_support_are_collected_again(library, walk, monkeypatch):
     asked = []
 
-    def load_demos(config, env, episodes, path, selection, with_costs):
+    def collected(config, env, episodes, path, selection, with_costs):
         asked.append((env, episodes, path, selection))
-        return original(config, env, episodes, path or walk, selection, with_costs)
+        return load_demos(config, env, episodes, path or walk, selection, with_costs)
 
-    original = stages.load_demos
-    monkeypatch.setattr(stages, "load_demos", load_demos)
+    monkeypatch.setattr(programs, "load_demos", collected)
     changes = {"gate.head": "constant", "gate.support": "neighbour"}
     stages.compose(
         tiny(**changes),
@@ -256,7 +256,7 @@ def test_demonstrations_of_a_support_are_collected_again(library, walk, monkeypa
         evaluate_after=False,
     )
     # Those of the target are the same, and are there already.
-    assert asked == [(SKILL, 2, None, stages.FIRST)]
+    assert asked == [(SKILL, 2, None, FIRST)]
 
 
 def test_the_best_trajectories_by_flag(library, walk):
@@ -299,7 +299,7 @@ def test_a_stopped_stage_goes_on_to_the_same_result(library, stand, monkeypatch)
     options = {"seed": 0, "data": stand, "evaluate_after": False}
     stages.pretrain(config, workdir="whole", library="whole_lib", **options)
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "train_together", stopped_at_2)
+        patch.setattr(programs, "train_together", stopped_at_2)
         with pytest.raises(Stopped, match="stopped by SIGTERM at step 2"):
             stages.pretrain(config, workdir="halves", library="halves_lib", **options)
     assert not Path("halves/result.json").exists()
@@ -318,7 +318,7 @@ def test_a_finished_stage_is_not_run_again(library, walk, monkeypatch):
 
     versions = Path("lib_walk/versions.json")
     versions.write_text("{}")
-    monkeypatch.setattr(stages, "train_together", never)
+    monkeypatch.setattr(programs, "train_together", never)
     options = {"seed": 0, "name": "walk", "env": SKILL, "evaluate_after": False}
     result = stages.expand(
         tiny(), workdir="lib_walk", library="lib", data=walk, **options

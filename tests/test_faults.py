@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import faults, stages
+from experiments import faults, programs, stages
 from experiments.configs.dsrl import get_config
 from psec_jax import metrics, streaming
 from psec_jax.checkpoint import Checkpoints
@@ -120,7 +120,7 @@ def replaced_while(monkeypatch, change):
         change()
         return result
 
-    monkeypatch.setattr(stages, "train_together", changing)
+    monkeypatch.setattr(programs, "train_together", changing)
 
 
 def test_base_replaced_under_a_running_expand(library, monkeypatch):
@@ -159,7 +159,7 @@ def test_stage_with_nothing_left_to_train_tells_the_same(library, monkeypatch):
     run = library.parent / "run"
     with monkeypatch.context() as patch:
         patch.setattr(
-            stages, "train_together", functools.partial(train_together, on_save=stop)
+            programs, "train_together", functools.partial(train_together, on_save=stop)
         )
         with pytest.raises(Stopped, match="SIGTERM at step 2; last good save: step 2"):
             go("critics", library, run)

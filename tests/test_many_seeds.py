@@ -17,8 +17,9 @@ from shell import call
 from test_training import fails_at, fresh, update
 from tiny_env import SPEC
 
-from experiments import results, stages, table2
+from experiments import programs, results, stages, table2
 from experiments.configs import dmc_walker, dsrl
+from experiments.demonstrations import load_demos
 from psec_jax import metrics, tree
 from psec_jax.agents.common import (
     TrainData,
@@ -277,7 +278,7 @@ def test_a_seed_more(bases, monkeypatch):
     done("launch.pretrain", *flags, "--workdir=base", "--seeds=1,2,3", "--mesh=data:8")
     assert Path("base/seed1/result.json").read_text() == before
     assert (Path("lib/seed2") / "base" / "base.json").is_file()
-    monkeypatch.setattr(stages, "train_together", None)
+    monkeypatch.setattr(programs, "train_together", None)
     again = ("--workdir=base/seed2", "--library=lib/seed2", "--seed=2", *flags[1:])
     done("launch.pretrain", *again)
 
@@ -447,7 +448,7 @@ def test_skills_that_do_not_go_together(alone):
 def test_what_is_not_alike_is_no_program():
     def asking(state, steps, rank=1):
         step = functools.partial(update, rank)
-        yield stages.Train(
+        yield programs.Train(
             step, step, state, data_of(0), jax.random.key(0), None, steps, "", {}
         )
 
@@ -456,7 +457,7 @@ def test_what_is_not_alike_is_no_program():
         works = {"seed 1": asking(fresh(), 2), "seed 3": other}
         message = "seed 3 cannot be trained in one program with seed 1"
         with pytest.raises(InputError, match=message):
-            stages.together(works)
+            programs.together(works)
 
 
 def test_equal_data_lies_on_the_device_once(bases, monkeypatch):
@@ -466,10 +467,10 @@ def test_equal_data_lies_on_the_device_once(bases, monkeypatch):
         seen.append([member.data for member in members])
         return train_together(update, members, **options)
 
-    monkeypatch.setattr(stages, "train_together", watched)
+    monkeypatch.setattr(programs, "train_together", watched)
     reads = []
-    load = stages.load_demos
-    monkeypatch.setattr(stages, "load_demos", lambda *a: reads.append(a) or load(*a))
+    load = load_demos
+    monkeypatch.setattr(programs, "load_demos", lambda *a: reads.append(a) or load(*a))
     flags = ("--library=lib", "--data=a.hdf5", "--noevaluate", "--name=once")
     done("launch.expand", *flags, "--workdir=once", "--seeds=1,3")
     assert len(reads) == 1

@@ -19,8 +19,9 @@ import pytest
 import tiny
 from shell import call
 
-from experiments import stages
+from experiments import programs, stages
 from experiments.configs import dsrl
+from experiments.demonstrations import FIRST, Selection
 from psec_jax import tree
 from psec_jax.agents import critics, offline, skill
 from psec_jax.agents.common import (
@@ -384,7 +385,7 @@ def test_the_baselines():
         tiny_config(),
         workdir="safe",
         library="safe",
-        selection=stages.Selection(max_cost=4.0),
+        selection=Selection(max_cost=4.0),
         **options,
     )
     card = SkillLibrary.open("safe").card("base", "base")
@@ -412,8 +413,8 @@ def test_a_gate_on_the_best_trajectories():
 
 def test_selections():
     def chosen(episodes=0, **options):
-        selection = stages.Selection(**options)
-        assert stages.Selection(**selection.card()) == selection
+        selection = Selection(**options)
+        assert Selection(**selection.card()) == selection
         ds = selection.of(mixed(), episodes, "x")
         return list(dataset.episode_returns(ds))
 
@@ -446,7 +447,7 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(stage, monkeypatch):
     whole, halves = f"{stage}_whole", f"{stage}_halves"
     go(whole, whole)
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "train_together", stopped_at_2)
+        patch.setattr(programs, "train_together", stopped_at_2)
         with pytest.raises(Stopped):
             go(halves, halves)
     assert go(halves, halves)["summary"]["resumed_at"] == 2
@@ -484,9 +485,9 @@ def test_bad_input():
     same = mixed()._replace(reward=np.zeros(80, np.float32))
     d4rl.save("same.hdf5", same, {})
     config.skill.objective = "reward"
-    safe = stages.Selection(max_cost=2.0)
+    safe = Selection(max_cost=2.0)
     for data, selection, message in (
-        ("same.hdf5", stages.FIRST, "every trajectory has return 0"),
+        ("same.hdf5", FIRST, "every trajectory has return 0"),
         ("risky.hdf5", safe, "no trajectory with cost <= 2 among 10; the least cost"),
     ):
         with pytest.raises(InputError, match=message):

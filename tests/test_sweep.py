@@ -200,6 +200,10 @@ def test_every_base_has_its_own_library(place, given, library):
     [
         (["--sweep=seed:x"], "flag --seed=x"),
         (["--sweep=base.steps:1,2", "--config.base.steps=3"], "base.steps is also"),
+        (
+            ["--sweep=std_floor:1,2", "--seeds=0,1"],
+            "--seeds: every point of a sweep is",
+        ),
         (["--sweep=seed:0,1", "--library=a{sed}"], "'sed'; choose from point, seed"),
         (
             ["--sweep=seed:0,std_floor:1,2", "--library=a{seed}"],

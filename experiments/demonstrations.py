@@ -1,0 +1,155 @@
+"""Demonstrations: which trajectories of which data a stage learns from."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments.collect import collect
+from psec_jax import data as datasets
+from psec_jax.data import dataset
+from psec_jax.data.trajectories import apply_filter, cut, share, split
+from psec_jax.errors import InputError
+from psec_jax.types import Dataset
+
+
+class Selection(NamedTuple):
+    """Which trajectories of the data are taken, where not all of them are.
+
+    Attributes:
+      best: those of highest return, not the first ones.
+      min_return: none below this return.
+      max_cost: none above this cost.
+      return_quantile: none below this quantile of the returns that are left.
+      cost_quantile: none above this quantile of all costs.
+      split: cut into pieces of this many steps; everything else counts pieces.
+      filter: a key of `data.trajectories.FILTERS`.
+      share: a random part of those that the filter left, in (0, 1].
+      transitions: of all that is left, trajectories drawn at random until there are
+        this many; the last one is cut.
+    """
+
+    best: bool = False
+    min_return: float | None = None
+    max_cost: float | None = None
+    return_quantile: float | None = None
+    cost_quantile: float | None = None
+    split: int | None = None
+    filter: str | None = None
+    share: float | None = None
+    transitions: int | None = None
+
+    def of(self, ds: Dataset, episodes: int, source: str) -> Dataset:
+        """The trajectories chosen: `episodes` of them, or all with 0.
+
+        Raises:
+          InputError: fewer are there, or a filter or a number that cannot be used.
+        """
+        if self.split is not None:
+            ds = split(ds, self.split)
+        if self.filter is not None:
+            ds = apply_filter(ds, self.filter)
+        if self.share is not None:
+            ds = share(ds, self.share)
+        ds = dataset.select(
+            ds,
+            min_return=self.min_return,
+            max_cost=self.max_cost,
+            return_quantile=self.return_quantile,
+            cost_quantile=self.cost_quantile,
+            source=source,
+            **{"best" if self.best else "first": episodes or None},
+        )
+        return ds if self.transitions is None else cut(ds, self.transitions)
+
+    def reads_costs(self) -> bool:
+        """Whether data without costs cannot be chosen from."""
+        return self.max_cost is not None or self.cost_quantile is not None
+
+    def card(self) -> dict[str, Any]:
+        """What is recorded: the first two, and of the others those that are set."""
+        later = self._fields[2:]
+        return {
+            name: value
+            for name, value in self._asdict().items()
+            if name not in later or value is not None
+        }
+
+
+FIRST = Selection()
+
+
+class Demos(NamedTuple):
+    """Demonstrations of one task.
+
+    Attributes:
+      dataset: whole trajectories.
+      source: file or folder they come from.
+      selection: how they were chosen there.
+    """
+
+    dataset: Dataset
+    source: str
+    selection: Selection = FIRST
+
+    def card(self) -> dict[str, Any]:
+        """What cards and configs record of the data."""
+        returns = dataset.episode_returns(self.dataset)
+        chosen = self.selection != FIRST
+        return {
+            "source": Path(self.source).name,
+            "fingerprint": dataset.fingerprint(self.dataset),
+            "transitions": len(self.dataset.obs),
+            "trajectories": len(returns),
+            "return_mean": float(np.mean(returns)),
+        } | ({"selection": self.selection.card()} if chosen else {})
+
+
+def load_demos(
+    config: ConfigDict,
+    env: str,
+    episodes: int,
+    path: str | None = None,
+    selection: Selection = FIRST,
+    with_costs: bool = False,
+) -> Demos:
+    """`episodes` trajectories of a file, or of a fresh collection.
+
+    Args:
+      config: its `data` section says how to collect.
+      env: environment the demonstrations are of.
+      episodes: trajectories; 0 takes all that a file has.
+      path: an HDF5 file, an episode file or a folder of them, or a set's name; None
+        collects with `config.data.policy` in `env`, or uses what was collected before.
+      selection: by default the first ones.
+      with_costs: refuse data without costs.
+
+    Raises:
+      InputError: the data cannot be used.
+    """
+    if path is None:
+        if episodes < 1:
+            raise InputError(
+                f"episodes: got {episodes}, expected 1 or more to collect in {env}"
+            )
+        path = str(
+            collect(
+                env,
+                config.data.policy,
+                max(episodes, 10),
+                config.data.seeds.get(env, 0),
+                config.data.action_noise,
+            )
+        )
+    ds, _ = datasets.read(
+        path,
+        clip_actions=config.data.clip_actions,
+        with_costs=with_costs or selection.reads_costs(),
+    )
+    return Demos(selection.of(ds, episodes, path), path, selection)
+
+
+def known_env(data: str | None) -> str | None:
+    """The simulator of a known set; None for other data."""
+    return None if data is None else datasets.environment(data)
