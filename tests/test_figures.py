@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import figures, plots, results, stages, table2
+from experiments import demonstrations, figures, plots, results, table2
 from experiments.collect import collect
 from experiments.configs import dmc_walker
 from psec_jax.errors import InputError
@@ -33,7 +33,7 @@ def place(tmp_path, monkeypatch):
         return collect(env, policy, 1, *others)
 
     monkeypatch.setenv("PSEC_DATA_DIR", str(tmp_path / "data"))
-    monkeypatch.setattr(stages, "collect", collect_one)
+    monkeypatch.setattr(demonstrations, "collect", collect_one)
     monkeypatch.setitem(figures.BUDGETS[NAME], "quick", BUDGET)
     return tmp_path / "runs", tmp_path / "results"
 
