@@ -224,7 +224,10 @@ def _errors(
         error = pretrain_agent.errors(config, params, batch.obs, batch.action, alone)
         return error[None]
 
-    def one(skill: Params, noise: Noise) -> Array:
-        return skill_agent.errors(config, skill, base, batch.obs, batch.action, noise)
+    def one(k: int) -> Array:
+        skill, own = jax.tree.map(lambda leaf: leaf[k], (params, noise))
+        return skill_agent.errors(config, skill, base, batch.obs, batch.action, own)
 
-    return jax.vmap(one)(params, noise)
+    # One after the other in the program, not vmapped: a CPU runs the products of two
+    # skills side by side, and not the halves of a batched one.
+    return jnp.stack([one(k) for k in range(len(noise.t))])
