@@ -14,8 +14,9 @@ r"""Config of the dynamics shift on D4RL: HalfCheetah and Walker2d.
 
 Presets (any field can be changed with --config.FIELD=VALUE):
   quick     minutes on 2 CPU cores: a try
-  standard  five minutes a cell and seed on one CPU core
-  paper     the paper's batch and steps where it says them; wants a GPU or TPU
+  standard  a network of half the width (a quarter of the weights), and two minutes a
+            cell and seed on one CPU core
+  paper     the paper's network, batch and steps where it says them; wants a GPU or TPU
 """
 
 from ml_collections import ConfigDict
@@ -31,6 +32,7 @@ QUICK = {
     "table": {"seeds": (0,), "gaussian": {"steps": 3000}},
 }
 STANDARD = {
+    "network": {"width": 128},
     "base": {"steps": 6000, "batch_size": 128},
     "skill": {"steps": 3000, "batch_size": 128},
     "gate": {"steps": 300, "batch_size": 128},
