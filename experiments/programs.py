@@ -18,6 +18,7 @@ from psec_jax.agents.common import DRAWN, TrainData, Transitions, pad_rows, rows
 from psec_jax.agents.offline import OfflineData
 from psec_jax.errors import InputError
 from psec_jax.evaluation import evaluate, evaluate_together
+from psec_jax.files import beside
 from psec_jax.policy import Policy, act_together, alike
 from psec_jax.run import Run
 from psec_jax.streaming import Stream
@@ -190,7 +191,8 @@ def _train_all(
 def _streams(asked: Sequence[Train], stack: contextlib.ExitStack) -> list[Stream]:
     """The data as files, in the first one's folder until the stack ends."""
     tables: dict[tuple[int, ...], np.ndarray] = {}
-    folder = asked[0].run.workdir / f"rows-{jax.process_index()}"
+    # Each process has its own; what a killed one leaves, the next start removes.
+    folder = beside(asked[0].run.workdir / "rows", "tmp")
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
     streams = []
     for one in asked:

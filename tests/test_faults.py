@@ -22,7 +22,7 @@ from experiments.configs.dsrl import get_config
 from psec_jax import metrics, streaming
 from psec_jax.checkpoint import Checkpoints
 from psec_jax.errors import InputError, Stopped, TrainingError
-from psec_jax.files import read_json
+from psec_jax.files import read_json, recover
 from psec_jax.library import SkillLibrary
 from psec_jax.run import open_run
 from psec_jax.training import train_together
@@ -331,3 +331,7 @@ def test_streamed_data_make_the_same_entries(place, stage, monkeypatch):
     monkeypatch.setattr(streaming, "_SHARE", 0)  # every set is larger than that
     assert made("file") == in_memory
     assert len(tables) == 1 and not tables[0].parent.exists()
+    left = tables[0].parent.with_name(".rows.tmp-999999999")  # by a killed process
+    left.mkdir()
+    recover(left.parent)
+    assert not left.exists()
