@@ -548,7 +548,9 @@ def data_in_a_file(sizes: Sizes) -> list[Row]:
     return rows
 
 
-def _in_a_file(base: Stage, path: Path) -> tuple[Stage, Generator[jax.Array]]:
+def _in_a_file(
+    base: Stage, path: Path
+) -> tuple[Stage, Generator[jax.Array, None, None]]:
     """The stage on rows of its data, and such rows, as `training` draws them."""
     index = functools.partial(pretrain_agent.index, *base.update.args)
     table = streaming.write_table(rows_of(base.data), path)

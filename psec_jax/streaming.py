@@ -114,7 +114,7 @@ def batches(
     layout: sharding.Layout,
     first: int,
     goal: int,
-) -> Generator[jax.Array]:
+) -> Generator[jax.Array, None, None]:
     """The rows of steps `first` to `goal`, read ahead by grain.
 
     The rows are those that the update would draw from data on the device: of step s
