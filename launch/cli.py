@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -31,15 +32,24 @@ def run(
 
     Exit codes: 0 done; 1 numbers that are not finite, in training or of a policy; 2
     input that cannot be used. Both are told in one line on stderr that starts with
-    "error: ". 128 + the signal's number when stopped. Any other exception is a fault of
-    this project and keeps its traceback.
+    "error: ". 128 + the signal's number when stopped, SIGPIPE's where the reader of the
+    output has ended. Any other exception is a fault of this project and keeps its
+    traceback.
     """
     try:
-        app.run(_quiet(main), flags_parser=parser or parse)
+        try:
+            app.run(_quiet(main), flags_parser=parser or parse)
+        finally:
+            sys.stdout.flush()  # here, and not when Python ends
     except InputError as error:
         _fail(str(error), 2)
     except (TrainingError, FloatingPointError) as error:
         _fail(str(error), 1)
+    except BrokenPipeError:
+        # What read our output, such as `head`, has ended; other pipes are seen to where
+        # they are used. Python would try to write the rest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in _FULL_DISK:
             raise

@@ -1,6 +1,7 @@
 """The shell of the commands, as processes: what is printed, and the exit code."""
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -183,6 +184,22 @@ def test_verbosity_brings_the_log_back(answers):
 
 def test_faults_of_ours_keep_their_traceback(answers):
     assert "Traceback" in answers["bug"].stderr
+
+
+@pytest.mark.parametrize("words", [("--help",), ("list", "--help")])
+def test_a_reader_that_ends_is_no_fault(words):
+    """As with `... | head -1`."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    ended = subprocess.run(
+        [sys.executable, "-m", "launch.library", *words],
+        cwd=ROOT,
+        stdout=writes,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writes)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_help_teaches(answers):
