@@ -35,7 +35,7 @@ from ml_collections import ConfigDict
 from experiments import plots, results, stages
 from experiments.configs.d4rl import get_config
 from experiments.demonstrations import FIRST, Selection, load_demos
-from experiments.table2 import Place, table_seeds
+from experiments.table2 import Place, changed, table_seeds
 from launch.cli import no_arguments, run
 from psec_jax.agents import gaussian
 from psec_jax.agents.common import OptimiserConfig
@@ -58,6 +58,11 @@ SHIFTS = {"friction": "friction", "thigh": "thigh_size", "gravity": "gravity"}
 ALONE = ("BC", "IQL", "Scratch")  # they never see the source
 SHIFTED = ("Base", "Joint", "Fine-tune", "Skill", "PSEC")
 METHODS = (*ALONE, *(f"{method} ({s})" for method in SHIFTED for s in SHIFTS))
+# Rewards of an episode of a score of 100 add up to its 1000 steps.
+REWARD_SCALES = {
+    name: 1000 / (robot.max_return - robot.min_return)
+    for name, robot in d4rl_sets.ROBOTS.items()
+}
 
 # Normalised scores in the paper, in the order of TARGETS.
 PAPER = {
@@ -124,6 +129,7 @@ def place(root: Path, config: ConfigDict, seed: int, target: str, shift: str) ->
     """The cell of one target, shift and seed; shifts do not share folders."""
     robot = target.partition("-")[0]
     folder = root / (f"{robot}-{shift}" if shift else robot)
+    config = changed(config, {"critics.reward_scale": REWARD_SCALES[robot]})
     return Cell(config, folder, seed, target, shift)
 
 
@@ -290,15 +296,15 @@ def run_cells(
 ) -> None:
     """Fill every missing cell, target by target and seed by seed."""
     jax.config.update("jax_compilation_cache_dir", str(root.absolute() / "compiled"))
-    fingerprint = results.config_fingerprint(config.to_dict())
     for target in targets:
         for seed in config.table.seeds:
             for method in config.table.methods:
+                name, _, shift = method.rstrip(")").partition(" (")
+                cell = place(root, config, seed, target, shift)
+                fingerprint = results.config_fingerprint(cell.config.to_dict())
                 path = results.raw_path(folder, target, method, seed)
                 if results.read_raw(path, fingerprint) is not None:
                     continue
-                name, _, shift = method.rstrip(")").partition(" (")
-                cell = place(root, config, seed, target, shift)
                 raw = roll_out(cell, MAKE[name](cell), method)
                 results.write_raw(path, raw)
                 score = np.mean(raw["scores"])

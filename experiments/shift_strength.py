@@ -40,10 +40,10 @@ def run_cells(
 ) -> None:
     """Fill every missing point, target by target and seed by seed."""
     jax.config.update("jax_compilation_cache_dir", str(root.absolute() / "compiled"))
-    fingerprint = results.config_fingerprint(config.to_dict())
     for target in targets:
         for seed in config.table.seeds:
             cell = dynamics_shift.place(root, config, seed, target, QUANTITY)
+            fingerprint = results.config_fingerprint(cell.config.to_dict())
             for method in POLICIES:
                 act = None
                 for factor in factors:
@@ -58,7 +58,7 @@ def run_cells(
                     count, start = config.evaluation.episodes, config.evaluation.seed
                     episodes = evaluate(act, env, count, start)
                     scores = d4rl_sets.normalised_score(cell.robot, episodes.returns)
-                    raw = results.header(config.to_dict(), setting, method, seed)
+                    raw = results.header(cell.config.to_dict(), setting, method, seed)
                     raw |= {"target": target, "x": factor, "scores": scores.tolist()}
                     raw |= stages.episodes_json(episodes, env, start)
                     results.write_raw(path, raw)

@@ -266,7 +266,9 @@ def transitions(
 ) -> Transitions:
     """Demonstrations as critics read them."""
     stage = config.critics
-    scale = reward_scale(demos.dataset) if stage.scale_rewards else 1.0
+    scale = 1.0
+    if stage.scale_rewards:
+        scale = stage.get("reward_scale") or reward_scale(demos.dataset)
     return make_transitions(
         demos.dataset,
         normaliser,
