@@ -8,7 +8,8 @@ reward skill and a safety skill in one program, gates on the best of the safe
 trajectories, and the baselines; rolls every method out in the simulator; and writes to
 results/dsrl/ the raw returns and costs of all episodes (raw/*.json) and
 table1_SUITE.md, .csv and .json made from them. Finished runs and cells are kept: start
-it again after a stop. --tables_only makes the tables again from the raw files.
+it again after a stop. --tables_only makes the tables again from the raw files; with
+--cost_limit=5 it tells the same episodes by another limit.
 
 The set of a task is the official file where it is there, else one that
 experiments.collect_safe made; the table says which.
@@ -460,23 +461,31 @@ def _row(
     return f"| {name} | {data} | " + " | ".join(cells) + " |"
 
 
-def write_table(folder: Path, suite: str) -> str:
-    """table1_SUITE.{md,csv,json} from the raw files alone."""
+def write_table(folder: Path, suite: str, limit: float | None = None) -> str:
+    """table1_SUITE.{md,csv,json} from the raw files alone.
+
+    With a `limit` the costs are told by it, not by the one that was learned with, and
+    the files are table1_SUITE_limitX.
+    """
     raws = [raw for raw in results.load_all(folder) if raw["setting"] in SUITES[suite]]
     if not raws:
         raise InputError(f"{folder}: no raw results of the suite {suite}")
+    name = f"table1_{suite}"
+    limits = ", ".join(f"{x:g}" for x in sorted({raw["cost_limit"] for raw in raws}))
+    if limit is not None:
+        raws = [{**raw, "cost_limit": limit} for raw in raws]
+        name = f"{name}_limit{limit:g}"
+        limits = f"{limit:g}, by which costs are told; all was learned with {limits}"
     summary = summarise(raws)
     summary = {task: summary[task] for task in SUITES[suite] if task in summary}
-    limits = sorted({raw["cost_limit"] for raw in raws})
     note = (
         "Normalised reward / normalised cost; safe (cost below 1) bold, * the best "
-        "safe one; in brackets the paper's. Cost limit "
-        f"{', '.join(f'{x:g}' for x in limits)}. Data: official sets of DSRL, or made "
-        f"by this project. {results.conditions(raws)}"
+        f"safe one; in brackets the paper's. Cost limit {limits}. Data: official sets "
+        f"of DSRL, or made by this project. {results.conditions(raws)}"
     )
     text = f"{markdown(summary)}\n{note}\n"
-    write_json(folder / f"table1_{suite}.json", summary)
-    write_atomic(folder / f"table1_{suite}.md", text)
+    write_json(folder / f"{name}.json", summary)
+    write_atomic(folder / f"{name}.md", text)
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     columns = [f"{n}_{k}" for n in ("reward", "cost") for k in ("mean", "low", "high")]
@@ -490,7 +499,7 @@ def write_table(folder: Path, suite: str) -> str:
             ]
             known = (cell["data"], cell["cost_limit"], len(cell["seeds"]))
             writer.writerow([task, method, *known, *numbers])
-    write_atomic(folder / f"table1_{suite}.csv", buffer.getvalue())
+    write_atomic(folder / f"{name}.csv", buffer.getvalue())
     return text
 
 
@@ -499,7 +508,10 @@ def main(argv: Sequence[str]) -> None:
     no_arguments(argv)
     suite, folder = FLAGS["suite"].value, Path(FLAGS["results"].value)
     lookup(SUITES, suite, "suite")
-    if not FLAGS["tables_only"].value:
+    limit = None
+    if FLAGS["tables_only"].value:
+        limit = FLAGS["cost_limit"].value
+    else:
         config = get_config(FLAGS["preset"].value)
         if FLAGS["seeds"].value:
             config.table.seeds = table_seeds(FLAGS["seeds"].value)
@@ -513,7 +525,7 @@ def main(argv: Sequence[str]) -> None:
         tasks = FLAGS["tasks"].value or SUITES[suite]
         root = Path(FLAGS["workdir"].value or f"runs/dsrl/{config.preset}")
         run_cells(config, tasks, root, folder, FLAGS["offline"].value, print)
-    print(write_table(folder, suite))
+    print(write_table(folder, suite, limit))
 
 
 if __name__ == "__main__":
@@ -532,7 +544,10 @@ if __name__ == "__main__":
         "seeds": flags.DEFINE_list("seeds", [], "Seeds to run; default the preset's."),
         "methods": flags.DEFINE_list("methods", [], "Columns to run; default all."),
         "cost_limit": flags.DEFINE_float(
-            "cost_limit", None, "Costs up to here are safe; default 10."
+            "cost_limit",
+            None,
+            "Costs up to here are safe; default 10. With --tables_only only the told "
+            "costs change, in files table1_SUITE_limitX.",
         ),
         "offline": flags.DEFINE_bool("offline", False, "Never download a set."),
         "tables_only": flags.DEFINE_bool(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import shell
 
-from experiments import collect, table1
+from experiments import collect, results, table1
 from experiments.collect_safe import NOISES, actors, collect_safe
 from experiments.configs.dsrl import get_config
 from psec_jax.data import dataset, dsrl
@@ -136,6 +136,12 @@ def test_refusals(place, tmp_path):
     assert answer.code == 2 and "cost limit" in answer.err.replace("_", " ")
     answer = shell.call("experiments.table1", "--tables_only", "--results=none")
     assert answer.code == 2 and answer.err.count("\n") == 1
+    raw = {"setting": TASK, "method": "BC", "seed": 0, "cost_limit": 10.0}
+    raw |= {"data": "made", "returns": [1.0], "costs": [1.0]}
+    results.write_raw(tmp_path / "told" / "raw" / "cell.json", raw)
+    flags = ("--tables_only", f"--results={tmp_path / 'told'}", "--cost_limit=-1")
+    answer = shell.call("experiments.table1", *flags)
+    assert answer.code == 2 and "cost limit: got -1" in answer.err
 
 
 def test_table1(place):
@@ -170,6 +176,14 @@ def test_table1(place):
     low, high = dsrl.task(TASK).min_return, dsrl.task(TASK).max_return
     expected = (np.mean(raw["returns"]) - low) / (high - low)
     assert cell["reward"]["mean"] == pytest.approx(expected)
+    # The same episodes told by another limit, beside the table.
+    told = table1.write_table(Path("results"), "bullet", limit=5.0)
+    assert told == Path("results/table1_bullet_limit5.md").read_text() != text
+    other = json.loads(Path("results/table1_bullet_limit5.json").read_text())
+    assert other[TASK]["PSEC"]["cost"]["mean"] == pytest.approx(
+        2 * cell["cost"]["mean"]
+    )
+    assert Path("results/table1_bullet.md").read_text() == text
     table1.run_cells(*args)
     assert len(lines) == len(table1.METHODS)  # nothing is run twice
     # The set of the skills' own task, and its best safe trajectories, by one word.
