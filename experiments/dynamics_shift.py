@@ -30,11 +30,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from experiments import plots, results, stages
 from experiments.configs.d4rl import get_config
-from experiments.demonstrations import FIRST, Selection, load_demos
+from experiments.demonstrations import FIRST, Demos, Selection, load_demos
 from experiments.table2 import Place, changed, table_seeds
 from launch.cli import no_arguments, run
 from psec_jax.agents import gaussian
@@ -42,7 +42,7 @@ from psec_jax.agents.common import OptimiserConfig
 from psec_jax.agents.gaussian import GaussianConfig
 from psec_jax.data import d4rl, d4rl_sets, dataset, normalise
 from psec_jax.data.sets import Found
-from psec_jax.errors import lookup
+from psec_jax.errors import InputError, lookup
 from psec_jax.evaluation import Act, evaluate
 from psec_jax.files import write_atomic, write_json
 from psec_jax.losses import WeightConfig
@@ -120,9 +120,22 @@ class Cell(Place):
         """What is taken of the target set."""
         return Selection(transitions=self.config.table.transitions)
 
+    def transitions(self) -> Demos:
+        """The target's transitions, the same for every seed and method."""
+        return _transitions(
+            FrozenConfigDict(self.config), self.env, self.data, self.part
+        )
+
     def at(self, name: str) -> Path:
         """The library of a policy that is a base of its own."""
         return self.library.with_name(f"library-{name}")
+
+
+@functools.cache
+def _transitions(
+    config: FrozenConfigDict, env: str, data: str, part: Selection
+) -> Demos:
+    return load_demos(config, env, 0, data, part)
 
 
 def place(root: Path, config: ConfigDict, seed: int, target: str, shift: str) -> Cell:
@@ -153,13 +166,13 @@ def train_alone(cell: Cell) -> Act:
 
 def train_joint(cell: Cell) -> Act:
     """A base on the source and the target's transitions together."""
-    path = cell.root / "joint" / f"{cell.target}.hdf5"
+    source = load_demos(cell.config, cell.env, 0, cell.source)
+    both = dataset.concatenate([source.dataset, cell.transitions().dataset])
+    name = f"{cell.target}-{dataset.fingerprint(both)}.hdf5"
+    path = cell.root / "joint" / name
     if not path.exists():
-        source, _ = d4rl.load(cell.source)
-        target, _ = d4rl.load(cell.data)
-        both = [source, cell.part.of(target, 0, cell.data)]
         names = {"source": Path(cell.source).name, "target": Path(cell.data).name}
-        d4rl.save(path, dataset.concatenate(both), names)
+        d4rl.save(path, both, names)
     return _train_whole(cell, f"joint-{cell.target}", str(path), FIRST, "base", "bc")
 
 
@@ -250,13 +263,15 @@ def train_gaussian(cell: Cell, objective: str) -> Act:
         weights=WeightConfig(reward_temperature=sizes.reward_temperature),
         batch_size=sizes.batch_size,
     )
-    demos = load_demos(cell.config, cell.env, 0, cell.data, cell.part)
+    demos = cell.transitions()
     normaliser = normalise.standard(demos.dataset.obs, cell.config.std_floor)
     rows = stages.transitions(cell.config, demos, normaliser, safety=False)
     record = {
         "seed": cell.seed,
         "data": demos.card(),
         "gaussian": dataclasses.asdict(agent),
+        "critics": cell.config.critics.to_dict(),
+        "std_floor": cell.config.std_floor,
         "steps": sizes.steps,
     }
     init_key, train_key = jax.random.split(jax.random.key(cell.seed))
@@ -303,7 +318,8 @@ def run_cells(
                 cell = place(root, config, seed, target, shift)
                 fingerprint = results.config_fingerprint(cell.config.to_dict())
                 path = results.raw_path(folder, target, method, seed)
-                if results.read_raw(path, fingerprint) is not None:
+                if (raw := results.read_raw(path, fingerprint)) is not None:
+                    check_data(path, raw, cell)
                     continue
                 raw = roll_out(cell, MAKE[name](cell), method)
                 results.write_raw(path, raw)
@@ -311,14 +327,56 @@ def run_cells(
                 report(f"{target} {method} seed {seed}: score {score:.1f}")
 
 
+def check_data(path: Path, raw: Mapping[str, Any], cell: Cell) -> None:
+    """Refuse a finished cell of other transitions of the target.
+
+    Raises:
+      InputError: both fingerprints.
+    """
+    mine = dataset.fingerprint(cell.transitions().dataset)
+    if raw["data"]["fingerprint"] != mine:
+        raise InputError(
+            f"{path}: measured on transitions {raw['data']['fingerprint']}, "
+            f"{cell.data} gives {mine}; choose another --results folder"
+        )
+
+
+def budget(config: ConfigDict, method: str) -> dict[str, dict[str, int]]:
+    """Steps and batch of each stage of a row's training."""
+    stages_of = {
+        "BC": ("gaussian",),
+        "IQL": ("gaussian",),
+        "Scratch": ("base",),
+        "Base": ("base",),
+        "Joint": ("base",),
+        "Fine-tune": ("base", "skill"),
+        "Skill": ("base", "skill"),
+        "PSEC": ("base", "skill", "gate"),
+    }
+    sections = {**config, "gaussian": config.table.gaussian}
+    return {
+        stage: {k: sections[stage][k] for k in ("steps", "batch_size")}
+        for stage in stages_of[method]
+    }
+
+
 def roll_out(cell: Cell, act: Act, method: str) -> dict[str, Any]:
     """The raw result of one cell, in the plain simulator."""
     config, seed = cell.config, cell.config.evaluation.seed
     episodes = evaluate(act, cell.env, config.evaluation.episodes, seed)
     scores = d4rl_sets.normalised_score(cell.robot, episodes.returns)
+    demos = cell.transitions()
+    of_data = dataset.episode_returns(demos.dataset)
     return (
         results.header(config.to_dict(), cell.target, method, cell.seed)
-        | {"data": cell.found.source, "scores": scores.tolist()}
+        | {
+            "budget": budget(config, method.partition(" (")[0]),
+            "width": config.network.width,
+            "data": demos.card() | {"made_or_official": cell.found.source},
+            "data_scores": d4rl_sets.normalised_score(cell.robot, of_data).tolist(),
+            "d4rl_environment": d4rl_sets.task(f"{cell.target}-v2").d4rl_environment,
+            "scores": scores.tolist(),
+        }
         | stages.episodes_json(episodes, cell.env, seed)
     )
 
@@ -342,29 +400,48 @@ def summarise(raws: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def wins(summary: Mapping[str, Mapping[str, Any]]) -> str:
-    """In how many cells PSEC's mean is above those it is to beat."""
-    counts, total = dict.fromkeys(("BC", "IQL", "Joint", "all three"), 0), 0
+    """In how many cells PSEC's mean is above that of those it is to beat."""
+    rivals = ("BC", "IQL", "Joint", "Scratch", "Fine-tune")
+    counts = {rival: [0, 0, 0] for rival in rivals}
+    total, all_three = 0, 0
     for cells in summary.values():
         for shift in SHIFTS:
-            rivals = {"BC": "BC", "IQL": "IQL", "Joint": f"Joint ({shift})"}
-            names = [f"PSEC ({shift})", *rivals.values()]
-            if not set(names) <= cells.keys():
+            names = {r: r if r in ALONE else f"{r} ({shift})" for r in rivals}
+            if not {f"PSEC ({shift})", *names.values()} <= cells.keys():
                 continue
             total += 1
-            psec = cells[names[0]]["mean"]
-            beaten = {n: psec > cells[m]["mean"] for n, m in rivals.items()}
-            for name in rivals:
-                counts[name] += beaten[name]
-            counts["all three"] += all(beaten.values())
-    told = ", ".join(f"{name} in {count}" for name, count in counts.items())
-    return f"Of {total} cells PSEC's mean is above that of {told}."
+            psec = cells[f"PSEC ({shift})"]
+            for rival, name in names.items():
+                other = cells[name]
+                counts[rival][0] += psec["mean"] > other["mean"]
+                counts[rival][1] += psec["low"] > other["high"]
+                counts[rival][2] += psec["high"] < other["low"]
+            all_three += all(
+                psec["mean"] > cells[names[r]]["mean"] for r in ("BC", "IQL", "Joint")
+            )
+    told = ", ".join(
+        f"{rival} in {mean} ({above} with its whole interval, {below} the other way)"
+        for rival, (mean, above, below) in counts.items()
+    )
+    return (
+        f"Of {total} cells PSEC's mean is above that of {told}; above BC, IQL and "
+        f"Joint together in {all_three}."
+    )
 
 
-def markdown(summary: Mapping[str, Mapping[str, Any]]) -> str:
-    """A row a method: score and interval on every target, the paper's in brackets."""
+def markdown(
+    summary: Mapping[str, Mapping[str, Any]], data_scores: Mapping[str, float]
+) -> str:
+    """A row a method: score and interval on every target, the paper's in brackets.
+
+    The first row is the mean score of the trajectories that all learn from.
+    """
     lines = [
         "| method | " + " | ".join(summary) + " |",
         "|" + "---|" * (1 + len(summary)),
+        "| the transitions | "
+        + " | ".join(f"{data_scores[target]:.1f}" for target in summary)
+        + " |",
     ]
     for method in METHODS:
         if not any(method in cells for cells in summary.values()):
@@ -385,12 +462,18 @@ def write_table(folder: Path) -> str:
     """dynamics_shift.{md,csv,json} and the bars, from the raw files alone."""
     raws = results.load_all(folder)
     summary = summarise(raws)
-    sources = sorted({raw["data"] for raw in raws})
+    data_scores = {raw["setting"]: np.mean(raw["data_scores"]) for raw in raws}
+    sources = sorted({raw["data"]["made_or_official"] for raw in raws})
+    sizes = sorted({raw["data"]["transitions"] for raw in raws})
     note = (
-        "D4RL normalised score, mean and 95 % bootstrap interval; in brackets the "
-        f"paper's. Target sets: {' and '.join(sources)}, source sets made here."
+        "D4RL normalised score, mean and 95 % bootstrap interval over training seeds "
+        "and episodes (the transitions are the same for all seeds); in round brackets "
+        f"the paper's, of D4RL's v2 simulators. Target sets: {' and '.join(sources)}, "
+        f"{' and '.join(map(str, sizes))} transitions; source sets made here; "
+        f"{' and '.join(sorted({raw['env'] for raw in raws}))}. Width of the diffusion "
+        f"policies {' and '.join(str(w) for w in sorted({r['width'] for r in raws}))}."
     )
-    text = f"{markdown(summary)}\n{note} {results.conditions(raws)}\n"
+    text = f"{markdown(summary, data_scores)}\n{note} {results.conditions(raws)}\n"
     text += f"\n{wins(summary)}\n"
     write_json(folder / "dynamics_shift.json", summary)
     write_atomic(folder / "dynamics_shift.md", text)

@@ -140,7 +140,7 @@ def conditions(raws: Sequence[Mapping[str, Any]]) -> str:
     if episodes := [len(raw["returns"]) for raw in raws if "returns" in raw]:
         measured += f", {_range(episodes)} episodes a seed"
     budget = []
-    for stage in STAGES:
+    for stage in (*STAGES, "gaussian"):
         if sizes := [raw["budget"][stage] for raw in raws if stage in raw["budget"]]:
             steps = _range(size["steps"] for size in sizes)
             batch = _range(size["batch_size"] for size in sizes)

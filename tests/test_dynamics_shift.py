@@ -68,10 +68,14 @@ def test_table_and_study(place):
     assert skill["data"]["transitions"] == 30 and skill["objective"] == "reward"
     text = dynamics_shift.write_table(Path("results"))
     assert "| PSEC (gravity) |" in text and "(57.1)" in text
-    assert "Of 1 cells" in text
+    assert "Of 1 cells" in text and "gaussian 2 steps of 8" in text
+    assert "10 transitions" not in text and "30 transitions" in text
     table = json.loads(Path("results/dynamics_shift.json").read_text())
     raw = json.loads(Path("results/raw/walker2d-medium-BC_seed0.json").read_text())
     scores, returns = raw["scores"], np.array(raw["returns"])
+    assert raw["budget"] == {"gaussian": {"steps": 2, "batch_size": 8}}
+    assert raw["d4rl_environment"] == "Walker2d-v2"
+    assert raw["env"] == "gymnasium:Walker2d-v5"
     assert table[TARGET]["BC"]["mean"] == pytest.approx(np.mean(scores))
     np.testing.assert_allclose(
         scores, 100 * (returns - 1.629008) / (4592.3 - 1.629008), rtol=1e-9
@@ -89,10 +93,46 @@ def test_table_and_study(place):
     assert [p.name for p in shift_strength.draw(Path("results"))] == [
         "strength_walker2d-medium.png"
     ]
+    # The set was made again with other episodes: no cell of the old one is kept.
+    path = d4rl_sets.find(f"{TARGET}-v2").path
+    ds, _ = d4rl_sets.load(path)
+    path.rename(path.with_suffix(".old"))
+    d4rl_sets.save(f"{TARGET}-v2", ds._replace(reward=ds.reward + 1), {})
+    dynamics_shift._transitions.cache_clear()
+    with pytest.raises(InputError, match="measured on transitions"):
+        dynamics_shift.run_cells(
+            config, [TARGET], Path("runs"), Path("results"), lines.append
+        )
     # A target set that is smaller than the cut.
     config.table.transitions = 10**6
     with pytest.raises(InputError, match="1000000|1,000,000"):
         dynamics_shift.run_cells(*args[:2], Path("more"), Path("more"), lines.append)
+
+
+def test_wins_are_counted_by_means_and_by_intervals():
+    def cell(mean, half=1.0):
+        return {"mean": mean, "low": mean - half, "high": mean + half}
+
+    cells = {"BC": cell(10), "IQL": cell(14.5), "Scratch": cell(20)}
+    for shift in dynamics_shift.SHIFTS:
+        cells |= {
+            f"PSEC ({shift})": cell(15),
+            f"Joint ({shift})": cell(15 if shift == "thigh" else 3),
+            f"Fine-tune ({shift})": cell(16),
+        }
+    text = dynamics_shift.wins({TARGET: cells})
+    for said in (
+        "Of 3 cells",
+        "BC in 3 (3 with its whole interval, 0 the other way)",
+        "IQL in 3 (0 with its whole interval, 0 the other way)",
+        "Joint in 2 (2 with its whole interval, 0 the other way)",
+        "Scratch in 0 (0 with its whole interval, 3 the other way)",
+        "Fine-tune in 0 (0 with its whole interval, 0 the other way)",
+        "together in 2.",
+    ):
+        assert said in text
+    del cells["BC"]
+    assert "Of 0 cells" in dynamics_shift.wins({TARGET: cells})
 
 
 def test_refusals(place):
