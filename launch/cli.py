@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -34,8 +35,28 @@ def run(
     input that cannot be used. Both are told in one line on stderr that starts with
     "error: ". 128 + the signal's number when stopped, SIGPIPE's where the reader of the
     output has ended. Any other exception is a fault of this project and keeps its
-    traceback.
+    traceback. One of several processes that ends with an error alone does not wait for
+    the others.
     """
+    try:
+        _run(main, parser)
+    except BaseException as end:
+        code = end.code if isinstance(end, SystemExit) else 1
+        joined = sys.modules.get("psec_jax.processes")  # else nothing was joined
+        if code and joined and not joined.all_leave():
+            # JAX would wait for the others at the end of Python, and they wait for us.
+            if not isinstance(end, SystemExit):
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        raise
+
+
+def _run(
+    main: Callable[[list[str]], None],
+    parser: Callable[[list[str]], list[str]] | None,
+) -> None:
     try:
         try:
             app.run(_quiet(main), flags_parser=parser or parse)

@@ -17,6 +17,7 @@ from psec_jax.errors import InputError
 _DAY = 86400
 _HELLO, _WELCOME = "psec_jax", "all are here"
 _MEETINGS = itertools.count()
+_LEAVING = 10  # seconds that processes which fail alike may lie apart
 
 
 def connect(
@@ -158,3 +159,15 @@ def meet() -> None:
     if jax.process_count() > 1:
         client = multihost.get_jax_distributed_client()
         client.wait_at_barrier(f"psec_jax/{next(_MEETINGS)}", 1000 * _DAY)
+
+
+def all_leave() -> bool:
+    """Whether all processes come here within seconds; one alone is all."""
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return True
+    client = multihost.get_jax_distributed_client()
+    try:
+        client.wait_at_barrier("psec_jax/leave", 1000 * _LEAVING)
+    except RuntimeError:  # the barrier's time is over, or another process is dead
+        return False
+    return True

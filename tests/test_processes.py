@@ -32,8 +32,8 @@ def port():
         return server.getsockname()[1]
 
 
-def start(folder, port, *arguments):
-    """Two processes of launch.pretrain, one device each."""
+def start(folder, port, *arguments, own=((), ())):
+    """Two processes of launch.pretrain, one device each; `own` arguments of each."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join((str(ROOT), str(Path(__file__).parent))),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
@@ -42,7 +42,7 @@ def start(folder, port, *arguments):
     command += [f"--coordinator=localhost:{port}", "--processes=2"]
     return [
         subprocess.Popen(
-            [*command, f"--process={i}"],
+            [*command, f"--process={i}", *own[i]],
             cwd=folder,
             env=environment,
             stdout=subprocess.PIPE,
@@ -179,3 +179,30 @@ def test_a_signal_to_one_stops_and_saves_both(tmp_path, monkeypatch, port):
     )
     assert step, stopped
     assert Path("w/checkpoints", step[1]).is_dir() and stopped in texts[0][1]
+
+
+def test_one_that_fails_alone_does_not_wait_for_the_others(tmp_path, port):
+    """The other one waits for it; JAX ends that one some 100 seconds later."""
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    d4rl.save(tmp_path / "a.hdf5", demonstrations(10, 0), {})
+    flags = ("--workdir=w", "--library=l", "--noevaluate")
+    own = (("--data=a.hdf5",), ("--data=missing.hdf5",))
+    first, second = start(tmp_path, port, *flags, own=own)
+    try:
+        _, told = second.communicate(timeout=SECONDS)
+        assert first.poll() is None, "it waits for the second one"
+    finally:
+        first.kill()
+        second.kill()
+        first.communicate()
+    assert second.returncode == 2
+    assert told.splitlines()[-1].startswith("error: ") and "missing.hdf5" in told
+
+
+def test_processes_that_fail_alike_end_alike(tmp_path, port):
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    flags = ("--workdir=w", "--library=l", "--data=missing.hdf5")
+    texts, codes = ends(start(tmp_path, port, *flags))
+    assert codes == [2, 2], texts
+    for _, told in texts:
+        assert told.splitlines()[-1].startswith("error: "), told
