@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from experiments.collect import collect
 from psec_jax import data as datasets
-from psec_jax.data import dataset
+from psec_jax.data import d4rl_sets, dataset
 from psec_jax.data.trajectories import apply_filter, cut, share, split
 from psec_jax.errors import InputError
 from psec_jax.types import Dataset
@@ -142,12 +142,29 @@ def load_demos(
                 config.data.action_noise,
             )
         )
-    ds, _ = datasets.read(
+    ds, attrs = datasets.read(
         path,
         clip_actions=config.data.clip_actions,
         with_costs=with_costs or selection.reads_costs(),
     )
+    check_robot(env, known_env(path) or str(attrs.get("environment")), path)
     return Demos(selection.of(ds, episodes, path), path, selection)
+
+
+def check_robot(env: str, other: str, owner: str) -> None:
+    """Refuse two of D4RL's robots for one another: sizes do not tell them apart.
+
+    Args:
+      env: the simulator in use.
+      other: that of the owner.
+      owner: a data file or a library, named in the message.
+
+    Raises:
+      InputError: both robots.
+    """
+    mine, theirs = d4rl_sets.robot_in(env), d4rl_sets.robot_in(other)
+    if mine and theirs and mine != theirs:
+        raise InputError(f"{owner}: of the robot {theirs}, {env} expects {mine}")
 
 
 def known_env(data: str | None) -> str | None:

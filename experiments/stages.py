@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.configs import dmc_walker, dsrl
-from experiments.demonstrations import FIRST, Demos, Selection, known_env
+from experiments.demonstrations import FIRST, Demos, Selection, check_robot, known_env
 from experiments.programs import Load, RollOut, Stage, Train, Work, Write
 from psec_jax import envs, support, tree
 from psec_jax.agents import critic_file
@@ -719,6 +719,7 @@ def expand(
         adapter=stage.adapter,
         alpha=stage.alpha,
     )
+    check_robot(env, base_card["env"], str(library))
     demos = yield Load(config, env, stage.episodes, data, selection, "safety" in needed)
     base_policy = load_base(library)
     check_fit(demos, base_policy)

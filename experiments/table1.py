@@ -16,6 +16,7 @@ experiments.collect_safe made; the table says which.
 """
 
 import csv
+import functools
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,10 +30,11 @@ from ml_collections import ConfigDict
 
 from experiments import results, stages
 from experiments.configs.dsrl import get_config
-from experiments.demonstrations import FIRST, Selection
+from experiments.demonstrations import FIRST, Selection, load_demos
 from experiments.table2 import Place, changed, level_changes, table_seeds
 from launch.cli import no_arguments, run
-from psec_jax.data import dsrl
+from psec_jax import envs
+from psec_jax.data import dataset, dsrl
 from psec_jax.errors import InputError, lookup
 from psec_jax.evaluation import evaluate
 from psec_jax.files import write_atomic, write_json
@@ -53,7 +55,8 @@ class Composition:
 
     Attributes:
       level: at which they are composed.
-      head: of the gate; "constant" weights are tuned on tuning episodes.
+      head: of the gate; "constant" weights are tuned on tuning episodes, those of
+        "softmax" add up to one skill's strength in every state.
       compat: "released" is the gate of the authors' code, with its regulariser.
     """
 
@@ -67,6 +70,7 @@ COMPOSITIONS = {
     "NSEC": Composition("noise"),
     "PSEC fixed": Composition(head="constant"),
     "PSEC": Composition(),
+    "PSEC softmax": Composition(head="softmax"),
     "PSEC released": Composition(compat="released"),
 }
 METHODS = ("BC", "BC-Safe", "FISOR", "Reward skill", "Safety skill", *COMPOSITIONS)
@@ -270,13 +274,14 @@ def train_skills(cell: Cell) -> None:
     )
 
 
-def train_composition(cell: Cell, method: str, tune: Cell) -> Policy:
+def train_composition(cell: Cell, method: str) -> Policy:
     """The skills and the gate of a row."""
     form = COMPOSITIONS[method]
     train_skills(cell)
     if form.head == "constant":
-        return load_composition(cell.library, GATED, alpha=tuned_weights(tune, method))
-    changes = level_changes(cell.config, form.level) | {"gate.compat": form.compat}
+        return load_composition(cell.library, GATED, alpha=tuned_weights(cell, method))
+    changes = level_changes(cell.config, form.level)
+    changes |= {"gate.compat": form.compat, "gate.head": form.head}
     skills, alpha = GATED, None
     if form.compat == "released":  # its regulariser takes the last skill for safety
         skills, alpha = SKILLS, [0.0, cell.config.skill.alpha]
@@ -298,7 +303,7 @@ def train_composition(cell: Cell, method: str, tune: Cell) -> Policy:
 
 def tuned_weights(cell: Cell, method: str) -> list[float]:
     """The fixed weights of highest return among the safe ones of a grid, else those of
-    least cost, by episodes from other start states with the skills of the first seed.
+    least cost, by episodes of the cell's own skills from other start states.
     """
     folder = cell.root / "tuning"
     fingerprint = results.config_fingerprint(cell.config.to_dict())
@@ -317,10 +322,10 @@ def tuned_weights(cell: Cell, method: str) -> list[float]:
     return list(max(tried)[-1])
 
 
-def make_policy(cell: Cell, method: str, tune: Cell) -> Policy:
+def make_policy(cell: Cell, method: str) -> Policy:
     """The trained policy of one row."""
     if method in COMPOSITIONS:
-        return train_composition(cell, method, tune)
+        return train_composition(cell, method)
     if method.endswith(" skill"):
         train_skills(cell)
         return load_composition(cell.library, [method.split()[0].lower()])
@@ -346,11 +351,39 @@ def roll_out(
     seed = config.evaluation.seed + (1 if tuning else 0)
     episodes = evaluate(policy.act, env, count, seed)
     made = Path(cell.data).name == dsrl.made_name(cell.task)
-    return (
-        results.header(config.to_dict(), cell.task, method, cell.seed)
-        | {"cost_limit": config.cost_limit, "data": "made" if made else "official"}
-        | stages.episodes_json(episodes, env, seed)
+    raw = results.header(config.to_dict(), cell.task, method, cell.seed) | {
+        "cost_limit": config.cost_limit,
+        "data": "made" if made else "official",
+        "data_fingerprint": _fingerprint(cell.data),
+    }
+    if method in COMPOSITIONS and COMPOSITIONS[method].head == "constant":
+        raw["alpha"] = tuned_weights(cell, method)
+    return raw | stages.episodes_json(episodes, env, seed)
+
+
+@functools.cache
+def _fingerprint(data: str) -> str:
+    return dataset.fingerprint(dsrl.load(data, clip_actions=True)[0])
+
+
+def _usable_set(config: ConfigDict, task: str, offline: bool) -> str:
+    """A task's set, when all that its cells need is there.
+
+    Raises:
+      InputError: no simulator, no set, or no trajectory in it that a gate can learn
+        from.
+    """
+    envs.make(dsrl.task(task).spec).close()
+    data = str(dsrl.find(task, offline).path)
+    load_demos(
+        config,
+        dsrl.task(task).spec,
+        0,
+        data,
+        stages.best_of_safe(config),
+        with_costs=True,
     )
+    return data
 
 
 def run_cells(
@@ -364,16 +397,15 @@ def run_cells(
     """Fill every missing cell, task by task and seed by seed."""
     jax.config.update("jax_compilation_cache_dir", str(root.absolute() / "compiled"))
     fingerprint = results.config_fingerprint(config.to_dict())
-    for task in tasks:
-        data = str(dsrl.find(task, offline).path)
-        tune = Cell(config, root / task, config.table.seeds[0], task, data)
+    sets = {task: _usable_set(config, task, offline) for task in tasks}
+    for task, data in sets.items():
         for seed in config.table.seeds:
             cell = Cell(config, root / task, seed, task, data)
             for method in config.table.methods:
                 path = results.raw_path(folder, task, method, seed)
                 if results.read_raw(path, fingerprint) is not None:
                     continue
-                raw = roll_out(cell, make_policy(cell, method, tune), method)
+                raw = roll_out(cell, make_policy(cell, method), method)
                 results.write_raw(path, raw)
                 report(
                     f"{task} {method} seed {seed}: return {raw['mean']:.1f}, cost "
@@ -382,12 +414,23 @@ def run_cells(
 
 
 def summarise(raws: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """{task: {method: normalised reward and cost with intervals}} of raw files."""
+    """{task: {method: normalised reward and cost with intervals}} of raw files.
+
+    Raises:
+      InputError: seeds of one cell that were measured under different conditions.
+    """
     by_cell: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for raw in sorted(raws, key=lambda raw: raw["seed"]):
         by_cell.setdefault((raw["setting"], raw["method"]), []).append(raw)
     table: dict[str, dict[str, Any]] = {}
     for (task, method), cells in by_cell.items():
+        for field in ("cost_limit", "data", "config_fingerprint", "data_fingerprint"):
+            if len({raw.get(field) for raw in cells}) > 1:
+                told = {f"seed {raw['seed']}": raw.get(field) for raw in cells}
+                raise InputError(
+                    f"{task}, {method}: results of different {field}, {told}; measure "
+                    "those that are wrong anew"
+                )
         limit = cells[0]["cost_limit"]
         cost = [dsrl.normalised_cost(np.array(raw["costs"]), limit) for raw in cells]
         reward = [
@@ -517,6 +560,7 @@ def main(argv: Sequence[str]) -> None:
             config.table.seeds = table_seeds(FLAGS["seeds"].value)
         if FLAGS["cost_limit"].value is not None:
             config.cost_limit = FLAGS["cost_limit"].value
+            dsrl.normalised_cost(np.zeros(1), config.cost_limit)  # refuses a bad one
         for method in FLAGS["methods"].value:
             lookup(dict.fromkeys(METHODS), method, "method")
         config.table.methods = tuple(FLAGS["methods"].value or METHODS)

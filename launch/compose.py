@@ -76,6 +76,8 @@ def target_data() -> tuple[str | None, Selection]:
         return options.data(), given
     chosen = stages.best_of_safe(options.CONFIG.value)
     said = {k: v for k, v in given._asdict().items() if v is not None}
+    if "cost_quantile" in said:  # instead of the limit, within which there may be none
+        chosen = chosen._replace(max_cost=None)
     env = options.env()
     if env is None:
         library = SkillLibrary.open(options.members()[0].place(options.LIBRARY.value))

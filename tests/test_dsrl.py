@@ -229,6 +229,8 @@ def test_a_made_set_may_be_renamed(places):
         file.attrs["task"] = "OfflineCarCircle-v0"
     with pytest.raises(InputError, match="those of OfflineCarCircle-v0"):
         dsrl.load(path)
+    with pytest.raises(InputError, match="those of OfflineCarCircle-v0"):
+        data.load(path)  # what commands read by
 
 
 @pytest.mark.parametrize(

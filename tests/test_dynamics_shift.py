@@ -13,6 +13,7 @@ from experiments.configs.d4rl import get_config
 from psec_jax.data import d4rl_sets, dataset
 from psec_jax.errors import InputError
 
+CONFIG = Path(__file__).parent.parent / "experiments/configs/d4rl.py"
 TARGET = "walker2d-medium"
 METHODS = ("BC", "IQL", "Scratch", *(f"{m} (gravity)" for m in dynamics_shift.SHIFTED))
 
@@ -133,6 +134,32 @@ def test_wins_are_counted_by_means_and_by_intervals():
         assert said in text
     del cells["BC"]
     assert "Of 0 cells" in dynamics_shift.wins({TARGET: cells})
+
+
+def test_another_robot_of_the_same_sizes_is_refused(place):
+    """HalfCheetah and Walker2d both have 17 observations and 6 actions."""
+    common = ("--config=" + str(CONFIG), "--config.base.steps=1", "--noevaluate")
+    folders = ("--workdir=w", "--library=l")
+    data = "--data=walker2d-medium-v2"
+    cheetah = "--env=gymnasium:HalfCheetah-v5"
+    answer = shell.call("launch.pretrain", *common, *folders, data, cheetah)
+    assert answer.code == 2 and answer.err.count("\n") == 1, answer.err
+    assert "of the robot Walker2d, gymnasium:HalfCheetah-v5 expects" in answer.err
+    assert not Path("w").exists() and not Path("l").exists()
+    size = ("--config.network.width=8", "--config.network.blocks=1")
+    answer = shell.call("launch.pretrain", *common, *size, *folders, data)
+    assert answer.code == 0, answer.err
+    spec = d4rl_sets.task("halfcheetah-medium-v2").spec
+    actors = [Actor("random")] * 2
+    episodes = play(spec, actors, seed=0, workers=1)
+    d4rl_sets.save("halfcheetah-medium-v2", dataset.concatenate(episodes), {})
+    answer = shell.call(
+        "launch.expand",
+        *("--config=" + str(CONFIG), "--noevaluate", "--name=s", "--workdir=s"),
+        *("--library=l", "--data=halfcheetah-medium-v2"),
+    )
+    assert answer.code == 2 and answer.err.count("\n") == 1, answer.err
+    assert "l: of the robot Walker2d, gymnasium:HalfCheetah-v5 expects" in answer.err
 
 
 def test_refusals(place):

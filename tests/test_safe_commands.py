@@ -11,6 +11,7 @@ import shell
 from experiments import collect, results, table1
 from experiments.collect_safe import NOISES, actors, collect_safe
 from experiments.configs.dsrl import get_config
+from experiments.demonstrations import Selection
 from psec_jax.data import dataset, dsrl
 from psec_jax.errors import InputError
 
@@ -144,7 +145,7 @@ def test_refusals(place, tmp_path):
     assert answer.code == 2 and "cost limit: got -1" in answer.err
 
 
-def test_table1(place):
+def test_table1(place, monkeypatch):
     config = get_config("quick")
     config.update(
         {
@@ -163,6 +164,12 @@ def test_table1(place):
         config[section].update({"steps": 2, "batch_size": 8})
     lines = []
     args = (config, [TASK], Path("runs"), Path("results"), True, lines.append)
+    with monkeypatch.context() as patch:  # none is safe: said before anything runs
+        none = Selection(max_cost=-1.0)
+        patch.setattr(table1.stages, "best_of_safe", lambda config: none)
+        with pytest.raises(InputError, match="cost"):
+            table1.run_cells(*args)
+    assert not Path("runs", TASK).exists()
     table1.run_cells(*args)
     assert len(lines) == len(table1.METHODS)
     text = table1.write_table(Path("results"), "bullet")
@@ -170,6 +177,13 @@ def test_table1(place):
     assert f"| {TASK} | made |" in text
     table = json.loads(Path("results/table1_bullet.json").read_text())
     assert sorted(table[TASK]) == sorted(table1.METHODS)
+    path = results.raw_path("results", TASK, "PSEC fixed", 0)
+    fixed = json.loads(path.read_text())
+    assert tuple(fixed["alpha"]) in table1.GRID
+    tried = [f"{w:g}" for w in fixed["alpha"]]
+    label = f"PSEC fixed ({', '.join(tried)})"
+    path = results.raw_path(Path(f"runs/{TASK}/tuning"), TASK, label, 0)
+    assert path.exists(), "tuned on the cell's own seed"
     raw = json.loads(next(Path("results/raw").glob("*PSEC_seed0.json")).read_text())
     cell = table[TASK]["PSEC"]
     assert cell["cost"]["mean"] == pytest.approx(np.mean(raw["costs"]) / 10)
@@ -196,9 +210,27 @@ def test_table1(place):
     assert card["data"]["source"] == dsrl.made_name(TASK)
     chosen = card["data"]["selection"]
     assert (chosen["max_cost"], chosen["return_quantile"]) == (10.0, 0.5)
+    # Where none is within the limit: the least costly ones instead.
+    other = tuple(f.replace("gate", "least").replace("again", "least") for f in flags)
+    sizes = tuple(size.replace("least", "gate") for size in sizes)
+    least = ("--data=best", "--cost_quantile=0.5")
+    answer = shell.call("launch.compose", CONFIG, *other, *sizes, *least)
+    assert answer.code == 0, answer.err
+    card = json.loads(Path(f"{library[10:]}/gates/least/gate.json").read_text())
+    assert card["data"]["selection"].get("max_cost") is None
+    assert card["data"]["selection"]["cost_quantile"] == 0.5
     walker = CONFIG.replace("dsrl", "dmc_walker")
     answer = shell.call("launch.compose", walker, *flags, "--data=best")
     assert answer.code == 2 and "cost_limit" in answer.err
+
+
+def test_seeds_of_one_cell_are_of_one_kind():
+    raw = {"setting": TASK, "method": "BC", "cost_limit": 10.0, "data": "made"}
+    raw |= {"returns": [1.0], "costs": [1.0], "seed": 0, "config_fingerprint": "a"}
+    table1.summarise([raw, raw | {"seed": 1}])
+    for field, value in (("cost_limit", 5.0), ("data", "official")):
+        with pytest.raises(InputError, match=f"BC: results of different {field}"):
+            table1.summarise([raw, raw | {"seed": 1, field: value}])
 
 
 def test_markdown_marks_the_best_safe_result():

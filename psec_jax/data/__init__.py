@@ -76,6 +76,9 @@ def read(
             raise InputError(f"{path}: episode files hold no costs")
         return dmc.load(path, clip_actions=clip_actions), {}
     ds, attrs = d4rl.load(path, clip_actions, required)
+    for source in (d4rl_sets, dsrl):  # a set of ours under another name
+        if attrs.get("task") in source.TASKS:
+            ds, attrs = source.load(path, clip_actions, required=required)
     dataset.check_costs(ds, str(path))
     return ds, attrs
 

@@ -145,6 +145,17 @@ def environment(data: str | os.PathLike[str]) -> str | None:
     return TASKS[name].spec if name is not None else None
 
 
+def robot_in(spec: str) -> str | None:
+    """The robot of a simulator such as "gymnasium:Walker2d-v5@gravity:2": "Walker2d".
+
+    None for simulators of none of ROBOTS. HalfCheetah and Walker2d have the same sizes,
+    so that these do not tell whether data fit.
+    """
+    match = re.fullmatch(r"gymnasium:(\w+)-v\d+(@.*)?", spec)
+    known = {robot.name for robot in ROBOTS.values()}
+    return match[1] if match and match[1] in known else None
+
+
 def cache_dir() -> Path:
     """`$D4RL_DATASET_DIR`, or `~/.d4rl/datasets`; not created here."""
     return sets.cache_dir("D4RL_DATASET_DIR", "~/.d4rl/datasets")
