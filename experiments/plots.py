@@ -193,7 +193,8 @@ def _bars(
             axes.plot(paper[method], y, "d", mfc="white", mec=BLACK, ms=6, zorder=5)
     axes.set_yticks(range(len(rows)), rows)
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlim(0, axes.get_xlim()[1] * 1.12)
+    lowest = min((cell["low"] for cell in cells.values()), default=0)
+    axes.set_xlim(min(0, 1.12 * lowest), axes.get_xlim()[1] * 1.12)
     axes.grid(axis="y", visible=False)
 
 
@@ -310,7 +311,8 @@ def lines(
         axes.minorticks_off()
         seen = [*measured, *shown, *(x for m in drawn for x in paper.get(m, {}))]
         _set_width(axes, min(seen), max(seen), log)
-        axes.set_ylim(0, top)
+        lowest = min(cell["low"] for curve in curves.values() for _, cell in curve)
+        axes.set_ylim(min(0, 1.12 * lowest), top)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         handles = axes.get_legend_handles_labels()[0]

@@ -94,6 +94,11 @@ def test_table_and_study(place):
     assert [p.name for p in shift_strength.draw(Path("results"))] == [
         "strength_walker2d-medium.png"
     ]
+    config.table.seeds = (7,)
+    with pytest.raises(InputError, match="gravity is '0'"):  # before it trains
+        shift_strength.run_cells(*args[:2], [1.0, 0.0], *args[3:])
+    assert not Path("runs/walker2d-gravity/seed7").exists()
+    config.table.seeds = (0,)
     # The set was made again with other episodes: no cell of the old one is kept.
     path = d4rl_sets.find(f"{TARGET}-v2").path
     ds, _ = d4rl_sets.load(path)
@@ -168,7 +173,7 @@ def test_refusals(place):
         ("--methods=PSEC", "unknown method 'PSEC'"),
         ("--preset=huge", "unknown preset 'huge'"),
         ("--tables_only", "no raw/*.json"),
-        ("--factors=0", "gravity is '0', expected a finite number above 0"),
+        ("--factors=1,0", "gravity is '0', expected a finite number above 0"),
         ("--figures_only", "no raw_strength/*.json"),
     ):
         study = flag.startswith(("--factors", "--figures"))
