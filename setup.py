@@ -2,7 +2,9 @@
 
 Lower bounds are the oldest versions the tests have run on, upper bounds the next
 release that may break an interface; requirements.txt pins one full, tested set. The
-extras experts, wandb, cuda and tpu are not part of that set.
+extras experts, wandb, cuda and tpu are not part of that set. There is none for the d4rl
+package, with which experiments.check_d4rl compares: what it asks for contradicts the
+others, so that it wants an environment of its own.
 """
 
 import re
