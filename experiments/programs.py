@@ -36,6 +36,14 @@ class Load(NamedTuple):
     with_costs: bool = False
 
 
+class Ready(NamedTuple):
+    """What a stage says before it opens its folder: what it would train."""
+
+    demos: Demos
+    batch_size: int
+    options: ConfigDict
+
+
 class Train(NamedTuple):
     """What a stage asks for: the state and summary of a training; see `train`.
 
@@ -66,7 +74,7 @@ class Write(NamedTuple):
     """What a stage says before it writes: of several processes the first goes on."""
 
 
-Work = Generator[Load | Train | RollOut | Write, Any, dict[str, Any]]
+Work = Generator[Load | Ready | Train | RollOut | Write, Any, dict[str, Any]]
 P = ParamSpec("P")
 
 
@@ -110,7 +118,7 @@ def together(
     answers: dict[str, Any] = dict.fromkeys(works)
     writing = False
     while answers:
-        loads, trains, rolls, writes = {}, {}, {}, {}
+        loads, ready, trains, rolls, writes = {}, {}, {}, {}, {}
         # What the first process puts into its folders, the others find there.
         with contextlib.nullcontext() if writing else processes.first_before_others():
             for name, answer in answers.items():
@@ -121,6 +129,8 @@ def together(
                     continue
                 if isinstance(asked, Load):
                     loads[name] = _loaded(asked, loaded)
+                elif isinstance(asked, Ready):
+                    ready[name] = asked
                 elif isinstance(asked, Train):
                     # Freed here, what is equal never lies on the device R times.
                     first = next(iter(trains.values()), asked)
@@ -132,8 +142,10 @@ def together(
         if writes and not processes.first():
             break
         writing = writing or bool(writes)
+        _check(list(ready.values()), devices, stream)
         trained = _train_all(trains, devices, stream)
-        answers = loads | trained | _roll_out_all(rolls) | writes
+        waited = dict.fromkeys(ready) | writes
+        answers = loads | trained | _roll_out_all(rolls) | waited
     return {name: results[name] for name in works if name in results}
 
 
@@ -144,6 +156,29 @@ def _loaded(asked: Load, loaded: list[tuple[Load, Demos]]) -> Demos:
             return demos
     loaded.append((asked, load_demos(*asked)))
     return loaded[-1][1]
+
+
+def _check(asked: Sequence[Ready], mesh: Mesh | None, stream: str) -> None:
+    """Refuse what training would refuse, while no folder is made.
+
+    Raises:
+      InputError: a mesh that does not divide a batch, or data that are to be streamed
+        without grain or with several steps in one call.
+    """
+    if not asked:
+        return
+    for one in asked:
+        if mesh is not None:
+            sharding.check_batch(mesh.shape["data"], one.batch_size)
+    # Critics read more columns than these; what that makes of "auto" training finds.
+    columns = {
+        id(column): column.nbytes
+        for one in asked
+        for column in (one.demos.dataset.obs, one.demos.dataset.action)
+    }
+    if streaming.wanted(stream, sum(columns.values())):
+        for one in asked:
+            streaming.check_calls(one.options.steps_per_call)
 
 
 def _shared(data: Any, first: Any) -> Any:

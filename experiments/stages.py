@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from experiments.configs import dmc_walker, dsrl
 from experiments.demonstrations import FIRST, Demos, Selection, check_robot, known_env
-from experiments.programs import Load, RollOut, Stage, Train, Work, Write
+from experiments.programs import Load, Ready, RollOut, Stage, Train, Work, Write
 from psec_jax import envs, support, tree
 from psec_jax.agents import critic_file
 from psec_jax.agents import critics as critic_agent
@@ -349,6 +349,7 @@ def train_critics(
         "normaliser": tree.fingerprint(normaliser._asdict()),
         "critics": config.critics.to_dict(),
     }
+    yield Ready(demos, agent.batch_size, config.run)
     run = open_run(workdir, "critics", record)
     done = run.result()
     if done is not None:
@@ -572,6 +573,7 @@ def pretrain(
             config, agent, [objective], demos, normaliser, finished
         )
         more |= _critics_record(config, finished) | {"objective": objective}
+    yield Ready(demos, agent.batch_size, config.run)
     run, done = open_stage(
         workdir,
         library,
@@ -742,6 +744,7 @@ def expand(
         offline = prepare_offline(
             config, agent, objectives, demos, normaliser, finished
         )
+    yield Ready(demos, agent.batch_size, config.run)
     run, done = open_stage(workdir, library, "skill", names, record)
     if done is not None:
         return done
@@ -919,6 +922,8 @@ def compose(
             config, "base", base_card, base_data, "base_data"
         )
         check_fit(background, policy)
+    if stage.head != "constant":
+        yield Ready(demos, agent.batch_size, config.run)
     run, done = open_stage(
         workdir,
         library,

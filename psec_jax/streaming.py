@@ -99,6 +99,18 @@ def wanted(choice: str, size: int) -> bool:
     return answer
 
 
+def check_calls(steps_per_call: int) -> None:
+    """Refuse several steps in one call, which leave no time to read a batch for each.
+
+    Raises:
+      InputError: more than one.
+    """
+    if steps_per_call > 1:
+        raise InputError(
+            f"steps_per_call: got {steps_per_call}, expected 1 where data are streamed"
+        )
+
+
 def _is_large(size: int) -> bool:
     stats = jax.local_devices()[0].memory_stats() or {}
     # A CPU's devices have the host's memory and do not tell of it.

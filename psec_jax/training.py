@@ -149,10 +149,8 @@ def train_together(
     streamed = [isinstance(member.data, Stream) for member in members]
     if any(streamed) and not all(streamed):
         raise InputError("data: some members are streamed, expected all or none")
-    if any(streamed) and steps_per_call > 1:
-        raise InputError(
-            f"steps_per_call: got {steps_per_call}, expected 1 where data are streamed"
-        )
+    if any(streamed):
+        streaming.check_calls(steps_per_call)
     started = time.perf_counter()
     line = _Line(progress and processes.first())
     with contextlib.ExitStack() as stack:

@@ -1,6 +1,8 @@
 """A mesh of eight devices, made of one CPU, gives the numbers of one device."""
 
+import dataclasses
 import functools
+import importlib.util
 from contextlib import closing
 
 import jax
@@ -10,16 +12,23 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec
 from shell import call
+from test_many_seeds import FLAGS, ROOT, config, demonstrations
 
-from psec_jax import metrics, sharding
+from experiments import programs, stages
+from psec_jax import lora, metrics, sharding
 from psec_jax.agents import pretrain
 from psec_jax.agents.common import OptimiserConfig, TrainData
 from psec_jax.checkpoint import Checkpoints
+from psec_jax.data import d4rl
 from psec_jax.errors import InputError
+from psec_jax.library import SkillLibrary
+from psec_jax.networks.denoiser import init_base
 from psec_jax.run import open_run
 from psec_jax.training import Member, train_together
+from psec_jax.types import Normaliser
 
 BATCH = 8
+SECTIONS = ("base", "skill", "critics", "gate")
 AGENT = pretrain.PretrainConfig(
     tiny.NETWORK,
     tiny.DIFFUSION,
@@ -152,15 +161,58 @@ def test_a_batch_that_a_mesh_does_not_divide(tmp_path):
 
 def test_a_command_on_a_mesh_is_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = (f"--workdir={tmp_path}/w", f"--library={tmp_path}/l", "--data=x.hdf5")
-    config = __file__.rpartition("/tests/")[0] + "/experiments/configs/dsrl.py:quick"
-    for mesh, seeds, message in (
-        ("seed:3", "0,1,2", "takes 3 devices, there are 8"),
-        ("seed:8", "0,1,2", "cannot divide 3 runs by 8"),
-        ("seeds:8", "0", "got 'seeds:8'"),
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    d4rl.save("x.hdf5", demonstrations(2, 0), {})
+    flags = (*FLAGS, "--workdir=w", "--library=l", "--data=x.hdf5", "--noevaluate")
+    for mesh, seeds, batch, message in (
+        ("seed:3", "0,1,2", 8, "takes 3 devices, there are 8"),
+        ("seed:8", "0,1,2", 8, "cannot divide 3 runs by 8"),
+        ("seeds:8", "0", 8, "got 'seeds:8'"),
+        ("data:8", "0", 6, "data:8 does not divide a batch of 6"),
+        ("seed:2,data:4", "0,1", 6, "data:4 does not divide a batch of 6"),
     ):
-        more = (f"--config={config}", f"--mesh={mesh}", f"--seeds={seeds}")
-        answer = call("launch.pretrain", *flags, *more)
+        more = (f"--config.base.batch_size={batch}", f"--mesh={mesh}")
+        answer = call("launch.pretrain", *flags, *more, f"--seeds={seeds}")
         assert answer.code == 2 and answer.err.count("\n") == 1, answer.err
         assert message in answer.err
-    assert not (tmp_path / "w").exists()
+    assert not (tmp_path / "w").exists() and not (tmp_path / "l").exists()
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "expand", "critics", "compose"])
+def test_no_folder_is_made_for_what_cannot_be_trained(tmp_path, monkeypatch, stage):
+    """A corrected command then finds no other run there."""
+    monkeypatch.chdir(tmp_path)
+    d4rl.save("x.hdf5", demonstrations(4, 0), {})
+    library = SkillLibrary.create("l")
+    base = tiny.randomised(lambda: init_base(tiny.NETWORK, jax.random.key(0), 2, 2), 0)
+    card = {"obs_dim": 2, "action_dim": 2, "name": "base", "env": "gymnasium:None-v0"}
+    card["network"] = dataclasses.asdict(tiny.NETWORK)
+    card["diffusion"] = dataclasses.asdict(tiny.DIFFUSION)
+    library.add_base(base, Normaliser(np.zeros(2), np.ones(2)), card)
+    skill = tiny.randomised(lambda: lora.init_skill(jax.random.key(0), base, 2), 1)
+    library.add_skill("walk", skill, {"alpha": 1.0, "env": "gymnasium:None-v0"})
+
+    def work(**changes):
+        made = config(**{f"{name}.batch_size": 6 for name in SECTIONS} | changes)
+        common = {"workdir": "w", "seed": 0, "data": "x.hdf5"}
+        if stage == "critics":
+            return stages.train_critics.work(made, library="l", **common)
+        common["evaluate_after"] = False
+        if stage == "pretrain":
+            return stages.pretrain.work(made, library="new", **common)
+        if stage == "expand":
+            return stages.expand.work(made, library="l", name="run", **common)
+        common["support_data"] = ["x.hdf5"]
+        return stages.compose.work(
+            made, library="l", name="gate", skills=["walk"], **common
+        )
+
+    with pytest.raises(InputError, match="data:8 does not divide a batch of 6"):
+        programs.together({"": work()}, "data:8")
+    looped = {"run.steps_per_call": 2}
+    with pytest.raises(InputError, match="steps_per_call: got 2, expected 1 where"):
+        programs.together({"": work(**looped)}, stream="yes")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="which takes grain"):
+        programs.together({"": work()}, stream="yes")
+    assert not (tmp_path / "w").exists() and not (tmp_path / "new").exists()
