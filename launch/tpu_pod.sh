@@ -14,7 +14,8 @@
 #
 # create queues the slice; setup waits for it, copies this checkout, installs it and
 # mounts the bucket at /mnt/bucket on every worker; run starts one command on all of
-# them; resume makes a preempted slice anew and starts the command again.
+# them; resume makes a slice that is gone anew, waits for one that is still queued, and
+# starts the command again.
 #
 #   --name=NAME --zone=ZONE     of the slice; always needed
 #   --type=TYPE                 such as v5litepod-16, v6e-8, v4-32 (create, resume)
@@ -61,11 +62,22 @@ on_workers() {
 }
 
 state() {
-  gcloud compute tpus queued-resources describe "$name" "${where[@]}" \
-    --format='value(state.state)'
+  "${describe[@]}"
 }
 
-create() {
+# The state, or NOT_FOUND; any other failure of gcloud ends the script.
+state_if_any() {
+  local errors now=''
+  errors=$(mktemp)
+  if ! now=$(state 2>"$errors") && grep -q NOT_FOUND "$errors"; then now=NOT_FOUND; fi
+  if [[ -z $now ]]; then cat "$errors" >&2; fi
+  rm "$errors"
+  [[ -n $now ]] || fail "slice $name: its state is not known"
+  echo "$now"
+}
+
+# Before anything is deleted for a slice that could not be made.
+choose_runtime() {
   [[ -n $type ]] || fail "$verb needs --type, such as --type=v5litepod-16"
   if [[ -z $runtime ]]; then
     case $type in
@@ -76,6 +88,10 @@ create() {
       *) fail "--type=$type: give its software too, with --runtime=VERSION" ;;
     esac
   fi
+}
+
+create() {
+  choose_runtime
   # The scope lets the workers write to the bucket.
   slice create --node-id="$name" --accelerator-type="$type" \
     --runtime-version="$runtime" --scopes=cloud-platform ${spot:+--spot}
@@ -84,11 +100,12 @@ create() {
 # Until the slice is there; the queue may take hours.
 await() {
   local now
-  echo "+ until: $(quoted gcloud compute tpus queued-resources describe "$name" \
-    "${where[@]}" '--format=value(state.state)') is ACTIVE"
+  echo "+ until: $(quoted "${describe[@]}") is ACTIVE"
   if [[ -n $dry_run ]]; then return; fi
-  while now=$(state) && [[ $now != ACTIVE ]]; do
+  while true; do
+    now=$(state)
     case $now in
+      ACTIVE) return ;;
       FAILED | SUSPENDED | SUSPENDING | DELETING) fail "slice $name is $now" ;;
     esac
     echo "$(date -u +%H:%M:%S) $now"
@@ -151,11 +168,24 @@ delete() {
 }
 
 resume() {
-  if [[ -n $dry_run ]] || [[ $(state) != ACTIVE ]]; then
-    delete
-    create
-    setup
-  fi
+  local now=SUSPENDED  # a dry run shows the most that there may be to do
+  echo "+ $(quoted "${describe[@]}")"
+  if [[ -z $dry_run ]]; then now=$(state_if_any); fi
+  case $now in
+    ACTIVE) ;;
+    FAILED | SUSPENDED | SUSPENDING)
+      choose_runtime
+      delete
+      create
+      setup
+      ;;
+    NOT_FOUND)
+      create
+      setup
+      ;;
+    DELETING) fail "slice $name is DELETING; resume when it is gone" ;;
+    *) setup ;;  # queued: a new one would lose its place
+  esac
   run
 }
 
@@ -190,4 +220,6 @@ done
 [[ -n $dry_run ]] || command -v gcloud >/dev/null || fail "there is no gcloud here"
 bucket=${bucket#gs://}
 where=(--zone="$zone" ${project:+--project="$project"})
+describe=(gcloud compute tpus queued-resources describe "$name" "${where[@]}"
+  '--format=value(state.state)')
 "$verb"

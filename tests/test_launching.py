@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "launch" / "tpu_pod.sh"
 DOCS = (ROOT / "docs" / "launching.md").read_text(encoding="utf-8")
 SLICE = ("--name=psec", "--zone=us-west4-a")
+QUEUED = ("gcloud", "compute", "tpus", "queued-resources")
+WHERE = ("psec", "--zone=us-west4-a")
 RUN = ("--", "launch.pretrain", "--distributed", "--workdir=/mnt/bucket/a")
 RUN += ("--library=/mnt/bucket/lib", "--config.gate.widths=(3, 4)")
 
@@ -42,6 +44,34 @@ def remote(words):
     """What a command has the workers do, and which."""
     text = [w.removeprefix("--command=") for w in words if w.startswith("--command=")]
     return next(w for w in words if w.startswith("--worker=")), text[0]
+
+
+GCLOUD = """#!/bin/bash
+case "$*" in
+  *" describe "*)
+    read -r state <"$HERE/states" && sed -i 1d "$HERE/states"
+    case $state in
+      NOT_FOUND) echo "ERROR: (gcloud) NOT_FOUND: no psec" >&2; exit 1 ;;
+      '') echo "ERROR: (gcloud) You do not have permission" >&2; exit 1 ;;
+    esac
+    echo "$state" ;;
+  *) echo "$4 $5" >>"$HERE/asked" ;;
+esac
+"""
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    """A gcloud that tells the states in a file one by one, and notes the rest."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in {"gcloud": GCLOUD, "sleep": "#!/bin/bash\n"}.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("HERE", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    return tmp_path
 
 
 @pytest.fixture
@@ -89,9 +119,22 @@ def test_create_is_one_command():
     assert "--runtime-version=y" in plain and "--spot" not in plain
 
 
+def test_watch_stop_and_delete_word_for_word():
+    ssh = ("gcloud", "compute", "tpus", "tpu-vm", "ssh", *WHERE)
+    assert shown("watch") == [
+        [*QUEUED, "describe", *WHERE, "--format=value(state.state)"],
+        [*ssh, "--worker=0", "--command=tail -n 50 -F psec_jax/run.log"],
+    ]
+    assert shown("stop") == [
+        [*ssh, "--worker=all", "--command=pkill -TERM -F psec_jax/run.pid"]
+    ]
+    assert shown("delete") == [[*QUEUED, "delete", *WHERE, "--force", "--quiet"]]
+
+
 def test_setup_copies_installs_and_mounts():
     wait, pack, copy, *installs = shown("setup", "--bucket=gs://my-bucket")
-    assert wait[0] == "until:" and "describe" in wait
+    ask = [*QUEUED, "describe", *WHERE, "--format=value(state.state)"]
+    assert wait == ["until:", *ask, "is", "ACTIVE"]
     assert pack[0] == "bash" and "git ls-files" in pack[2]
     assert copy[3:5] == ["tpu-vm", "scp"] and "psec:psec_jax.tgz" in copy
     steps = [remote(words) for words in installs]
@@ -106,10 +149,52 @@ def test_setup_copies_installs_and_mounts():
 
 def test_resume_makes_the_slice_anew():
     flags = ("--type=v6e-8", "--spot", "--bucket=b")
-    resume = shown("resume", *flags, *SLICE, "--dry_run", *RUN)
+    ask, *resume = shown("resume", *flags, *SLICE, "--dry_run", *RUN)
+    assert ask == [*QUEUED, "describe", *WHERE, "--format=value(state.state)"]
     parts = [shown("delete"), shown("create", *flags), shown("setup", *flags)]
     parts.append(shown("run", *SLICE, "--dry_run", *RUN))
     assert resume == [words for part in parts for words in part]
+
+
+@pytest.mark.parametrize(
+    ("states", "changes"),
+    [
+        ("NOT_FOUND WAITING_FOR_RESOURCES ACTIVE", ["create psec"]),
+        ("SUSPENDED PROVISIONING ACTIVE", ["delete psec", "create psec"]),
+        ("FAILED ACTIVE", ["delete psec", "create psec"]),
+        ("WAITING_FOR_RESOURCES PROVISIONING ACTIVE", []),
+        ("ACCEPTED ACTIVE", []),
+    ],
+)
+def test_resume_by_state(queue, states, changes):
+    """Only a slice that is dead is deleted; one in the queue keeps its place."""
+    (queue / "states").write_text(states.replace(" ", "\n") + "\n")
+    answer = pod("resume", *SLICE, "--type=v6e-8", *RUN)
+    assert answer.returncode == 0, answer.stderr
+    setup = ["scp " + str(queue / "psec_jax-psec.tgz"), *["ssh psec"] * 3]
+    asked = (queue / "asked").read_text().splitlines()
+    assert asked == [*changes, *setup, "ssh psec"]
+    assert (queue / "states").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("states", "flags", "message"),
+    [
+        ("", ["--type=v6e-8"], "You do not have permission\nerror: slice psec: its st"),
+        (
+            "DELETING",
+            ["--type=v6e-8"],
+            "slice psec is DELETING; resume when it is gone",
+        ),
+        ("SUSPENDED", [], "resume needs --type"),
+        ("WAITING_FOR_RESOURCES", [], "You do not have permission"),
+    ],
+)
+def test_resume_deletes_nothing_that_it_cannot_replace(queue, states, flags, message):
+    (queue / "states").write_text(states + "\n")
+    answer = pod("resume", *SLICE, *flags, *RUN)
+    assert answer.returncode != 0 and message in answer.stderr
+    assert not (queue / "asked").exists()
 
 
 def test_run_and_stop(workers):
