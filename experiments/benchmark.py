@@ -337,7 +337,7 @@ class Stage:
 
     update: Callable[..., Any]
     state: Any
-    data: TrainData | OfflineData
+    data: Any
     flop_per_example: float
 
 
@@ -565,15 +565,25 @@ def _in_a_file(
 
 
 def repeated(stage: Stage, count: int) -> Stage:
-    """`count` steps of a stage in one call, as with run.steps_per_call."""
+    """`count` steps of a stage in one call, as `training` runs run.steps_per_call: the
+    count is known only at run time, and metrics are summed."""
 
     def update(state: Any, data: Any, key: jax.Array) -> tuple[Any, dict]:
-        def one(state: Any, key: jax.Array) -> tuple[Any, dict]:
-            return stage.update(state, data, key)
+        drawn_from, count = data
+        _, metrics = jax.eval_shape(stage.update, state, drawn_from, key)
 
-        return jax.lax.scan(one, state, jax.random.split(key, count))
+        def one(_: jax.Array, carry: tuple[Any, dict]) -> tuple[Any, dict]:
+            state, sums = carry
+            step_key = jax.random.fold_in(key, state.step)
+            state, metrics = stage.update(state, drawn_from, step_key)
+            return state, {name: sums[name] + metrics[name] for name in sums}
 
-    return dataclasses.replace(stage, update=update)
+        zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in metrics.items()}
+        return jax.lax.fori_loop(0, count, one, (state, zeros))
+
+    return dataclasses.replace(
+        stage, update=update, data=(stage.data, jnp.int32(count))
+    )
 
 
 def loops(sizes: Sizes) -> list[Row]:

@@ -117,7 +117,7 @@ def train_together(
       steps: total, those of the restored save included.
       log_every: steps between two lines of metrics.
       save_every: steps between two saves; the last step is always saved.
-      steps_per_call: updates in one compiled loop; 1 is fastest on a CPU.
+      steps_per_call: updates in one compiled loop; on a CPU worth it for large batches.
       stage: name in the progress line.
       progress: print progress to stderr.
       on_save: called with (step, states of the members in training) before each save
