@@ -1,9 +1,11 @@
 # docker build -t psec_jax .                                             CPU
 # docker build -t psec_jax:cuda --build-arg 'JAX=jax[cuda12]' .            NVIDIA GPUs
 #
-# docker run --rm -v "$PWD/runs:/psec_jax/runs" psec_jax launch.pretrain \
+# docker run --init --rm -v "$PWD/runs:/psec_jax/runs" psec_jax launch.pretrain \
 #     --workdir=runs/stand --library=runs/library
-# With GPUs: docker run --gpus=all ... psec_jax:cuda ...
+# With GPUs: docker run --init --gpus=all ... psec_jax:cuda ...
+#
+# --init: as process 1 Python would hear SIGTERM only while it trains.
 FROM python:3.11-slim-bookworm
 
 # EGL and OpenGL with Mesa's software driver, for videos.
