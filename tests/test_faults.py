@@ -1,5 +1,7 @@
 """Stages that are killed, and folders that others damage or change."""
 
+import builtins
+import errno
 import functools
 import json
 import os
@@ -147,6 +149,87 @@ def test_skill_replaced_under_a_running_compose(library, monkeypatch):
     with pytest.raises(InputError, match="'gate': made for skill 'safety'"):
         go("compose", library, library.parent / "run")
     assert opened.gates() == []
+
+
+def read_only(patch, folder):
+    """A folder as on a file system mounted so; modes of files do not hold root back."""
+
+    def refusing(function, writes):
+        def called(path, *arguments, **options):
+            inside = isinstance(path, (str, Path)) and (
+                Path(path).absolute().is_relative_to(folder.absolute())
+            )
+            if inside and writes(*arguments):
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+            return function(path, *arguments, **options)
+
+        return called
+
+    def always(*_):
+        return True
+
+    for name in ("mkdir", "rename", "replace", "unlink", "rmdir"):
+        patch.setattr(os, name, refusing(getattr(os, name), always))
+    patch.setattr(
+        builtins, "open", refusing(open, lambda mode="r", *_: set(mode) & set("wax+"))
+    )
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_read_only_workdir_is_refused_and_left_as_it_is(place, tmp_path, monkeypatch):
+    half = tmp_path / "half"
+    shutil.copytree("base", half)
+    (half / "result.json").unlink()
+    before = contents(tmp_path)
+    expected = read_json("base/result.json")
+    read_only(monkeypatch, tmp_path)
+    read_only(monkeypatch, place / "base")
+    reason = "Read-only file system"
+    with pytest.raises(InputError, match=f"cannot make workdir .*/new: {reason}$"):
+        go("pretrain", "lib", tmp_path / "new")
+    with pytest.raises(InputError, match=rf"cannot write .*/versions.json: {reason}$"):
+        go("pretrain", "lib", half)
+    assert contents(tmp_path) == before
+    # Nothing is left to write of one that is finished.
+    assert go("pretrain", "lib", "base") == expected
+
+
+def test_read_only_library_loses_no_training(library, monkeypatch):
+    shutil.rmtree(library / "skills")
+    before, run = contents(library), library.parent / "run"
+    with monkeypatch.context() as patch:
+        read_only(patch, library)
+        with pytest.raises(InputError, match="cannot write .*/walk: Read-only file sy"):
+            go("expand", library, run)
+    assert contents(library) == before
+    summary = go("expand", library, run)["summary"]
+    assert (summary["resumed_at"], summary["steps"]) == (4, 0)
+    assert SkillLibrary.open(library).skills() == ["walk"]
+
+
+def test_workdir_that_becomes_read_only_keeps_its_saves(library, monkeypatch):
+    run = library.parent / "run"
+    with monkeypatch.context() as patch:
+
+        def remounted(step, states):
+            if step == 4:
+                read_only(patch, run)
+
+        patch.setattr(
+            programs,
+            "train_together",
+            functools.partial(train_together, on_save=remounted),
+        )
+        # The save before may still be on its way.
+        message = "cannot save step [34] .*: Read-only file system; last good save: st"
+        with pytest.raises(InputError, match=message) as caught:
+            go("critics", library, run, **{"run.save_every": 1})
+    resumed_at = go("critics", library, run)["summary"]["resumed_at"]
+    assert str(caught.value).endswith(f"last good save: step {resumed_at}")
+    assert resumed_at >= 2
 
 
 def stop(step, states):
