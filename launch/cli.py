@@ -21,7 +21,7 @@ _PROJECT = ("launch", "experiments", "psec_jax")
 _HELP = ("--help", "-help", "-h", "-?", "--helpshort")
 _QUOTES = "\"'"
 _CONFIG_DEFAULTS: dict[str, str] = {}
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+_NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def run(
@@ -72,7 +72,7 @@ def _run(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        if error.errno not in _FULL_DISK:
+        if error.errno not in _NO_WRITING:
             raise
         _fail(f"cannot write {error.filename or 'a file'}: {error.strerror}", 2)
     except Stopped as error:
