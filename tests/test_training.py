@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import time
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -90,6 +91,26 @@ def test_resumed_run_equals_unbroken_run(tmp_path, data, steps_per_call):
 
     assert lines(parts) == lines(whole)
     assert [step for step, _ in lines(whole)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("years", [1, 40])
+def test_a_clock_that_goes_back_does_no_harm(tmp_path, data, monkeypatch, years):
+    """TensorBoard reads files in the order of their names; saves go by their steps."""
+    run = open_run(tmp_path, "base")
+    go(run, data, steps=2)
+    first = {path.name for path in run.events.iterdir()}
+    now, back = time.time_ns(), years * 365 * 24 * 3600
+    monkeypatch.setattr(time, "time_ns", lambda: now - back * 10**9)
+    monkeypatch.setattr(time, "time", lambda: now / 1e9 - back)
+    state, summary = go(run, data)
+    assert summary["resumed_at"] == 2
+    assert_same(state, go(None, data)[0])
+    *older, newest = sorted(path.name for path in run.events.iterdir())
+    assert set(older) == first
+    assert [line["step"] for line in metrics.read(run)] == [1, 2, 3, 4]
+    # A third one sorts behind both, whatever its clock says.
+    metrics.Writer(run, 4).close()
+    assert sorted(path.name for path in run.events.iterdir())[:-1] == [*older, newest]
 
 
 def test_saving_and_logging_change_nothing(tmp_path, data):
