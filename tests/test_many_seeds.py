@@ -350,6 +350,11 @@ def test_skills_and_critics_of_several_seeds(bases, alone, shared):
     if shared:
         out = done("launch.critics", *flags[:2], "--seeds=1,3", "--workdir=critics")
         assert "are in critics/seed3" in out
+        stages.train_critics(
+            config(), workdir="solo_critics", library="alone", seed=1, data="a.hdf5"
+        )
+        left, right = (load_critics(f) for f in ("critics/seed1", "solo_critics"))
+        CLOSE(left.params, right.params)
         flags += ("--critics=critics",)
         more = {"critics": "critics/seed1"}
     done(

@@ -12,19 +12,23 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec
 from shell import call
+from test_critics import transitions
 from test_many_seeds import FLAGS, ROOT, config, demonstrations
 
 from experiments import programs, stages
 from psec_jax import lora, metrics, sharding
-from psec_jax.agents import pretrain
+from psec_jax.agents import offline, pretrain
 from psec_jax.agents.common import OptimiserConfig, TrainData
+from psec_jax.agents.critics import CriticConfig
+from psec_jax.agents.offline import Frozen, OfflineConfig, OfflineData
+from psec_jax.agents.skill import SkillConfig
 from psec_jax.checkpoint import Checkpoints
 from psec_jax.data import d4rl
 from psec_jax.errors import InputError
 from psec_jax.library import SkillLibrary
 from psec_jax.networks.denoiser import init_base
 from psec_jax.run import open_run
-from psec_jax.training import Member, train_together
+from psec_jax.training import Member, train, train_together
 from psec_jax.types import Normaliser
 
 BATCH = 8
@@ -89,6 +93,39 @@ def test_a_mesh_gives_the_numbers_of_one_device(tmp_path, count, mesh, options):
         assert [line["step"] for line in metrics.read(member.run)] == [1, 2, 3]
         with closing(Checkpoints(member.run.checkpoints)) as saves:
             tiny.assert_trees_equal(saves.restore(start(0)), state)
+
+
+def test_a_skill_and_its_critics_on_a_mesh_are_those_of_one_device():
+    """One program of both, whose base is whole on every device."""
+    skill = SkillConfig(
+        tiny.NETWORK,
+        tiny.DIFFUSION,
+        OptimiserConfig(learning_rate=1e-3, ema=0.1),
+        batch_size=BATCH,
+        rank=2,
+    )
+    critics = CriticConfig(widths=(8,), learning_rate=1e-3, batch_size=BATCH)
+    agent = OfflineConfig(skill, ("safety",), critics)
+    data = OfflineData(transitions(50), Frozen(tiny.base()))
+    sizes = (tiny.OBS_DIM, tiny.ACTION_DIM, tiny.base())
+
+    def trained(mesh):
+        key = jax.random.key(0)
+        state, _ = train(
+            functools.partial(offline.update, agent),
+            offline.init(agent, key, *sizes),
+            data,
+            key,
+            run=None,
+            steps=3,
+            log_every=3,
+            save_every=3,
+            progress=False,
+            mesh=sharding.make_mesh(mesh),
+        )
+        return state
+
+    CLOSE(trained("data:8"), trained(None))
 
 
 def test_a_run_goes_on_on_other_devices(tmp_path):

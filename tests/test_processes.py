@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from shell import call
 from test_many_seeds import FLAGS, ROOT, config, demonstrations
 from tiny_env import SPEC
 
@@ -157,6 +158,29 @@ def test_bad_numbers(given, message):
     with pytest.raises(InputError) as caught:
         processes.connect(*given, timeout=1)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--processes=2"], "not all were given; they go together"),
+        (
+            ["--coordinator=localhost:1", "--processes=2", "--process=1"],
+            "coordinator localhost:1: cannot be reached: ",
+        ),
+    ],
+)
+def test_a_command_that_meets_nobody_ends_in_one_line(
+    tmp_path, monkeypatch, flags, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    more = ("--workdir=w", "--library=l", "--peer_seconds=1", *flags)
+    answer = call("launch.pretrain", *FLAGS, *more)
+    assert answer.code == 2 and answer.out == ""
+    assert answer.err.startswith("error: ") and answer.err.count("\n") == 1
+    assert message in answer.err
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_signal_to_one_stops_and_saves_both(tmp_path, monkeypatch, port):

@@ -199,6 +199,7 @@ def test_every_base_has_its_own_library(place, given, library):
     ("more", "message"),
     [
         (["--sweep=seed:x"], "flag --seed=x"),
+        (["--sweep=rank:4"], "'rank'; did you mean skill.rank?"),
         (["--sweep=base.steps:1,2", "--config.base.steps=3"], "base.steps is also"),
         (
             ["--sweep=std_floor:1,2", "--seeds=0,1"],
@@ -265,9 +266,11 @@ def test_numbers_of_a_result(sweep):
     }
 
 
-def test_local_sweep(place):
+def test_local_sweep(place, monkeypatch):
     """A point that works, one that fails; only the failed one runs again."""
-    command = arguments(2, "--sweep=std_floor:0.1,0")
+    # JAX keeps only programs that took a second to compile, which none of these does.
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    command = arguments(2, "--sweep=std_floor:0.1,0", "--compilation_cache=kept/xla")
     first = call_apart(*command)
     assert first.returncode == 1
     assert "failed: std_floor-0: error: std_floor: got 0" in first.stdout
@@ -278,6 +281,7 @@ def test_local_sweep(place):
     assert (failed["std_floor"], failed["state"]) == ("0", "failed")
     assert "| 0.1 | done |" in Path("sweep/results.md").read_text()
     assert Path("sweep/libraries/std_floor-0.1/base/base.json").is_file()
+    assert list(Path("kept/xla").glob("jit_*"))
 
     kept = Path("sweep/std_floor-0.1/result.json").stat().st_mtime_ns
     again = call("launch.sweep", *command)
