@@ -531,6 +531,8 @@ def main(argv: Sequence[str]) -> None:
     folder = Path(FLAGS["results"].value)
     if not FLAGS["tables_only"].value:
         config, root = chosen(FLAGS)
+        if FLAGS["transitions"].value is not None:
+            config.table.transitions = FLAGS["transitions"].value
         for method in FLAGS["methods"].value:
             lookup(dict.fromkeys(METHODS), method, "method")
         config.table.methods = tuple(FLAGS["methods"].value or METHODS)
@@ -548,6 +550,13 @@ if __name__ == "__main__":
         ),
         "methods": flags.DEFINE_list(
             "methods", [], "Rows to run, such as PSEC (gravity); default all."
+        ),
+        "transitions": flags.DEFINE_integer(
+            "transitions",
+            None,
+            "Of a target set; default the preset's, 10,000. Wants a --results and a "
+            "--workdir of its own.",
+            lower_bound=1,
         ),
         "tables_only": flags.DEFINE_bool(
             "tables_only", False, "Only make the table again."

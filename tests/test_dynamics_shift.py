@@ -172,6 +172,7 @@ def test_refusals(place):
         ("--targets=ant-medium", "unknown target 'ant-medium'"),
         ("--methods=PSEC", "unknown method 'PSEC'"),
         ("--preset=huge", "unknown preset 'huge'"),
+        ("--transitions=0", "transitions"),
         ("--tables_only", "no raw/*.json"),
         ("--factors=1,0", "gravity is '0', expected a finite number above 0"),
         ("--figures_only", "no raw_strength/*.json"),
