@@ -290,6 +290,17 @@ def train_gaussian(cell: Cell, objective: str) -> Act:
     return lambda keys, obs: mean(params, jnp.asarray(normaliser(obs)))
 
 
+# The sections of the config that a row's policy was trained by.
+TRAINED = {
+    "BC": ("gaussian",),
+    "IQL": ("gaussian",),
+    "Scratch": ("base",),
+    "Base": ("base",),
+    "Joint": ("base",),
+    "Fine-tune": ("base", "skill"),
+    "Skill": ("base", "skill"),
+    "PSEC": ("base", "skill", "gate"),
+}
 MAKE = {
     "BC": functools.partial(train_gaussian, objective="bc"),
     "IQL": functools.partial(train_gaussian, objective="reward"),
@@ -343,20 +354,10 @@ def check_data(path: Path, raw: Mapping[str, Any], cell: Cell) -> None:
 
 def budget(config: ConfigDict, method: str) -> dict[str, dict[str, int]]:
     """Steps and batch of each stage of a row's training."""
-    stages_of = {
-        "BC": ("gaussian",),
-        "IQL": ("gaussian",),
-        "Scratch": ("base",),
-        "Base": ("base",),
-        "Joint": ("base",),
-        "Fine-tune": ("base", "skill"),
-        "Skill": ("base", "skill"),
-        "PSEC": ("base", "skill", "gate"),
-    }
     sections = {**config, "gaussian": config.table.gaussian}
     return {
         stage: {k: sections[stage][k] for k in ("steps", "batch_size")}
-        for stage in stages_of[method]
+        for stage in TRAINED[method]
     }
 
 
