@@ -73,14 +73,19 @@ def place(tmp_path, monkeypatch):
 @contextlib.contextmanager
 def background(*command):
     """A process that is ended, at the latest, with the test."""
+    # Where a shell started the tests in its background, SIGINT is ignored, and children
+    # would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
+    signal.signal(signal.SIGINT, before)
     try:
         yield process
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()  # runs it left behind hold the other end open
 
 
 def until(happened, process=None):
