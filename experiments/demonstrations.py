@@ -147,7 +147,7 @@ def load_demos(
         clip_actions=config.data.clip_actions,
         with_costs=with_costs or selection.reads_costs(),
     )
-    check_robot(env, known_env(path) or str(attrs.get("environment")), path)
+    check_robot(env, known_env(path) or str(attrs.get("environment", "")), path)
     return Demos(selection.of(ds, episodes, path), path, selection)
 
 
@@ -156,7 +156,7 @@ def check_robot(env: str, other: str, owner: str) -> None:
 
     Args:
       env: the simulator in use.
-      other: that of the owner.
+      other: that of the owner, or "" where it is not known.
       owner: a data file or a library, named in the message.
 
     Raises:

@@ -58,7 +58,7 @@ from psec_jax.run import Run, open_run, versions
 from psec_jax.types import Normaliser
 
 # Least values of what no dataclass of the core checks before training starts.
-LEAST = {"steps": 1, "batch_size": 1, "episodes": 0, "rank": 1}
+LEAST = {"steps": 1, "batch_size": 1, "episodes": 0, "rank": 1, "reward_scale": 0}
 
 
 def best_of_safe(config: ConfigDict) -> Selection:
@@ -721,7 +721,7 @@ def expand(
         adapter=stage.adapter,
         alpha=stage.alpha,
     )
-    check_robot(env, base_card["env"], str(library))
+    check_robot(env, base_card.get("env", ""), str(library))
     demos = yield Load(config, env, stage.episodes, data, selection, "safety" in needed)
     base_policy = load_base(library)
     check_fit(demos, base_policy)

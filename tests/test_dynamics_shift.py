@@ -12,6 +12,7 @@ from experiments.collect import Actor, play
 from experiments.configs.d4rl import get_config
 from psec_jax.data import d4rl_sets, dataset
 from psec_jax.errors import InputError
+from psec_jax.library import SkillLibrary
 
 CONFIG = Path(__file__).parent.parent / "experiments/configs/d4rl.py"
 TARGET = "walker2d-medium"
@@ -158,13 +159,21 @@ def test_another_robot_of_the_same_sizes_is_refused(place):
     actors = [Actor("random")] * 2
     episodes = play(spec, actors, seed=0, workers=1)
     d4rl_sets.save("halfcheetah-medium-v2", dataset.concatenate(episodes), {})
-    answer = shell.call(
-        "launch.expand",
-        *("--config=" + str(CONFIG), "--noevaluate", "--name=s", "--workdir=s"),
-        *("--library=l", "--data=halfcheetah-medium-v2"),
-    )
+    expand = ("launch.expand", f"--config={CONFIG}", "--noevaluate", "--name=s")
+    expand += ("--workdir=s", "--library=l")
+    answer = shell.call(*expand, "--data=halfcheetah-medium-v2")
     assert answer.code == 2 and answer.err.count("\n") == 1, answer.err
     assert "l: of the robot Walker2d, gymnasium:HalfCheetah-v5 expects" in answer.err
+    answer = shell.call(*expand, data, "--config.critics.reward_scale=-1")
+    assert answer.code == 2 and answer.err.count("\n") == 1, answer.err
+    assert "critics.reward_scale: got -1.0, expected 0 or more" in answer.err
+    # A base made in Python need not say where.
+    library = SkillLibrary.open("l")
+    params, normaliser, card = library.load_base()
+    del card["env"]
+    library.add_base(params, normaliser, card, overwrite=True)
+    answer = shell.call(*expand, data, "--config.skill.steps=1")
+    assert answer.code == 0, answer.err
 
 
 def test_refusals(place):
