@@ -74,6 +74,8 @@ COMPOSITIONS = {
     "PSEC released": Composition(compat="released"),
 }
 METHODS = ("BC", "BC-Safe", "FISOR", "Reward skill", "Safety skill", *COMPOSITIONS)
+PAPER_ONLY = ("CDT", "CPQ", "COptiDICE")  # other baselines, not run here
+COLUMNS = (*METHODS[:2], *PAPER_ONLY, *METHODS[2:])
 # Multipliers of the safety and the reward skill tried for the fixed row.
 GRID = ((16.0, 0.0), (12.0, 4.0), (8.0, 8.0), (4.0, 12.0), (16.0, 16.0))
 
@@ -81,6 +83,9 @@ GRID = ((16.0, 0.0), (12.0, 4.0), (8.0, 8.0), (4.0, 12.0), (16.0, 16.0))
 PAPER = {
     "OfflineMetadrive-easysparse-v0": {
         "BC": (0.32, 4.73),
+        "CDT": (0.05, 0.1),
+        "CPQ": (-0.06, 0.24),
+        "COptiDICE": (0.94, 18.21),
         "FISOR": (0.38, 0.53),
         "ASEC": (0.95, 5.8),
         "NSEC": (0.55, 0.08),
@@ -88,13 +93,19 @@ PAPER = {
     },
     "OfflineMetadrive-easymean-v0": {
         "BC": (0.22, 2.68),
+        "CDT": (0.27, 0.24),
+        "CPQ": (-0.06, 0.24),
+        "COptiDICE": (0.74, 14.81),
         "FISOR": (0.38, 0.25),
         "ASEC": (0.63, 0.75),
         "NSEC": (0.39, 0.54),
         "PSEC": (0.37, 0.0),
     },
     "OfflineMetadrive-easydense-v0": {
-        "BC": (0.20, 1.70),
+        "BC": (0.2, 1.7),
+        "CDT": (0.43, 2.31),
+        "CPQ": (-0.06, 0.29),
+        "COptiDICE": (0.6, 11.27),
         "FISOR": (0.36, 0.25),
         "ASEC": (0.85, 5.28),
         "NSEC": (0.76, 1.45),
@@ -102,20 +113,29 @@ PAPER = {
     },
     "OfflineMetadrive-mediumsparse-v0": {
         "BC": (0.53, 1.74),
+        "CDT": (0.26, 2.2),
+        "CPQ": (-0.08, 0.18),
+        "COptiDICE": (0.64, 7.26),
         "FISOR": (0.42, 0.22),
         "ASEC": (0.93, 2.52),
-        "NSEC": (0.60, 0.08),
+        "NSEC": (0.6, 0.08),
         "PSEC": (0.76, 0.03),
     },
     "OfflineMetadrive-mediummean-v0": {
         "BC": (0.66, 2.94),
+        "CDT": (0.28, 2.13),
+        "CPQ": (-0.08, 0.28),
+        "COptiDICE": (0.73, 8.35),
         "FISOR": (0.39, 0.08),
-        "ASEC": (0.74, 1.00),
+        "ASEC": (0.74, 1.0),
         "NSEC": (0.82, 2.87),
         "PSEC": (0.61, 0.01),
     },
     "OfflineMetadrive-mediumdense-v0": {
         "BC": (0.65, 3.79),
+        "CDT": (0.29, 0.77),
+        "CPQ": (-0.08, 0.2),
+        "COptiDICE": (0.91, 9.52),
         "FISOR": (0.49, 0.44),
         "ASEC": (0.81, 0.52),
         "NSEC": (0.76, 0.27),
@@ -123,27 +143,39 @@ PAPER = {
     },
     "OfflineMetadrive-hardsparse-v0": {
         "BC": (0.28, 1.98),
-        "FISOR": (0.30, 0.01),
-        "ASEC": (0.30, 0.41),
+        "CDT": (0.17, 0.47),
+        "CPQ": (-0.04, 0.28),
+        "COptiDICE": (0.34, 7.34),
+        "FISOR": (0.3, 0.01),
+        "ASEC": (0.3, 0.41),
         "NSEC": (0.34, 1.21),
         "PSEC": (0.34, 0.04),
     },
     "OfflineMetadrive-hardmean-v0": {
         "BC": (0.34, 3.76),
+        "CDT": (0.28, 3.32),
+        "CPQ": (-0.05, 0.24),
+        "COptiDICE": (0.36, 7.51),
         "FISOR": (0.26, 0.09),
         "ASEC": (0.46, 1.05),
         "NSEC": (0.38, 0.32),
         "PSEC": (0.39, 0.07),
     },
     "OfflineMetadrive-harddense-v0": {
-        "BC": (0.40, 5.57),
-        "FISOR": (0.30, 0.34),
+        "BC": (0.4, 5.57),
+        "CDT": (0.24, 1.49),
+        "CPQ": (-0.04, 0.24),
+        "COptiDICE": (0.42, 8.11),
+        "FISOR": (0.3, 0.34),
         "ASEC": (0.36, 0.82),
         "NSEC": (0.19, 0.03),
         "PSEC": (0.34, 0.07),
     },
     "OfflineAntRun-v0": {
         "BC": (0.73, 11.73),
+        "CDT": (0.7, 1.88),
+        "CPQ": (0.0, 0.0),
+        "COptiDICE": (0.62, 3.64),
         "FISOR": (0.45, 0.03),
         "ASEC": (0.74, 4.97),
         "NSEC": (0.79, 6.81),
@@ -151,6 +183,9 @@ PAPER = {
     },
     "OfflineBallRun-v0": {
         "BC": (0.67, 11.38),
+        "CDT": (0.32, 0.45),
+        "CPQ": (0.85, 13.67),
+        "COptiDICE": (0.55, 11.32),
         "FISOR": (0.18, 0.0),
         "ASEC": (0.35, 4.35),
         "NSEC": (0.58, 7.46),
@@ -158,6 +193,9 @@ PAPER = {
     },
     "OfflineCarRun-v0": {
         "BC": (0.96, 1.88),
+        "CDT": (0.99, 1.1),
+        "CPQ": (1.06, 10.49),
+        "COptiDICE": (0.92, 0.0),
         "FISOR": (0.73, 0.14),
         "ASEC": (0.93, 0.39),
         "NSEC": (0.93, 0.66),
@@ -165,20 +203,29 @@ PAPER = {
     },
     "OfflineDroneRun-v0": {
         "BC": (0.55, 5.21),
-        "FISOR": (0.30, 0.55),
+        "CDT": (0.58, 0.3),
+        "CPQ": (0.02, 7.95),
+        "COptiDICE": (0.72, 13.77),
+        "FISOR": (0.3, 0.55),
         "ASEC": (0.57, 2.29),
         "NSEC": (0.62, 7.3),
         "PSEC": (0.47, 0.87),
     },
     "OfflineAntCircle-v0": {
         "BC": (0.65, 19.45),
-        "FISOR": (0.20, 0.0),
+        "CDT": (0.48, 7.44),
+        "CPQ": (0.0, 0.0),
+        "COptiDICE": (0.18, 13.41),
+        "FISOR": (0.2, 0.0),
         "ASEC": (0.46, 5.55),
         "NSEC": (0.36, 2.08),
-        "PSEC": (0.20, 0.0),
+        "PSEC": (0.2, 0.0),
     },
     "OfflineBallCircle-v0": {
         "BC": (0.72, 10.02),
+        "CDT": (0.68, 2.1),
+        "CPQ": (0.4, 4.37),
+        "COptiDICE": (0.7, 9.06),
         "FISOR": (0.34, 0.0),
         "ASEC": (0.54, 1.58),
         "NSEC": (0.58, 2.08),
@@ -186,15 +233,21 @@ PAPER = {
     },
     "OfflineCarCircle-v0": {
         "BC": (0.65, 11.16),
-        "FISOR": (0.40, 0.11),
+        "CDT": (0.71, 2.19),
+        "CPQ": (0.49, 4.48),
+        "COptiDICE": (0.44, 7.73),
+        "FISOR": (0.4, 0.11),
         "ASEC": (0.41, 2.86),
-        "NSEC": (0.40, 2.62),
-        "PSEC": (0.36, 0.20),
+        "NSEC": (0.4, 2.62),
+        "PSEC": (0.36, 0.2),
     },
     "OfflineDroneCircle-v0": {
         "BC": (0.82, 13.78),
+        "CDT": (0.55, 1.29),
+        "CPQ": (-0.27, 1.29),
+        "COptiDICE": (0.24, 2.19),
         "FISOR": (0.48, 0.0),
-        "ASEC": (0.65, 3.60),
+        "ASEC": (0.65, 3.6),
         "NSEC": (0.71, 4.93),
         "PSEC": (0.33, 0.07),
     },
@@ -466,8 +519,15 @@ def mean_row(summary: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple]:
 
 
 def markdown(summary: Mapping[str, Mapping[str, Any]]) -> str:
-    """A row a task: reward / cost of every method, the paper's beside it."""
-    methods = [m for m in METHODS if any(m in cells for cells in summary.values())]
+    """A row a task: reward / cost of every method, the paper's beside it.
+
+    The mean of the paper's is over the same tasks.
+    """
+    methods = [
+        column
+        for column in COLUMNS
+        if column in PAPER_ONLY or any(column in cells for cells in summary.values())
+    ]
     lines = [
         "| task | data | " + " | ".join(methods) + " |",
         "|" + "---|" * (2 + len(methods)),
@@ -477,7 +537,11 @@ def markdown(summary: Mapping[str, Mapping[str, Any]]) -> str:
         sources = sorted({cell["data"] for cell in cells.values()})
         lines.append(_row(task, ", ".join(sources), methods, pairs, PAPER[task]))
     if len(summary) > 1:
-        lines.append(_row("mean", "", methods, mean_row(summary), {}))
+        paper = {
+            method: tuple(np.mean([PAPER[task][method] for task in summary], axis=0))
+            for method in PAPER[next(iter(summary))]
+        }
+        lines.append(_row("mean", "", methods, mean_row(summary), paper))
     return "\n".join(lines) + "\n"
 
 
@@ -523,7 +587,7 @@ def write_table(folder: Path, suite: str, limit: float | None = None) -> str:
     summary = {task: summary[task] for task in SUITES[suite] if task in summary}
     note = (
         "Normalised reward / normalised cost; safe (cost below 1) bold, * the best "
-        f"safe one; in brackets the paper's. Cost limit {limits}. Data: official sets "
+        f"safe one; in brackets the paper's, - not run here. Cost limit {limits}. Data: official sets "
         f"of DSRL, or made by this project. {results.conditions(raws)}"
     )
     text = f"{markdown(summary)}\n{note}\n"

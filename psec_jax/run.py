@@ -29,6 +29,10 @@ _PACKAGES = (
     "dm_control",
     "mujoco",
     "gymnasium",
+    "bullet-safety-gym",
+    "pybullet",
+    "metadrive-simulator",
+    "panda3d",
 )
 _ABSENT = "(absent)"
 

@@ -243,3 +243,10 @@ def test_markdown_marks_the_best_safe_result():
     assert "| 0.90 / 3.00 (0.67 / 11.38) |" in text
     assert "| **0.20 / 0.50** (0.18 / 0.00) |" in text
     assert "| **0.40 / 0.90** * (0.15 / 0.95) |" in text
+    assert "| - (0.32 / 0.45) | - (0.85 / 13.67) |" in text  # the paper's other rows
+    other = "OfflineCarRun-v0"
+    text = table1.markdown(
+        {TASK: {"BC": cell(0.9, 3.0)}, other: {"BC": cell(0.5, 0.6)}}
+    )
+    mean = text.splitlines()[-1]
+    assert mean.startswith("| mean |  | 0.70 / 1.80 (0.81 / 6.63) |")

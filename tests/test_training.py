@@ -1,5 +1,6 @@
 """The loop: resume bit by bit, stops, refusals, full disks."""
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -217,6 +218,8 @@ def test_run_folder_records_versions(tmp_path):
     open_run(tmp_path, "base", {"widths": (1, 2)})
     found = read_json(tmp_path / "versions.json")
     assert found["jax"] == jax.__version__ and found["cores"] >= 1
+    safe = importlib.util.find_spec("pybullet") is not None
+    assert ("pybullet" in found) == ("bullet-safety-gym" in found) == safe
     open_run(tmp_path, "base", {"widths": [1, 2]})
 
 
