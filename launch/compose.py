@@ -30,6 +30,7 @@ target's demonstrations, --data, 0 for all of them. The same command resumes.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import flags
 
@@ -38,6 +39,7 @@ from experiments.demonstrations import Selection
 from launch import options
 from launch.cli import floats, no_arguments, run
 from psec_jax.data import dsrl
+from psec_jax.errors import InputError
 from psec_jax.library import SkillLibrary
 
 NAME = flags.DEFINE_string("name", None, "Name of the gate.", required=True)
@@ -79,10 +81,19 @@ def target_data() -> tuple[str | None, Selection]:
     if "cost_quantile" in said:  # instead of the limit, within which there may be none
         chosen = chosen._replace(max_cost=None)
     env = options.env()
-    if env is None:
-        library = SkillLibrary.open(options.members()[0].place(options.LIBRARY.value))
-        env = library.card("skill", SKILLS.value[0]).get("env")
-    return options.located(dsrl.task_in(env)), chosen._replace(**said)
+    if env is not None:
+        return options.located(dsrl.task_in(env)), chosen._replace(**said)
+    library = SkillLibrary.open(options.members()[0].place(options.LIBRARY.value))
+    cards = [library.card("skill", name) for name in SKILLS.value]
+    found = options.located(dsrl.task_in(cards[0].get("env")))
+    for card in cards:
+        source = card.get("data", {}).get("source")
+        if source not in (None, Path(found).name):
+            raise InputError(
+                f"--data=best: found {found}, but the skill {card['name']!r} was "
+                f"learned from {source}; give the gate's set by --data=FILE, or --env"
+            )
+    return found, chosen._replace(**said)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -219,6 +220,15 @@ def test_table1(place, monkeypatch):
     card = json.loads(Path(f"{library[10:]}/gates/least/gate.json").read_text())
     assert card["data"]["selection"].get("max_cost") is None
     assert card["data"]["selection"]["cost_quantile"] == 0.5
+    # The set that is found must be the one that the skills were learned from.
+    shutil.copy(dsrl.find(TASK, offline=True).path, "mine.hdf5")
+    fitted = ("--config.skill.steps=2", "--config.skill.batch_size=8", "--noevaluate")
+    names = ("--name=mine", "--data=mine.hdf5", "--workdir=mine")
+    answer = shell.call("launch.expand", CONFIG, library, *names, *fitted)
+    assert answer.code == 0, answer.err
+    flags = (library, "--workdir=gate2", "--name=other", "--skills=safety,mine")
+    answer = shell.call("launch.compose", CONFIG, *flags, "--data=best")
+    assert answer.code == 2 and "'mine' was learned from mine.hdf5" in answer.err
     walker = CONFIG.replace("dsrl", "dmc_walker")
     answer = shell.call("launch.compose", walker, *flags, "--data=best")
     assert answer.code == 2 and "cost_limit" in answer.err
