@@ -343,9 +343,10 @@ class Stage:
 
 FLOP = {
     "base": "6 N B: forward, input gradients and weight gradients, 2 N B each",
-    "skill": "4 N B + 6 M B: no weight gradients of the frozen base",
+    "skill": "4 N B + 4 M B + 2 r N: no weight gradients of the frozen base, whose sum "
+    "with the skill is formed once",
     "gate": "4 N B + 4 M B + 6 G B: no weight gradients of base and skills",
-    "both skills and critics": "2 (4 N + 6 M) B + (32 Q + 16 V) B: target Q, Q and V "
+    "both skills and critics": "twice a skill's + (32 Q + 16 V) B: target Q, Q and V "
     "forward and backward, V at the next state",
     "N": "weights of the base's dense layers",
     "M": f"weights of the adapters (one skill of rank {RANK})",
@@ -386,7 +387,7 @@ def make_stages(sizes: Sizes, batch: int) -> dict[str, Stage]:
         functools.partial(skill_agent.update, agent),
         init_state(agent.optimiser, make_skill(base)),
         TrainData(obs, action, base),
-        4.0 * n + 6.0 * m,
+        _skill_flop(n, m, batch),
     )
     agent = gate_agent.GateTrainConfig(policy.config, batch_size=batch)
     made["gate"] = Stage(
@@ -434,8 +435,13 @@ def _offline_stage(sizes: Sizes, batch: int, base: Params) -> Stage:
         functools.partial(offline_agent.update, agent),
         state,
         OfflineData(transitions, Frozen(base)),
-        2 * (4.0 * n + 6.0 * m) + 32.0 * q_weights + 16.0 * v_weights,
+        2 * _skill_flop(n, m, batch) + 32.0 * q_weights + 16.0 * v_weights,
     )
+
+
+def _skill_flop(n: int, m: int, batch: int) -> float:
+    """Of one example of a skill's step; see `FLOP`."""
+    return 4.0 * n + 4.0 * m + 2.0 * RANK * n / batch
 
 
 def compile_step(

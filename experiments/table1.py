@@ -587,8 +587,9 @@ def write_table(folder: Path, suite: str, limit: float | None = None) -> str:
     summary = {task: summary[task] for task in SUITES[suite] if task in summary}
     note = (
         "Normalised reward / normalised cost; safe (cost below 1) bold, * the best "
-        f"safe one; in brackets the paper's, - not run here. Cost limit {limits}. Data: official sets "
-        f"of DSRL, or made by this project. {results.conditions(raws)}"
+        f"safe one; in brackets the paper's, - not run here. Cost limit {limits}. "
+        "Data: official sets of DSRL, or made by this project. "
+        f"{results.conditions(raws)}"
     )
     text = f"{markdown(summary)}\n{note}\n"
     write_json(folder / f"{name}.json", summary)

@@ -117,6 +117,58 @@ def adapter_delta(
     )
 
 
+def side_by_side(
+    adapter: Mapping[str, Array], alpha: Float[Array, " k"]
+) -> tuple[Float[Array, "d kr"], Float[Array, "kr o"]]:
+    """K LoRA adapters of one layer as one of rank K r: sum_k alpha_k A_k B_k = A B.
+
+    Raises:
+      ValueError: MLP adapters, or the number of weights is not the number of skills.
+    """
+    if "c" in adapter:
+        raise ValueError("MLP adapters cannot be merged into the base's weights")
+    a, b = adapter["a"], adapter["b"]
+    check_weights(alpha, a.shape[0])
+    b = alpha[:, None, None] * b
+    a = jnp.moveaxis(a, 0, 1)
+    return a.reshape(a.shape[0], -1), b.reshape(-1, b.shape[-1])
+
+
+@jax.custom_vjp
+def merged_product(
+    x: Float[Array, " d"],
+    kernel: Float[Array, "d o"],
+    a: Float[Array, "d r"],
+    b: Float[Array, "r o"],
+) -> Float[Array, " o"]:
+    """x (W0 + A B) of one example, with the matrix formed once for a whole batch.
+
+    The gradient of A and B goes through the r columns alone, as `adapter_delta`'s does:
+    that of the matrix, d o numbers from every example, is never formed.
+
+    Args:
+      x: layer input.
+      kernel: W0.
+      a: of all skills side by side.
+      b: likewise, times the weights; no example may have weights of its own.
+    """
+    return x @ (kernel + a @ b)
+
+
+def _merged_product_fwd(x, kernel, a, b):
+    merged = kernel + a @ b
+    return x @ merged, (x, merged, a, b)
+
+
+def _merged_product_bwd(residuals, dy):
+    x, merged, a, b = residuals
+    # That of the kernel is left out by the compiler wherever the base is frozen.
+    return merged @ dy, jnp.outer(x, dy), jnp.outer(x, b @ dy), jnp.outer(x @ a, dy)
+
+
+merged_product.defvjp(_merged_product_fwd, _merged_product_bwd)
+
+
 def adapter_of(skill: Params) -> str:
     """ "lora" or "mlp", by the skill's leaves."""
     return "mlp" if any(p.endswith("/c") for p in tree.flatten(skill)) else "lora"

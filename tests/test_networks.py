@@ -97,6 +97,32 @@ def test_dropout_rate_zero_draws_nothing():
     np.testing.assert_array_equal(with_key, make_denoise(net, tiny.base())(*inputs))
 
 
+def test_merged_weights_give_the_same_noise_and_gradients():
+    def loss(params, merged):
+        net = Denoiser(tiny.NETWORK, tiny.ACTION_DIM, merged)
+        noise = jax.vmap(make_denoise(net, *params))(*INPUTS)
+        return jnp.sum(noise**2), noise
+
+    both = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    params = (tiny.base(), tiny.library(), jnp.linspace(0.5, 2.0, tiny.SKILLS))
+    for got, expected in zip(both(params, True), both(params, False), strict=True):
+        for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "dtype", "why"),
+    [("mlp", "float32", "cannot be merged into"), ("lora", "bfloat16", "in bfloat16")],
+)
+def test_what_cannot_be_merged(adapter, dtype, why):
+    network = dataclasses.replace(tiny.NETWORK, matmul_dtype=dtype)
+    net = Denoiser(network, tiny.ACTION_DIM, merged=True)
+    library = tiny.library(adapter=adapter)
+    denoise = make_denoise(net, tiny.base(), library, jnp.ones(tiny.SKILLS))
+    with pytest.raises(ValueError, match=why):
+        denoise(*(x[0] for x in INPUTS))
+
+
 def test_bfloat16_products_only():
     skills = {"library": tiny.library(), "alpha": jnp.ones(tiny.SKILLS)}
     for kwargs in ({}, skills):

@@ -93,7 +93,8 @@ def errors(
     noise: Noise,
 ) -> Float[Array, " B"]:
     """The diffusion loss of every example."""
-    net = Denoiser(config.network, action.shape[-1])
+    merged = config.adapter == "lora" and config.network.matmul_dtype == "float32"
+    net = Denoiser(config.network, action.shape[-1], merged)
     schedule = make_schedule(config.diffusion)
     alpha = jnp.full((1,), config.alpha)
 

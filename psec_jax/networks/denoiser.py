@@ -81,24 +81,31 @@ class Block(nn.Module):
     """h + W2 f(W1 LayerNorm(dropout(h)))."""
 
     config: NetworkConfig
+    merged: bool = False
 
     @nn.compact
     def __call__(self, h, alpha, activation, bits):
         config = self.config
         x = h if bits is None else drop(h, bits, config.dropout)
         x = nn.LayerNorm(epsilon=1e-6, use_fast_variance=True, name="norm")(x)
-        up = AdaptedDense(
-            config.width * config.expansion, config.matmul_dtype, name="up"
-        )
-        down = AdaptedDense(config.width, config.matmul_dtype, name="down")
+        forms = config.matmul_dtype, self.merged
+        up = AdaptedDense(config.width * config.expansion, *forms, name="up")
+        down = AdaptedDense(config.width, *forms, name="down")
         return h + down(activation(up(x, alpha)), alpha)
 
 
 class Denoiser(nn.Module):
-    """eps(s, a_t, t): time features, input layer, residual blocks, output layer."""
+    """eps(s, a_t, t): time features, input layer, residual blocks, output layer.
+
+    Attributes:
+      config: sizes and forms.
+      action_dim: A.
+      merged: see `AdaptedDense`.
+    """
 
     config: NetworkConfig
     action_dim: int
+    merged: bool = False
 
     @nn.compact
     def __call__(
@@ -123,7 +130,7 @@ class Denoiser(nn.Module):
         activation = ACTIVATIONS["swish" if released_skills else config.activation]
 
         def dense(features: int, name: str) -> AdaptedDense:
-            return AdaptedDense(features, config.matmul_dtype, name=name)
+            return AdaptedDense(features, config.matmul_dtype, self.merged, name=name)
 
         time = FourierFeatures(config.time_features, name="fourier")(t[..., None])
         time = activation(dense(config.time_width, "time_0")(time, alpha))
@@ -135,7 +142,8 @@ class Denoiser(nn.Module):
         if dropout_key is not None and config.dropout > 0:
             bits = dropout_bits(dropout_key, config.blocks, config.width)
         for i in range(config.blocks):
-            h = Block(config, name=f"block_{i}")(h, alpha, activation, bits[i])
+            block = Block(config, self.merged, name=f"block_{i}")
+            h = block(h, alpha, activation, bits[i])
         return dense(self.action_dim, "output")(activation(h), alpha)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt16
 
-from psec_jax.lora import adapter_delta
+from psec_jax.lora import adapter_delta, merged_product, side_by_side
 
 # e^2x must stay finite in float32; beyond 20 mish(x) = x to the last bit.
 _MISH_LINEAR_FROM = 20.0
@@ -86,10 +86,18 @@ class AdaptedDense(nn.Module):
     The layer looks its own adapters up in the collection "skills" (leaves with a
     leading axis of K skills); without them it is an ordinary dense layer, so one
     network class serves pretraining, one skill and any number of skills.
+
+    Attributes:
+      features: outputs.
+      matmul_dtype: of the products.
+      merged: form W once for a batch whose examples all have the same weights, which
+        makes the training of a skill faster; for LoRA skills in float32 alone, as in
+        bfloat16 the sum would lose what a small skill adds.
     """
 
     features: int
     matmul_dtype: str = "float32"
+    merged: bool = False
 
     @nn.compact
     def __call__(
@@ -101,13 +109,17 @@ class AdaptedDense(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         dtype = jnp.dtype(self.matmul_dtype)
         x = x.astype(dtype)
+        adapter = {
+            leaf: self.get_variable("skills", leaf)
+            for leaf in ("a", "b", "c")
+            if alpha is not None and self.has_variable("skills", leaf)
+        }
+        if self.merged:
+            if dtype != jnp.float32:
+                raise ValueError(f"skills cannot be merged in {dtype}, only in float32")
+            return merged_product(x, kernel, *side_by_side(adapter, alpha)) + bias
         y = jnp.matmul(x, kernel.astype(dtype), preferred_element_type=jnp.float32)
         y = y + bias
         if alpha is not None:
-            adapter = {
-                leaf: self.get_variable("skills", leaf)
-                for leaf in ("a", "b", "c")
-                if self.has_variable("skills", leaf)
-            }
             y = y + adapter_delta(x, adapter, alpha, mish)
         return y
