@@ -272,11 +272,9 @@ def merge(base: Params, library: Params, alpha: Float[Array, " k"]) -> Params:
     """
     if adapter_of(library) != "lora":
         raise InputError("only lora skills can be merged into the base's weights")
-    check_weights(alpha, jax.tree.leaves(library)[0].shape[0])
     flat, low_rank = tree.flatten(base), tree.flatten(library)
     for path in dense_layers(base):
-        delta = jnp.einsum(
-            "k,kdr,kro->do", alpha, low_rank[f"{path}/a"], low_rank[f"{path}/b"]
-        )
-        flat[f"{path}/kernel"] = flat[f"{path}/kernel"] + delta
+        adapter = {leaf: low_rank[f"{path}/{leaf}"] for leaf in ("a", "b")}
+        a, b = side_by_side(adapter, alpha)
+        flat[f"{path}/kernel"] = flat[f"{path}/kernel"] + a @ b
     return tree.unflatten(flat)
