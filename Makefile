@@ -28,10 +28,10 @@ demo: install
 	$(PAGES) $(VENV)/bin/python -m experiments.demo
 
 bench: install
-	$(PAGES) $(VENV)/bin/python -m experiments.benchmark
+	$(PAGES) $(VENV)/bin/python -m experiments.tools.benchmark
 
 faults: install
-	$(VENV)/bin/python -m experiments.faults $(FAULTS_ARGS)
+	$(VENV)/bin/python -m experiments.tools.faults $(FAULTS_ARGS)
 
 lint: install
 	$(VENV)/bin/ruff format --check .

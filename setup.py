@@ -3,8 +3,8 @@
 Lower bounds are the oldest versions the tests have run on, upper bounds the next
 release that may break an interface; requirements.txt pins one full, tested set. The
 extras experts, wandb, cuda and tpu are not part of that set. There is none for the d4rl
-package, with which experiments.check_d4rl compares: what it asks for contradicts the
-others, so that it wants an environment of its own.
+package, with which experiments.tools.check_d4rl compares: its requirements contradict
+the others, so it needs an environment of its own.
 """
 
 import re

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import figures, rollout, table2
+from experiments import figures, table2
 from experiments.configs.dmc_walker import get_config
-from launch.cli import no_arguments, run
+from experiments.tools import rollout
+from psec_jax.cli import no_arguments, run
 
 
 def main(argv: Sequence[str]) -> None:

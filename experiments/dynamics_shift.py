@@ -14,7 +14,7 @@ from those files alone (--tables_only). Finished runs and cells are kept: start 
 after a stop.
 
 The sets are the official ones of D4RL where they are there, else made by
-experiments.collect_d4rl; source sets are always made. The table says which.
+experiments.tools.collect_d4rl; source sets are always made. The table says which.
 """
 
 import csv
@@ -34,12 +34,11 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from experiments import plots, results, stages
 from experiments.configs.d4rl import get_config
-from experiments.demonstrations import FIRST, Demos, Selection, load_demos
 from experiments.table2 import Place, changed, table_seeds
-from launch.cli import no_arguments, run
 from psec_jax.agents import gaussian
 from psec_jax.agents.common import OptimiserConfig
 from psec_jax.agents.gaussian import GaussianConfig
+from psec_jax.cli import no_arguments, run
 from psec_jax.data import d4rl, d4rl_sets, dataset, normalise
 from psec_jax.data.sets import Found
 from psec_jax.errors import InputError, lookup
@@ -48,8 +47,9 @@ from psec_jax.files import write_atomic, write_json
 from psec_jax.losses import WeightConfig
 from psec_jax.policy import compose as load_composition
 from psec_jax.policy import load_base
-from psec_jax.run import open_run
-from psec_jax.training import train
+from psec_jax.runtime.run import open_run
+from psec_jax.runtime.training import train
+from psec_jax.workflows.demonstrations import FIRST, Demos, Selection, load_demos
 
 ROBOTS = ("halfcheetah", "walker2d")
 QUALITIES = ("medium", "medium-replay", "medium-expert")

@@ -35,16 +35,16 @@ from ml_collections import ConfigDict
 
 from experiments import plots, results, table2
 from experiments.configs.dmc_walker import get_config
-from experiments.demonstrations import load_demos
-from experiments.rollout import make_trace
 from experiments.table2 import ENV, SETTINGS, Place
-from psec_jax.diffusion import make_schedule, q_sample
+from experiments.tools.rollout import make_trace
 from psec_jax.errors import InputError, lookup
 from psec_jax.files import read_json
 from psec_jax.library import SkillLibrary
 from psec_jax.networks.denoiser import Denoiser
 from psec_jax.policy import Policy, load_base
 from psec_jax.policy import compose as load_composition
+from psec_jax.process import make_schedule, q_sample
+from psec_jax.workflows.demonstrations import load_demos
 
 WALK = "S->W"
 SKILL_ONLY = ("base", "skill")  # trained where no gate is
@@ -641,7 +641,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    from launch.cli import run
+    from psec_jax.cli import run
 
     FLAGS = {
         "preset": flags.DEFINE_string(

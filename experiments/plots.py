@@ -445,7 +445,7 @@ def gate_trace(
     """Weights, events, cost and reward over the first episode of a raw file.
 
     Args:
-      raw: as `experiments.gate_trace` keeps it.
+      raw: as `experiments.tools.gate_trace` keeps it.
       note: the caption.
       frames: steps of the episode and their images, uint8 [height, width, 3].
     """

@@ -12,17 +12,18 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from experiments.demonstrations import FIRST, Demos, Selection, load_demos
-from psec_jax import processes, sharding, streaming, tree
+from psec_jax import tree
 from psec_jax.agents.common import DRAWN, TrainData, Transitions, pad_rows, rows_of
 from psec_jax.agents.offline import OfflineData
 from psec_jax.errors import InputError
 from psec_jax.evaluation import evaluate, evaluate_together
 from psec_jax.files import beside
 from psec_jax.policy import Policy, act_together, alike
-from psec_jax.run import Run
-from psec_jax.streaming import Stream
-from psec_jax.training import Member, train_together
+from psec_jax.runtime import processes, sharding, streaming
+from psec_jax.runtime.run import Run
+from psec_jax.runtime.streaming import Stream
+from psec_jax.runtime.training import Member, train_together
+from psec_jax.workflows.demonstrations import FIRST, Demos, Selection, load_demos
 
 
 class Load(NamedTuple):

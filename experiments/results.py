@@ -19,7 +19,7 @@ import numpy as np
 
 from psec_jax.errors import InputError
 from psec_jax.files import read_json, write_atomic, write_json
-from psec_jax.run import versions
+from psec_jax.runtime.run import versions
 
 STAGES = ("base", "skill", "gate")
 FALL = 150.0  # an episode of the walker below this return lay on the ground

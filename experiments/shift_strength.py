@@ -17,8 +17,8 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from experiments import dynamics_shift, plots, results, stages
-from launch.cli import floats, no_arguments, run
 from psec_jax import envs
+from psec_jax.cli import floats, no_arguments, run
 from psec_jax.data import d4rl_sets
 from psec_jax.errors import lookup
 from psec_jax.evaluation import evaluate

@@ -16,7 +16,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.configs import dmc_walker, dsrl
-from experiments.demonstrations import FIRST, Demos, Selection, check_robot, known_env
 from experiments.programs import Load, Ready, RollOut, Stage, Train, Work, Write
 from psec_jax import envs, support, tree
 from psec_jax.agents import critic_file
@@ -37,7 +36,6 @@ from psec_jax.agents.critics import CriticConfig, CriticParams
 from psec_jax.agents.offline import Frozen, OfflineConfig, OfflineData
 from psec_jax.composition import PolicyConfig, PolicyParams
 from psec_jax.data import dataset, normalise
-from psec_jax.diffusion import DiffusionConfig
 from psec_jax.errors import InputError, lookup
 from psec_jax.evaluation import Episodes
 from psec_jax.gating import BOUNDED_HEADS, GateConfig, init_gate
@@ -54,8 +52,16 @@ from psec_jax.policy import (
     network_config,
 )
 from psec_jax.policy import compose as load_composition
-from psec_jax.run import Run, open_run, versions
+from psec_jax.process import DiffusionConfig
+from psec_jax.runtime.run import Run, open_run, versions
 from psec_jax.types import Normaliser
+from psec_jax.workflows.demonstrations import (
+    FIRST,
+    Demos,
+    Selection,
+    check_robot,
+    known_env,
+)
 
 # Least values of what no dataclass of the core checks before training starts.
 LEAST = {"steps": 1, "batch_size": 1, "episodes": 0, "rank": 1, "reward_scale": 0}

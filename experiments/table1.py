@@ -12,7 +12,7 @@ it again after a stop. --tables_only makes the tables again from the raw files; 
 --cost_limit=5 it tells the same episodes by another limit.
 
 The set of a task is the official file where it is there, else one that
-experiments.collect_safe made; the table says which.
+experiments.tools.collect_safe made; the table says which.
 """
 
 import csv
@@ -30,16 +30,16 @@ from ml_collections import ConfigDict
 
 from experiments import results, stages
 from experiments.configs.dsrl import get_config
-from experiments.demonstrations import FIRST, Selection, load_demos
 from experiments.table2 import Place, changed, level_changes, table_seeds
-from launch.cli import no_arguments, run
 from psec_jax import envs
+from psec_jax.cli import no_arguments, run
 from psec_jax.data import dataset, dsrl
 from psec_jax.errors import InputError, lookup
 from psec_jax.evaluation import evaluate
 from psec_jax.files import write_atomic, write_json
 from psec_jax.policy import Policy, load_base
 from psec_jax.policy import compose as load_composition
+from psec_jax.workflows.demonstrations import FIRST, Selection, load_demos
 
 SKILLS = ("reward", "safety")
 GATED = ("safety", "reward")  # a gate starts from the first one at full strength

@@ -25,8 +25,8 @@ from ml_collections import ConfigDict
 
 from experiments import programs, results, stages
 from experiments.configs.dmc_walker import get_config
-from launch.cli import no_arguments, run
-from launch.cli import seeds as table_seeds
+from psec_jax.cli import no_arguments, run
+from psec_jax.cli import seeds as table_seeds
 from psec_jax.errors import InputError
 from psec_jax.evaluation import evaluate
 from psec_jax.policy import Policy, load_base

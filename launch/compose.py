@@ -35,12 +35,12 @@ from pathlib import Path
 from absl import flags
 
 from experiments import programs, stages
-from experiments.demonstrations import Selection
 from launch import options
-from launch.cli import floats, no_arguments, run
+from psec_jax.cli import floats, no_arguments, run
 from psec_jax.data import dsrl
 from psec_jax.errors import InputError
 from psec_jax.library import SkillLibrary
+from psec_jax.workflows.demonstrations import Selection
 
 NAME = flags.DEFINE_string("name", None, "Name of the gate.", required=True)
 SKILLS = flags.DEFINE_list(

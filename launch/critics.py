@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from experiments import programs, stages
 from launch import options
-from launch.cli import no_arguments, run
+from psec_jax.cli import no_arguments, run
 
 
 def main(argv: Sequence[str]) -> None:

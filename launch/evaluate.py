@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from absl import flags
 
 from experiments import programs, stages
-from launch.cli import define_seeds, define_shift, floats, members, no_arguments, run
 from psec_jax import envs
+from psec_jax.cli import define_seeds, define_shift, floats, members, no_arguments, run
 from psec_jax.files import make_room, write_json
 
 LIBRARY = flags.DEFINE_string("library", "runs/library", "Folder of the skill library.")

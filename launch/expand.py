@@ -33,7 +33,7 @@ from absl import flags
 
 from experiments import programs, stages
 from launch import options
-from launch.cli import no_arguments, run
+from psec_jax.cli import no_arguments, run
 from psec_jax.errors import InputError
 
 NAME = flags.DEFINE_list(

@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import flags
 
-from launch.cli import run
+from psec_jax.cli import run
 from psec_jax.errors import InputError, lookup
 from psec_jax.library import SkillLibrary, table
 

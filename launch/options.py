@@ -5,12 +5,13 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from experiments.demonstrations import Selection
-from launch.cli import Member, define_config, define_seeds, define_shift
-from launch.cli import members as members_of
 from psec_jax import data as datasets
-from psec_jax import envs, processes
+from psec_jax import envs
+from psec_jax.cli import Member, define_config, define_seeds, define_shift
+from psec_jax.cli import members as members_of
 from psec_jax.errors import InputError
+from psec_jax.runtime import processes
+from psec_jax.workflows.demonstrations import Selection
 
 CONFIG = define_config(
     "experiments/configs/dmc_walker.py:quick",

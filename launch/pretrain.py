@@ -36,7 +36,7 @@ from absl import flags
 
 from experiments import programs, stages
 from launch import options
-from launch.cli import no_arguments, run
+from psec_jax.cli import no_arguments, run
 
 OBJECTIVE = flags.DEFINE_string(
     "objective",

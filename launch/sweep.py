@@ -52,12 +52,12 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from launch import options
-from launch.cli import given, no_arguments, parse, run
 from launch.job import STOPPED, Job, busy, exit_file
+from psec_jax.cli import given, no_arguments, parse, run
 from psec_jax.errors import InputError, Stopped, TrainingError, lookup
 from psec_jax.files import read_json, reported, write_atomic, write_json
 from psec_jax.library import table
-from psec_jax.run import Run
+from psec_jax.runtime.run import Run
 
 STAGE = flags.DEFINE_string(
     "stage", None, "pretrain, expand, compose or critics.", required=True

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from psec_jax import tree
-from psec_jax.diffusion import DiffusionConfig, sample
 from psec_jax.errors import InputError, lookup
 from psec_jax.gating import GateConfig, gate_alpha
 from psec_jax.lora import check_weights, zero_skill
@@ -25,6 +24,7 @@ from psec_jax.networks.denoiser import (
     NetworkConfig,
     make_denoise,
 )
+from psec_jax.process import DiffusionConfig, sample
 from psec_jax.types import Normaliser, Params
 
 

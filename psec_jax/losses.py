@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from psec_jax.diffusion import Schedule, q_sample
 from psec_jax.errors import InputError
 from psec_jax.networks.denoiser import Denoise
+from psec_jax.process import Schedule, q_sample
 
 # What a critic may judge; a critic of safety needs costs in the data.
 CRITICS = ("reward", "safety")

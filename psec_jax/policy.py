@@ -15,13 +15,13 @@ from psec_jax import tree
 from psec_jax.agents import critic_file
 from psec_jax.agents.critic_file import Finished
 from psec_jax.composition import LEVELS, PolicyConfig, PolicyParams, act, weights
-from psec_jax.diffusion import DiffusionConfig
 from psec_jax.errors import InputError, lookup
 from psec_jax.gating import GateConfig
 from psec_jax.library import SkillLibrary
 from psec_jax.lora import stack_skills
 from psec_jax.losses import CRITICS
 from psec_jax.networks.denoiser import NetworkConfig
+from psec_jax.process import DiffusionConfig
 from psec_jax.types import Normaliser, Params
 
 

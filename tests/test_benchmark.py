@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import benchmark
+from experiments.tools import benchmark
 from psec_jax.errors import InputError
 from psec_jax.files import read_json, write_json
 from psec_jax.networks.denoiser import NetworkConfig

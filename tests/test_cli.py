@@ -41,7 +41,7 @@ COMMAND = '''
     import signal
 
     from absl import flags, logging
-    from launch import cli
+    from psec_jax import cli
 
     from psec_jax.errors import InputError, Stopped, TrainingError
 
@@ -82,7 +82,7 @@ DRIVER = """
     import sys
     import warnings
 
-    import launch.cli  # noqa: F401
+    import psec_jax.cli  # noqa: F401
 
     target, *lines = sys.argv[1:]
     run = runpy.run_path if target.endswith(".py") else runpy.run_module

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from tiny_env import SPEC
 
-from experiments.collect import collect
 from psec_jax import data, envs
 from psec_jax.data import d4rl, dataset
 from psec_jax.errors import InputError
+from psec_jax.workflows.collection import collect
 
 ROOT, TESTS = Path(__file__).parents[1], Path(__file__).parent
 
@@ -27,7 +27,7 @@ def places(monkeypatch, tmp_path):
 
 def command(*flags):
     """Run the command line."""
-    line = [sys.executable, "-m", "experiments.collect", *flags]
+    line = [sys.executable, "-m", "experiments.tools.collect", *flags]
     path = f"{ROOT}{os.pathsep}{TESTS}"
     env = os.environ | {"PYTHONPATH": path}
     return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from shell import call
 
-from experiments.collect_d4rl import RECIPES, collect_d4rl, snapshots
+from experiments.tools.collect_d4rl import RECIPES, collect_d4rl, snapshots
 from psec_jax import data
 from psec_jax.data import d4rl_sets, dataset
 from psec_jax.envs.experts import D4RL_ASSETS
@@ -145,7 +145,7 @@ def test_source_set_of_a_shifted_simulator(tmp_path):
     folder = write_snapshots(tmp_path / "cheetah", env, curve)
     name = "halfcheetah-friction-source"
     options = (f"--set={name}", "--transitions=600", f"--policies={folder}")
-    answer = call("experiments.collect_d4rl", *options, "--action_noise=0.3")
+    answer = call("experiments.tools.collect_d4rl", *options, "--action_noise=0.3")
     assert answer.code == 0, answer.err
     path = tmp_path / "made" / "halfcheetah-friction-source-made.hdf5"
     assert answer.out.startswith(f"{path}: 600 transitions, 2 trajectories, norm")
@@ -217,7 +217,7 @@ def test_cards_that_do_not_hold(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_told_before_playing(tmp_path, monkeypatch):
     folder = write_snapshots(tmp_path / "walker")
-    monkeypatch.setattr("experiments.collect_d4rl.play", None)
+    monkeypatch.setattr("experiments.tools.collect_d4rl.play", None)
     (tmp_path / "made" / "walker2d-medium-made.hdf5").mkdir(parents=True)
     with pytest.raises(InputError, match="it is a folder"):
         collect_d4rl(MEDIUM, 9, 0, policies=folder)

@@ -18,17 +18,17 @@ import short
 from shell import call
 
 from experiments import programs, stages, table2
-from experiments.collect import collect
 from experiments.configs.dmc_walker import get_config
-from experiments.demonstrations import FIRST, load_demos
 from psec_jax import tree
 from psec_jax.data import d4rl, dataset
 from psec_jax.envs.vector import VectorEnv
 from psec_jax.errors import Stopped
 from psec_jax.evaluation import evaluate
 from psec_jax.library import SkillLibrary
-from psec_jax.training import train_together
+from psec_jax.runtime.training import train_together
 from psec_jax.types import Dataset
+from psec_jax.workflows.collection import collect
+from psec_jax.workflows.demonstrations import FIRST, load_demos
 
 ROOT = Path(__file__).parents[1]
 BASE, SKILL = "dm_control:walker-stand", "dm_control:walker-walk"
@@ -349,7 +349,7 @@ def test_a_changed_config_is_refused_by_field(library, walk):
 def test_own_data_and_environment_by_flag(place):
     env = "--env=gymnasium:HalfCheetah-v5"
     collected = ("--policy=random", "--episodes=1", "--out=cheetah.hdf5", "--workers=1")
-    out = done("experiments.collect", env, *collected)
+    out = done("experiments.tools.collect", env, *collected)
     assert out.startswith("cheetah.hdf5: 1 episode, return mean ")
     with h5py.File("cheetah.hdf5") as file:
         assert file["observations"].shape == (1000, 17)

@@ -21,11 +21,11 @@ from psec_jax.composition import (
     members,
     weights,
 )
-from psec_jax.diffusion import SAMPLERS, sample
 from psec_jax.errors import InputError
 from psec_jax.gating import GateConfig, init_gate
 from psec_jax.lora import ADAPTERS
 from psec_jax.networks.denoiser import make_denoise
+from psec_jax.process import SAMPLERS, sample
 from psec_jax.types import Normaliser
 
 B, K = 8, tiny.SKILLS

@@ -120,7 +120,9 @@ def test_nothing_there_says_what_to_do(name):
     for offline in (True, False):
         with pytest.raises(InputError) as told:
             data.load(name, offline=offline)
-        assert f"python -m experiments.collect_d4rl --set={name}" in str(told.value)
+        assert f"python -m experiments.tools.collect_d4rl --set={name}" in str(
+            told.value
+        )
         assert (f"put {FILE} into" in str(told.value)) == (name == NAME)
         assert "\n" not in str(told.value)
 
@@ -190,7 +192,7 @@ def test_save_refuses():
     ],
 )
 def test_unknown_names(name, words):
-    answer = call("experiments.dataset_card", f"--data={name}", "--out=card")
+    answer = call("experiments.tools.dataset_card", f"--data={name}", "--out=card")
     assert answer.code == 2 and answer.err.count("\n") == 1
     with pytest.raises(InputError, match=words):
         data.load(name)
@@ -310,20 +312,22 @@ def test_cut_refuses(transitions, words):
 
 def test_card():
     d4rl_sets.save(NAME, make(), {"medium": "a third of the expert's score"})
-    answer = call("experiments.dataset_card", f"--data={NAME}", "--out=card")
+    answer = call("experiments.tools.dataset_card", f"--data={NAME}", "--out=card")
     assert answer.code == 0, answer.err
     page = (d4rl_sets.data_dir().parent / "card" / "card.md").read_text()
     assert page.startswith(f"# {NAME}\n") and "| normalised score |" in page
     assert "a third of the expert's score" in page and "cost" not in page
-    answer = call("experiments.dataset_card", f"--data={official()}", "--out=card")
+    answer = call(
+        "experiments.tools.dataset_card", f"--data={official()}", "--out=card"
+    )
     assert "(official D4RL file)" in answer.out and "cost" not in answer.out
 
 
 def test_check_against_d4rl_wants_its_packages(monkeypatch):
     monkeypatch.setitem(sys.modules, "gym", None)
     options = (f"--data={official()}", f"--set={NAME}")
-    answer = call("experiments.check_d4rl", *options)
+    answer = call("experiments.tools.check_d4rl", *options)
     assert answer.code == 2 and answer.err.count("\n") == 1
     assert "experiments/check_d4rl.py says how" in answer.err
     options = (options[0], "--set=halfcheetah-friction-source")
-    assert "no set of D4RL's own" in call("experiments.check_d4rl", *options).err
+    assert "no set of D4RL's own" in call("experiments.tools.check_d4rl", *options).err

@@ -8,10 +8,10 @@ import pytest
 from shell import call
 from test_dsrl import NAME, make, write
 
-from experiments import dataset_card
+from experiments.tools import dataset_card
 from psec_jax.data import dataset, dsrl
 
-CARD = "experiments.dataset_card"
+CARD = "experiments.tools.dataset_card"
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +82,7 @@ def test_card_of_an_official_set():
 
 REFUSED = {
     "unknown task": (("--data=OfflineBalRun-v0",), "unknown DSRL task 'OfflineBalRun"),
-    "no set": ((f"--data={NAME}",), "python -m experiments.collect_safe --task="),
+    "no set": ((f"--data={NAME}",), "python -m experiments.tools.collect_safe --task="),
     "offline": ((f"--data={NAME}", "--offline"), "no such file, and offline"),
     "no file": (("--data=gone.hdf5",), "gone.hdf5: no such file"),
     "limit below 0": (("--data=my.hdf5", "--cost_limit=-1"), "cost_limit: got -1"),

@@ -11,7 +11,9 @@ import tiny
 from jaxtyping import TypeCheckError
 
 from psec_jax import losses
-from psec_jax.diffusion import (
+from psec_jax.errors import InputError
+from psec_jax.networks.denoiser import make_denoise
+from psec_jax.process import (
     SAMPLERS,
     SCHEDULES,
     DiffusionConfig,
@@ -20,8 +22,6 @@ from psec_jax.diffusion import (
     q_sample,
     sample,
 )
-from psec_jax.errors import InputError
-from psec_jax.networks.denoiser import make_denoise
 
 OBS = jnp.zeros(tiny.OBS_DIM)
 POINT = jnp.array([0.6, -0.3])

@@ -110,7 +110,7 @@ def test_nothing_there_says_what_to_do():
             data.load(NAME, offline=offline)
         for words in (
             f"put {TASK.file} into {dsrl.cache_dir()} by hand",
-            f"python -m experiments.collect_safe --task={NAME}",
+            f"python -m experiments.tools.collect_safe --task={NAME}",
         ):
             assert words in str(told.value)
         assert "\n" not in str(told.value)

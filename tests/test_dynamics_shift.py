@@ -8,11 +8,11 @@ import pytest
 import shell
 
 from experiments import dynamics_shift, shift_strength
-from experiments.collect import Actor, play
 from experiments.configs.d4rl import get_config
 from psec_jax.data import d4rl_sets, dataset
 from psec_jax.errors import InputError
 from psec_jax.library import SkillLibrary
+from psec_jax.workflows.collection import Actor, play
 
 CONFIG = Path(__file__).parent.parent / "experiments/configs/d4rl.py"
 TARGET = "walker2d-medium"

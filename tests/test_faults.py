@@ -19,15 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import faults, programs, stages
+from experiments import programs, stages
 from experiments.configs.dsrl import get_config
-from psec_jax import metrics, streaming
-from psec_jax.checkpoint import Checkpoints
+from experiments.tools import faults
 from psec_jax.errors import InputError, Stopped, TrainingError
 from psec_jax.files import read_json, recover
 from psec_jax.library import SkillLibrary
-from psec_jax.run import open_run
-from psec_jax.training import train_together
+from psec_jax.runtime import metrics, streaming
+from psec_jax.runtime.checkpoint import Checkpoints
+from psec_jax.runtime.run import open_run
+from psec_jax.runtime.training import train_together
 
 ROOT = Path(__file__).parents[1]
 RATES = {

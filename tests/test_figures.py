@@ -7,11 +7,12 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import demonstrations, figures, plots, results, table2
-from experiments.collect import collect
+from experiments import figures, plots, results, table2
 from experiments.configs import dmc_walker
 from psec_jax.errors import InputError
 from psec_jax.files import read_json
+from psec_jax.workflows import demonstrations
+from psec_jax.workflows.collection import collect
 
 NAME = "interpolation"
 BUDGET = {"seeds": (0,), "points": (0, 24), "columns": ("S->W",)}

@@ -12,9 +12,16 @@ import pytest
 import tiny
 from shell import call
 
-from experiments import gate_trace, plots
-from experiments.gate_trace import Correlation, as_json, correlate, film_steps, pearson
-from experiments.rollout import Trace
+from experiments import plots
+from experiments.tools import gate_trace
+from experiments.tools.gate_trace import (
+    Correlation,
+    as_json,
+    correlate,
+    film_steps,
+    pearson,
+)
+from experiments.tools.rollout import Trace
 from psec_jax import envs
 from psec_jax.envs.gl import CannotDraw
 from psec_jax.errors import InputError
@@ -76,7 +83,7 @@ def place(tmp_path, monkeypatch):
 
 
 def command(library, *arguments):
-    return call("experiments.gate_trace", f"--library={library}", *arguments)
+    return call("experiments.tools.gate_trace", f"--library={library}", *arguments)
 
 
 @needs_bullet

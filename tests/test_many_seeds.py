@@ -19,8 +19,7 @@ from tiny_env import SPEC
 
 from experiments import programs, results, stages, table2
 from experiments.configs import dmc_walker, dsrl
-from experiments.demonstrations import load_demos
-from psec_jax import metrics, tree
+from psec_jax import tree
 from psec_jax.agents.common import (
     TrainData,
     draw,
@@ -29,15 +28,17 @@ from psec_jax.agents.common import (
     row_count,
 )
 from psec_jax.agents.critic_file import load as load_critics
-from psec_jax.checkpoint import Checkpoints
 from psec_jax.data import d4rl
 from psec_jax.errors import InputError, Stopped, TrainingError
 from psec_jax.evaluation import evaluate, evaluate_together
 from psec_jax.library import SkillLibrary
 from psec_jax.policy import Policy, act_together, alike, load_base
-from psec_jax.run import open_run
-from psec_jax.training import Member, train, train_together
+from psec_jax.runtime import metrics
+from psec_jax.runtime.checkpoint import Checkpoints
+from psec_jax.runtime.run import open_run
+from psec_jax.runtime.training import Member, train, train_together
 from psec_jax.types import Dataset
+from psec_jax.workflows.demonstrations import load_demos
 
 ROOT = Path(__file__).parents[1]
 # What batched products round otherwise, after a few steps of a rate of 1e-3.

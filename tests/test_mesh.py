@@ -16,19 +16,20 @@ from test_critics import transitions
 from test_many_seeds import FLAGS, ROOT, config, demonstrations
 
 from experiments import programs, stages
-from psec_jax import lora, metrics, sharding
+from psec_jax import lora
 from psec_jax.agents import offline, pretrain
 from psec_jax.agents.common import OptimiserConfig, TrainData
 from psec_jax.agents.critics import CriticConfig
 from psec_jax.agents.offline import Frozen, OfflineConfig, OfflineData
 from psec_jax.agents.skill import SkillConfig
-from psec_jax.checkpoint import Checkpoints
 from psec_jax.data import d4rl
 from psec_jax.errors import InputError
 from psec_jax.library import SkillLibrary
 from psec_jax.networks.denoiser import init_base
-from psec_jax.run import open_run
-from psec_jax.training import Member, train, train_together
+from psec_jax.runtime import metrics, sharding
+from psec_jax.runtime.checkpoint import Checkpoints
+from psec_jax.runtime.run import open_run
+from psec_jax.runtime.training import Member, train, train_together
 from psec_jax.types import Normaliser
 
 BATCH = 8

@@ -108,7 +108,7 @@ def test_an_end_that_is_not_told_is_a_timeout():
 def test_mujoco_sets_come_with_a_warning(capsys):
     minari.save("mujoco/halfcheetah/medium-v0", make())
     answer = call(
-        "experiments.dataset_card",
+        "experiments.tools.dataset_card",
         "--data=minari:mujoco/halfcheetah/medium-v0",
         "--out=card",
     )

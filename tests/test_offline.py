@@ -21,7 +21,6 @@ from shell import call
 
 from experiments import programs, stages
 from experiments.configs import dsrl
-from experiments.demonstrations import FIRST, Selection
 from psec_jax import tree
 from psec_jax.agents import critics, offline, skill
 from psec_jax.agents.common import (
@@ -35,15 +34,16 @@ from psec_jax.agents.pretrain import PretrainConfig
 from psec_jax.agents.skill import SkillConfig
 from psec_jax.composition import PolicyConfig, PolicyParams, act, safest
 from psec_jax.data import d4rl, dataset
-from psec_jax.diffusion import make_schedule
 from psec_jax.errors import InputError, Stopped
 from psec_jax.gating import GateConfig
 from psec_jax.library import SkillLibrary
 from psec_jax.losses import OBJECTIVES
 from psec_jax.networks.critics import init_q, q_value
 from psec_jax.policy import compose, load_base
-from psec_jax.training import train_together
+from psec_jax.process import make_schedule
+from psec_jax.runtime.training import train_together
 from psec_jax.types import Dataset, Normaliser
+from psec_jax.workflows.demonstrations import FIRST, Selection
 
 N, BATCH, SIDE = 256, 64, 0.6
 S, A = tiny.OBS_DIM, tiny.ACTION_DIM

@@ -23,13 +23,6 @@ from psec_jax.agents.critics import CriticConfig, CriticParams, CriticState
 from psec_jax.agents.offline import Frozen, OfflineConfig, OfflineState
 from psec_jax.agents.skill import SkillConfig
 from psec_jax.composition import noise_denoise
-from psec_jax.diffusion import (
-    SCHEDULES,
-    DiffusionConfig,
-    ddpm_reverse,
-    make_schedule,
-    q_sample,
-)
 from psec_jax.gating import GateConfig, gate_alpha
 from psec_jax.losses import (
     cloning_loss,
@@ -39,6 +32,13 @@ from psec_jax.losses import (
     reversed_expectile_loss,
 )
 from psec_jax.networks.denoiser import Denoiser, make_denoise
+from psec_jax.process import (
+    SCHEDULES,
+    DiffusionConfig,
+    ddpm_reverse,
+    make_schedule,
+    q_sample,
+)
 
 V = parity.load()
 STRENGTH = 16.0

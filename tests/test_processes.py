@@ -18,11 +18,11 @@ from test_many_seeds import FLAGS, ROOT, config, demonstrations
 from tiny_env import SPEC
 
 from experiments import stages
-from psec_jax import processes
 from psec_jax.data import d4rl
 from psec_jax.errors import InputError
 from psec_jax.files import read_json
 from psec_jax.library import SkillLibrary
+from psec_jax.runtime import processes
 
 SECONDS = 400  # at most, for what takes some twenty
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from experiments import rollout
+from experiments.tools import rollout
 from psec_jax.composition import PolicyConfig, PolicyParams
 from psec_jax.envs.gl import CannotDraw
 from psec_jax.envs.rendering import Renderer

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import shell
 
-from experiments import collect, results, table1
-from experiments.collect_safe import NOISES, actors, collect_safe
+from experiments import results, table1
 from experiments.configs.dsrl import get_config
-from experiments.demonstrations import Selection
+from experiments.tools.collect_safe import NOISES, actors, collect_safe
 from psec_jax.data import dataset, dsrl
 from psec_jax.errors import InputError
+from psec_jax.workflows import collection as collect
+from psec_jax.workflows.demonstrations import Selection
 
 TASK = "OfflineBallRun-v0"
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,13 +14,13 @@ from dm_control import suite
 from gymnasium.envs.mujoco.mujoco_env import expand_model_path
 from shell import call
 
-from experiments import shifted_bodies
-from experiments.collect import collect
+from experiments.tools import shifted_bodies
 from psec_jax import envs
 from psec_jax.data import d4rl
 from psec_jax.envs import dm_control, shifts
 from psec_jax.envs.vector import VectorEnv
 from psec_jax.errors import InputError
+from psec_jax.workflows.collection import collect
 
 CHEETAH, WALKER = "gymnasium:HalfCheetah-v5", "gymnasium:Walker2d-v5"
 SUITE_CHEETAH, SUITE_WALKER = "dm_control:cheetah-run", "dm_control:walker-walk"
@@ -402,7 +402,7 @@ def test_a_simulation_that_breaks_down_is_told_in_one_line():
 def test_collect_names_the_shifted_simulator(tmp_path, monkeypatch):
     monkeypatch.setenv("PSEC_DATA_DIR", str(tmp_path))
     flags = ("--policy=random", "--episodes=1", "--workers=1")
-    plain = ("experiments.collect", *flags, "--env=gymnasium:Hopper-v5")
+    plain = ("experiments.tools.collect", *flags, "--env=gymnasium:Hopper-v5")
     answer = call(*plain, "--shift=gravity:2.0", "--shift=friction:.5,thigh_size:2")
     assert answer.code == 0, answer.err
     spec = "gymnasium:Hopper-v5@friction:0.5,gravity:2,thigh_size:2"
@@ -436,13 +436,13 @@ STAGE = ("--workdir=run", "--library=library", "--data=none.hdf5")
         ("launch.compose", *STAGE, "--name=new", "--skills=old"),
         ("launch.critics", *STAGE),
         ("launch.evaluate", "--library=library"),
-        ("experiments.train_expert", "--out=e.npz"),
+        ("experiments.tools.train_expert", "--out=e.npz"),
     ],
 )
 def test_every_command_reads_the_flag(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = Path(__file__).parents[1] / "experiments" / "configs" / "dmc_walker.py"
-    if command[0] not in ("launch.evaluate", "experiments.train_expert"):
+    if command[0] not in ("launch.evaluate", "experiments.tools.train_expert"):
         command = (*command, f"--config={config}:quick")
     answer = call(*command, f"--env={CHEETAH}@gravity:2", "--shift=gravity:2")
     assert (answer.code, answer.out) == (2, "")

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import tiny
 
-from psec_jax import sharding, streaming
 from psec_jax.agents import pretrain
 from psec_jax.agents.common import DRAWN, OptimiserConfig, TrainData, pad_rows
 from psec_jax.errors import InputError
-from psec_jax.run import open_run
-from psec_jax.streaming import Stream
-from psec_jax.training import Member, train_together
+from psec_jax.runtime import sharding, streaming
+from psec_jax.runtime.run import open_run
+from psec_jax.runtime.streaming import Stream
+from psec_jax.runtime.training import Member, train_together
 
 AGENT = pretrain.PretrainConfig(
     tiny.NETWORK,

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments.train_expert import VAR_FLOOR, export, train_expert
+from experiments.tools.train_expert import VAR_FLOOR, export, train_expert
 from psec_jax.envs.experts import load_expert
 from psec_jax.errors import InputError
 

@@ -15,12 +15,12 @@ import optax
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from psec_jax import metrics
-from psec_jax.checkpoint import Checkpoints
 from psec_jax.errors import InputError, Stopped, TrainingError
 from psec_jax.files import read_json
-from psec_jax.run import open_run
-from psec_jax.training import train
+from psec_jax.runtime import metrics
+from psec_jax.runtime.checkpoint import Checkpoints
+from psec_jax.runtime.run import open_run
+from psec_jax.runtime.training import train
 
 OPTIMISER = optax.adamw(1e-2)
 CONFIG = {"batch_size": 8, "network": {"depth": 2}}

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from psec_jax import lora, tree
-from psec_jax.diffusion import DiffusionConfig
 from psec_jax.networks.denoiser import Denoiser, NetworkConfig, init_base
+from psec_jax.process import DiffusionConfig
 
 OBS_DIM, ACTION_DIM, SKILLS, RANK = 3, 2, 3, 2
 NETWORK = NetworkConfig(

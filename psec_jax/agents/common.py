@@ -10,11 +10,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from psec_jax import sharding
 from psec_jax.data import dataset
-from psec_jax.diffusion import Schedule
 from psec_jax.errors import InputError
 from psec_jax.losses import draw_noise
+from psec_jax.process import Schedule
+from psec_jax.runtime import sharding
 from psec_jax.types import Dataset, Normaliser, Params, TrainState
 
 Metrics = dict[str, Array]

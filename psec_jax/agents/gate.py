@@ -17,11 +17,11 @@ from psec_jax.agents.common import (
     row_count,
 )
 from psec_jax.composition import DENOISERS, LEVELS, PolicyConfig, members
-from psec_jax.diffusion import make_schedule
 from psec_jax.errors import InputError, lookup
 from psec_jax.gating import gate_alpha
 from psec_jax.losses import cloning_loss, diffusion_loss, released_regulariser
 from psec_jax.networks.denoiser import COMPATS, Denoiser
+from psec_jax.process import make_schedule
 from psec_jax.types import Params, TrainState
 
 

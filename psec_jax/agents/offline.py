@@ -29,10 +29,10 @@ from psec_jax.agents.common import (
 from psec_jax.agents.critics import CriticConfig, CriticParams, CriticState
 from psec_jax.agents.pretrain import PretrainConfig
 from psec_jax.agents.skill import SkillConfig
-from psec_jax.diffusion import make_schedule
 from psec_jax.errors import InputError, lookup
 from psec_jax.lora import init_skill
 from psec_jax.losses import OBJECTIVES, Values, WeightConfig
+from psec_jax.process import make_schedule
 from psec_jax.types import Params, TrainState
 
 

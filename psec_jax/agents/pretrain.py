@@ -18,7 +18,6 @@ from psec_jax.agents.common import (
     init_state,
     row_count,
 )
-from psec_jax.diffusion import DiffusionConfig, make_schedule
 from psec_jax.losses import noise_error
 from psec_jax.networks.denoiser import (
     Denoiser,
@@ -26,6 +25,7 @@ from psec_jax.networks.denoiser import (
     init_base,
     make_denoise,
 )
+from psec_jax.process import DiffusionConfig, make_schedule
 from psec_jax.types import Params, TrainState
 
 

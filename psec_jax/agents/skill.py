@@ -19,11 +19,11 @@ from psec_jax.agents.common import (
     init_state,
     row_count,
 )
-from psec_jax.diffusion import DiffusionConfig, make_schedule
 from psec_jax.errors import InputError
 from psec_jax.lora import init_skill
 from psec_jax.losses import noise_error
 from psec_jax.networks.denoiser import Denoiser, NetworkConfig, make_denoise
+from psec_jax.process import DiffusionConfig, make_schedule
 from psec_jax.types import Params, TrainState
 
 

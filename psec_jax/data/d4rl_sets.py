@@ -183,7 +183,7 @@ def find(name: str, offline: bool = False) -> Found:
         data_dir() / made_name(name),
         urls=[mirror + file for mirror in MIRRORS],
         check=lambda path: sets.check_layout(path, name, task(name), REQUIRED),
-        command=f"python -m experiments.collect_d4rl --set={name}",
+        command=f"python -m experiments.tools.collect_d4rl --set={name}",
         offline=offline,
     )
 

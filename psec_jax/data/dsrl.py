@@ -185,7 +185,7 @@ def find(name: str, offline: bool = False) -> Found:
         data_dir() / made_name(name),
         urls=[mirror + official.name for mirror in MIRRORS],
         check=lambda path: sets.check_layout(path, name, task(name), REQUIRED),
-        command=f"python -m experiments.collect_safe --task={name}",
+        command=f"python -m experiments.tools.collect_safe --task={name}",
         offline=offline,
     )
 

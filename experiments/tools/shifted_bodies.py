@@ -1,12 +1,12 @@
 r"""Draw plain and shifted simulators side by side.
 
     # a picture of how an episode begins
-    python -m experiments.shifted_bodies --env=gymnasium:HalfCheetah-v5 \
+    python -m experiments.tools.shifted_bodies --env=gymnasium:HalfCheetah-v5 \
         --env=gymnasium:Walker2d-v5 --shift=thigh_size:2 \
         --out=results/dynamics/bodies.png
 
     # a video: one policy and one seed in the plain simulator and in two others
-    python -m experiments.shifted_bodies --env=gymnasium:HalfCheetah-v5 \
+    python -m experiments.tools.shifted_bodies --env=gymnasium:HalfCheetah-v5 \
         --shift=thigh_size:2 --shift=friction:0.25,gravity:2 --out=bodies.mp4
 
 Every --env has a row: the plain simulator, and a panel for each --shift. A panel whose
@@ -22,13 +22,13 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from experiments.collect import Actor, play, streams
-from experiments.rollout import WRITERS, check_packages, write_video
+from experiments.tools.rollout import WRITERS, check_packages, write_video
 from psec_jax import envs
 from psec_jax.envs.rendering import Renderer
 from psec_jax.envs.shifts import MARK, QUANTITIES
 from psec_jax.errors import InputError, lookup
 from psec_jax.files import make_room, write_atomic
+from psec_jax.workflows.collection import Actor, play, streams
 
 PANEL = 480  # pixels, as Gymnasium draws
 COLOURS = 128  # of a picture
@@ -49,7 +49,7 @@ def draw(
       env: one or more, see `psec_jax.envs.make`; a row each.
       shift: see `psec_jax.envs.shifted`; a panel each, after the plain one.
       out: .png, .mp4 or .gif.
-      policy: see `experiments.collect`; not for a picture.
+      policy: see `experiments.tools.collect`; not for a picture.
       seed: of the initial state and the policy's noise.
       every: steps from one frame to the next.
       steps: film no more than this many.
@@ -161,7 +161,7 @@ def _define_flags() -> dict[str, flags.FlagHolder]:
 
 
 if __name__ == "__main__":
-    from launch.cli import no_arguments, run
+    from psec_jax.cli import no_arguments, run
 
     FLAGS = _define_flags()
     run(main)

@@ -1,19 +1,20 @@
 r"""Train an expert from nothing, with SAC from stable-baselines3.
 
     pip install 'psec_jax[experts]'
-    python -m experiments.train_expert --env=dm_control:walker-stand --steps=100000 \
-        --seed=0 --out=stand.npz
+    python -m experiments.tools.train_expert --env=dm_control:walker-stand \
+        --steps=100000 --seed=0 --out=stand.npz
 
-writes stand.npz, which `experiments.collect --policy=stand.npz` rolls out, and its card
-stand.json. Every --eval_every steps the deterministic policy plays a few episodes; the
-best so far is what the file holds, so that a run can be stopped at any time.
+writes stand.npz, which `experiments.tools.collect --policy=stand.npz` rolls out, and
+its card stand.json. Every --eval_every steps the deterministic policy plays a few
+episodes; the best so far is what the file holds, so that a run can be stopped at any
+time.
 
-    python -m experiments.train_expert --env=bullet:SafetyBallRun-v0 --steps=30000 \
-        --cost_penalty=10 --width=64 --snapshots --out=ball_run_10.npz
+    python -m experiments.tools.train_expert --env=bullet:SafetyBallRun-v0 \
+        --steps=30000 --cost_penalty=10 --width=64 --snapshots --out=ball_run_10.npz
 
 learns from the reward less 10 for every unit of cost, and --snapshots also keeps the
 policy of every evaluation, ball_run_10_5000.npz and so on: policies of mixed quality,
-from which `experiments.collect_safe` makes a set.
+from which `experiments.tools.collect_safe` makes a set.
 
 Measured on walker stand, seed 0, one core of a busy machine: evaluations of two
 episodes returned 228 after 10,000 steps, 199 after 20,000, 648 after 30,000 and 874
@@ -35,10 +36,10 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments.collect import rollout
 from psec_jax import envs, files
 from psec_jax.envs.experts import OBS_CLIP, load_expert
 from psec_jax.errors import InputError
+from psec_jax.workflows.collection import rollout
 
 EVAL_SEED = 1_000_003  # far from the seeds data are collected with
 VAR_FLOOR = 1e-4
@@ -226,7 +227,7 @@ def _card(
     return {
         "environment": env,
         "file": out.name,
-        "source": "experiments.train_expert",
+        "source": "experiments.tools.train_expert",
         "algorithm": "SAC (stable-baselines3), running observation normalisation",
         "settings": settings,
         "seed": seed,
@@ -309,7 +310,7 @@ def _define_flags() -> dict[str, flags.FlagHolder]:
 
 
 if __name__ == "__main__":
-    from launch.cli import define_shift, no_arguments, run
+    from psec_jax.cli import define_shift, no_arguments, run
 
     FLAGS = _define_flags()
     run(main)

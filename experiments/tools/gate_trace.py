@@ -1,8 +1,8 @@
 r"""Draw the weights of a gate over an episode, and how they go with the cost.
 
-    python -m experiments.gate_trace --gate=PSEC \
+    python -m experiments.tools.gate_trace --gate=PSEC \
         --library=runs/dsrl/standard/OfflineBallRun-v0/seed0/library
-    python -m experiments.gate_trace --library=runs/library --gate=walk-psec \
+    python -m experiments.tools.gate_trace --library=runs/library --gate=walk-psec \
         --env=dm_control:walker-run --episodes=5 --out=results/walker_trace
 
 plays --episodes whole episodes of the gate's composition in the simulator (that of the
@@ -31,7 +31,7 @@ from absl import flags
 from numpy.lib.stride_tricks import sliding_window_view
 
 from experiments import plots, results
-from experiments.rollout import Trace, make_trace
+from experiments.tools.rollout import Trace, make_trace
 from psec_jax.envs import metadrive
 from psec_jax.envs.rendering import Renderer
 from psec_jax.envs.workers import WorkerDied
@@ -39,7 +39,7 @@ from psec_jax.errors import InputError
 from psec_jax.files import read_json, reported, write_atomic, write_json
 from psec_jax.library import SkillLibrary
 from psec_jax.policy import compose
-from psec_jax.run import versions
+from psec_jax.runtime.run import versions
 
 HEIGHT, WIDTH = 180, 240  # of a frame, pixels
 DECIMALS = 6  # of raw numbers
@@ -369,7 +369,7 @@ def write(path: Path, folder: str | Path, ahead: int) -> str:
     """
     folder, raw = Path(folder), read_json(path)
     if "episodes" not in raw or "rules" not in raw:
-        raise InputError(f"{path}: not a trace of experiments.gate_trace")
+        raise InputError(f"{path}: not a trace of experiments.tools.gate_trace")
     found = correlate(raw, ahead)
     frames = _read_film(_film_path(path), len(raw["episodes"][0]["t"]))
     figure = plots.gate_trace(raw, _caption(raw, found), frames)
@@ -438,7 +438,7 @@ def _define_flags() -> dict[str, flags.FlagHolder]:
 
 
 if __name__ == "__main__":
-    from launch.cli import no_arguments, run
+    from psec_jax.cli import no_arguments, run
 
     FLAGS = _define_flags()
     run(main)

@@ -12,7 +12,7 @@ from tensorboardX.record_writer import RecordWriter
 
 from psec_jax.errors import InputError
 from psec_jax.files import reported, write_atomic
-from psec_jax.run import Run
+from psec_jax.runtime.run import Run
 
 
 class Writer:

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments.collect import collect
 from psec_jax import data as datasets
 from psec_jax.data import d4rl_sets, dataset
 from psec_jax.data.trajectories import apply_filter, cut, share, split
 from psec_jax.errors import InputError
 from psec_jax.types import Dataset
+from psec_jax.workflows.collection import collect
 
 
 class Selection(NamedTuple):

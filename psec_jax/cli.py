@@ -42,7 +42,8 @@ def run(
         _run(main, parser)
     except BaseException as end:
         code = end.code if isinstance(end, SystemExit) else 1
-        joined = sys.modules.get("psec_jax.processes")  # else nothing was joined
+        # A module that was never imported has connected no processes.
+        joined = sys.modules.get("psec_jax.runtime.processes")
         if code and joined and not joined.all_leave():
             # JAX would wait for the others at the end of Python, and they wait for us.
             if not isinstance(end, SystemExit):

@@ -1,13 +1,14 @@
 r"""Make a set with rewards and costs for a task of DSRL, in its own simulator.
 
     make setup-safe
-    python -m experiments.collect_safe --task=OfflineBallRun-v0 --episodes=3000 --seed=0
+    python -m experiments.tools.collect_safe --task=OfflineBallRun-v0 \\
+        --episodes=3000 --seed=0
 
 rolls out many policies of mixed quality and writes one file in DSRL's layout where
 `--data=OfflineBallRun-v0` finds it (`$PSEC_DATA_DIR`), unless the official file is
 there. Policies of Bullet-Safety-Gym are the packaged snapshots of agents trained with
 several penalties on cost (--policies names a folder of others, made by
-experiments.train_expert --snapshots); those of MetaDrive are the simulator's own
+experiments.tools.train_expert --snapshots); those of MetaDrive are the simulator's own
 drivers. Each plays without and with noise on its actions, and hands over to others at a
 random step, which fills the plane between safe and fast.
 
@@ -26,19 +27,19 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from experiments.collect import (
-    Actor,
-    check_numbers,
-    check_same,
-    play,
-    simulator_versions,
-)
 from psec_jax.data import dataset, dsrl
 from psec_jax.data.paths import data_dir
 from psec_jax.data.trajectories import density
 from psec_jax.envs.experts import SAFE_ASSETS
 from psec_jax.envs.metadrive import IDM_SPEEDS
 from psec_jax.errors import InputError
+from psec_jax.workflows.collection import (
+    Actor,
+    check_numbers,
+    check_same,
+    play,
+    simulator_versions,
+)
 
 # Standard deviations of the noise with which every policy plays.
 NOISES = {"bullet": (0.0, 0.2, 0.5), "metadrive": (0.0, 0.1, 0.3)}
@@ -140,7 +141,7 @@ def actors(spec: str, policies: str | Path | None = None) -> list[Actor]:
             where = f"{folder} holds" if policies else f"the package has for {spec}"
             raise InputError(
                 f"{where} no policy (*.npz); make some with "
-                "experiments.train_expert --snapshots, and name their folder"
+                "experiments.tools.train_expert --snapshots, and name their folder"
             )
     alone = [Actor(policy, noise) for noise in NOISES[prefix] for policy in found]
     if len(found) == 1:
@@ -190,7 +191,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    from launch.cli import no_arguments, run
+    from psec_jax.cli import no_arguments, run
 
     FLAGS = {
         "task": flags.DEFINE_string(

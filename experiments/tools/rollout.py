@@ -1,15 +1,19 @@
 r"""Film a base, a skill or a composition, with alpha(s) drawn under the frames.
 
     # a skill at the strength it was trained at; the base alone; two skills
-    python -m experiments.rollout --library=runs/library --env=dm_control:walker-walk \
+    python -m experiments.tools.rollout --library=runs/library \
+        --env=dm_control:walker-walk \
         --skills=walk --out=walk.mp4
-    python -m experiments.rollout --library=runs/library --env=dm_control:walker-stand \
+    python -m experiments.tools.rollout --library=runs/library \
+        --env=dm_control:walker-stand \
         --out=stand.gif
-    python -m experiments.rollout --library=runs/library --env=dm_control:walker-run \
+    python -m experiments.tools.rollout --library=runs/library \
+        --env=dm_control:walker-run \
         --skills=walk,run --alpha=8,8 --out=both.mp4
 
     # a gate brings its skills and its level
-    python -m experiments.rollout --library=runs/library --env=dm_control:walker-walk \
+    python -m experiments.tools.rollout --library=runs/library \
+        --env=dm_control:walker-walk \
         --gate=walk-support --episodes=3 --seed=10000 --out=gate.mp4
 
 Episode e of seed S is the one that `launch.evaluate --seed=S` counts, apart from the
@@ -490,7 +494,7 @@ def _define_flags() -> dict[str, flags.FlagHolder]:
 
 
 if __name__ == "__main__":
-    from launch.cli import floats, no_arguments, run
+    from psec_jax.cli import floats, no_arguments, run
 
     FLAGS = _define_flags()
     run(main)

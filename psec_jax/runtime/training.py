@@ -16,12 +16,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from psec_jax import processes, sharding, streaming, tree
-from psec_jax.checkpoint import Checkpoints
+from psec_jax import tree
 from psec_jax.errors import InputError, Stopped, TrainingError
-from psec_jax.metrics import Writer, newest
-from psec_jax.run import Run
-from psec_jax.streaming import Stream
+from psec_jax.runtime import processes, sharding, streaming
+from psec_jax.runtime.checkpoint import Checkpoints
+from psec_jax.runtime.metrics import Writer, newest
+from psec_jax.runtime.run import Run
+from psec_jax.runtime.streaming import Stream
 
 State = TypeVar("State")
 Update = Callable[[State, Any, jax.Array], tuple[State, dict[str, jax.Array]]]

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from psec_jax import sharding
 from psec_jax.errors import InputError, lookup
 from psec_jax.files import reported
+from psec_jax.runtime import sharding
 
 # Drawn ahead: enough to hide the reading of a batch behind the steps before it.
 _AHEAD = 4

@@ -4,7 +4,7 @@ r"""Compare our reading of D4RL's files, and our scores, with the d4rl package's
     d4rl/bin/pip install --no-deps d4rl==1.1 gym==0.24.1 mujoco==2.3.3
     d4rl/bin/pip install 'numpy<2' h5py tqdm gym-notices cloudpickle imageio glfw \
         pyopengl click termcolor absl-py ml_collections
-    d4rl/bin/python -m experiments.check_d4rl --set=walker2d-medium-v2 --data=FILE
+    d4rl/bin/python -m experiments.tools.check_d4rl --set=walker2d-medium-v2 --data=FILE
 
 in an environment of its own, from a checkout: d4rl asks for mujoco-py and old versions
 of everything, and is no dependency of psec_jax. (Its Walker2d and Hopper do not load in
@@ -163,7 +163,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    from launch.cli import no_arguments, run
+    from psec_jax.cli import no_arguments, run
 
     FLAGS = {
         "set": flags.DEFINE_string(

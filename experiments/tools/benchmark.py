@@ -1,7 +1,7 @@
 """Speed of this machine and of every stage, against the targets.
 
-    python -m experiments.benchmark
-    python -m experiments.benchmark --quick --only=matmul,train
+    python -m experiments.tools.benchmark
+    python -m experiments.tools.benchmark --quick --only=matmul,train
 
 Measures start-up and memory, the rate of matrix products, training steps of every
 stage, several seeds as one program, data in a file, several steps as one call, the cost
@@ -40,8 +40,7 @@ from absl import flags
 
 from experiments import programs, stages
 from experiments.configs.dmc_walker import get_config
-from launch.cli import no_arguments, run
-from psec_jax import sharding, streaming, tree
+from psec_jax import tree
 from psec_jax.agents import critics as critic_agent
 from psec_jax.agents import gate as gate_agent
 from psec_jax.agents import offline as offline_agent
@@ -50,9 +49,9 @@ from psec_jax.agents import skill as skill_agent
 from psec_jax.agents.common import TrainData, Transitions, init_state, rows_of
 from psec_jax.agents.critics import CriticConfig
 from psec_jax.agents.offline import Frozen, OfflineConfig, OfflineData, OfflineState
+from psec_jax.cli import no_arguments, run
 from psec_jax.composition import PolicyConfig, PolicyParams
 from psec_jax.data import d4rl
-from psec_jax.diffusion import DiffusionConfig
 from psec_jax.envs.vector import VectorEnv
 from psec_jax.errors import lookup
 from psec_jax.evaluation import evaluate
@@ -61,10 +60,12 @@ from psec_jax.gating import GateConfig, init_gate
 from psec_jax.lora import dense_layers, init_skill
 from psec_jax.networks.denoiser import Denoiser, NetworkConfig, init_base
 from psec_jax.policy import Policy
-from psec_jax.run import versions
+from psec_jax.process import DiffusionConfig
+from psec_jax.runtime import sharding, streaming
+from psec_jax.runtime.run import versions
 from psec_jax.types import Dataset, Normaliser, Params
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OUT = "results/benchmark.json"
 OBS_DIM, ACTION_DIM = 24, 6  # of the walker
 RANK, STRENGTH = 8, 16.0

@@ -1,7 +1,7 @@
 """Kill stages at random moments, start them again, compare: what `make faults` runs.
 
-    python -m experiments.faults --kills=100 --seed=0
-    python -m experiments.faults --kills=20 --stages=expand,compose --signal=TERM
+    python -m experiments.tools.faults --kills=100 --seed=0
+    python -m experiments.tools.faults --kills=20 --stages=expand,compose --signal=TERM
 
 Each stage runs once unbroken. Then it runs in fresh folders, is stopped by the signal,
 started again, stopped again, ..., and at last left to finish. What it leaves must be
@@ -37,7 +37,7 @@ from psec_jax.files import read_json
 from psec_jax.library import SkillLibrary, table
 from psec_jax.types import Dataset
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STEPS, SAVE_EVERY = 12, 3
 TINY = {
     "network.width": 16,
@@ -450,7 +450,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    from launch.cli import no_arguments, run
+    from psec_jax.cli import no_arguments, run
 
     FLAGS = {
         "kills": flags.DEFINE_integer("kills", 100, "Stops over all stages."),

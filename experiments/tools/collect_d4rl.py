@@ -1,14 +1,14 @@
 r"""Make a set of D4RL's names in Gymnasium's simulators, from packaged snapshots.
 
-    python -m experiments.collect_d4rl --set=halfcheetah-medium-v2 --seed=0
-    python -m experiments.collect_d4rl --set=walker2d-gravity-source \
+    python -m experiments.tools.collect_d4rl --set=halfcheetah-medium-v2 --seed=0
+    python -m experiments.tools.collect_d4rl --set=walker2d-gravity-source \
         --transitions=100000 --seed=0
 
 writes one file in D4RL's layout where `--data=halfcheetah-medium-v2` finds it
 (`$PSEC_DATA_DIR`), unless the official file is there, and prints a line about it. The
 policies are snapshots of a training (psec_jax/assets/d4rl, or --policies: a folder made
-by experiments.train_expert --snapshots), a folder for the plain robot and for each
-shifted one. RECIPES says which of them play:
+by experiments.tools.train_expert with --snapshots), a folder for the plain robot and
+for each shifted one. RECIPES says which of them play:
 
   expert         the one of highest return
   medium         of those before the expert, the one whose normalised score is nearest
@@ -33,7 +33,13 @@ from typing import NamedTuple
 import numpy as np
 from absl import flags
 
-from experiments.collect import (
+from psec_jax import files
+from psec_jax.data import d4rl_sets, dataset, trajectories
+from psec_jax.data.paths import data_dir
+from psec_jax.envs.experts import D4RL_ASSETS
+from psec_jax.errors import InputError
+from psec_jax.types import Dataset
+from psec_jax.workflows.collection import (
     Actor,
     check_numbers,
     check_same,
@@ -41,12 +47,6 @@ from experiments.collect import (
     policy_hash,
     simulator_versions,
 )
-from psec_jax import files
-from psec_jax.data import d4rl_sets, dataset, trajectories
-from psec_jax.data.paths import data_dir
-from psec_jax.envs.experts import D4RL_ASSETS
-from psec_jax.errors import InputError
-from psec_jax.types import Dataset
 
 LONGEST = 1000  # steps of an episode
 
@@ -107,8 +107,8 @@ def snapshots(name: str, folder: Path | None = None) -> list[Snapshot]:
     if not found:
         raise InputError(
             f"{folder}: no card of a policy (*.json) for {name}; make some with "
-            f"experiments.train_expert --env={task.spec} --snapshots, and name their "
-            "folder with --policies"
+            f"experiments.tools.train_expert --env={task.spec} --snapshots, and name "
+            "their folder with --policies"
         )
     return sorted(found, key=lambda snapshot: (snapshot.steps, snapshot.path.name))
 
@@ -281,7 +281,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    from launch.cli import no_arguments, run
+    from psec_jax.cli import no_arguments, run
 
     FLAGS = {
         "set": flags.DEFINE_string(

@@ -1,8 +1,10 @@
 r"""Say what a dataset holds: a card and its trajectories as points of a plane.
 
-    python -m experiments.dataset_card --data=OfflineBallRun-v0 --out=cards/ball_run
-    python -m experiments.dataset_card --data=halfcheetah-medium-v2 --out=cards/cheetah
-    python -m experiments.dataset_card --data=walker.hdf5 --out=cards/walker
+    python -m experiments.tools.dataset_card --data=OfflineBallRun-v0 \
+        --out=cards/ball_run
+    python -m experiments.tools.dataset_card --data=halfcheetah-medium-v2 \
+        --out=cards/cheetah
+    python -m experiments.tools.dataset_card --data=walker.hdf5 --out=cards/walker
 
 writes OUT/card.json, OUT/card.md and OUT/plane.png and .svg: where the data comes from,
 how many trajectories and of which lengths, quantiles of returns and costs, the share
@@ -243,7 +245,7 @@ def _define_flags() -> dict[str, flags.FlagHolder]:
 
 
 if __name__ == "__main__":
-    from launch.cli import no_arguments, run
+    from psec_jax.cli import no_arguments, run
 
     FLAGS = _define_flags()
     run(main)

@@ -1,0 +1,1 @@
+"""Training without the learning: the loop, saves, metrics, devices, processes."""
