@@ -1,23 +1,22 @@
-"""Packaging of psec_jax.
+"""Packaging of psec_jax: everything that is known of the package is here.
+
+pyproject.toml has the tools' settings. The version is the newest tag vX.Y.Z that git
+knows, and between tags the next one with the distance and the commit; in an sdist it is
+the one that the sdist was made with, and in a copy without either UNKNOWN.
 
 Lower bounds are the oldest versions the tests have run on, upper bounds the next
 release that may break an interface; requirements.txt pins one full, tested set. The
-extras experts, wandb, cuda and tpu are not part of that set. There is none for the d4rl
+extras experts, cuda and tpu are not part of that set. There is none for the d4rl
 package, with which experiments.tools.check_d4rl compares: its requirements contradict
 the others, so it needs an environment of its own.
 """
 
-import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(
-    r'^__version__ = "([^"]+)"$',
-    (ROOT / "psec_jax" / "__init__.py").read_text(encoding="utf-8"),
-    re.MULTILINE,
-)[1]
+UNKNOWN = "0.0"
 README = ROOT / "README.md"
 
 CORE = [
@@ -45,12 +44,13 @@ EXTRAS = {
     "sweep": ["submitit>=1.5.4,<2"],
     "stream": ["grain>=0.2.18,<0.3"],
     "experts": ["stable-baselines3>=2.9,<3"],
-    "wandb": ["wandb>=0.20,<1"],
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
     "dev": [
         "beartype>=0.22.1",
         "chex>=0.1.92,<0.2",
+        # With Node.js from PyPI too, and so nothing to download when it first runs.
+        "pyright[nodejs]>=1.1.414,<1.2",
         "pytest>=9,<10",
         "pytest-xdist>=3.8,<4",
         "ruff>=0.17.5,<0.18",
@@ -74,11 +74,21 @@ EXTRAS["all"] = [
 
 setup(
     name="psec_jax",
-    version=VERSION,
+    use_scm_version={"fallback_version": UNKNOWN},
     description="Composable skills for diffusion policies, in JAX",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     author="The psec_jax authors",
+    project_urls={"Paper": "https://arxiv.org/abs/2502.05932"},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.11",

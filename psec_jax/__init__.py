@@ -4,4 +4,9 @@ Importing the package loads neither a simulator nor JAX: worker processes that o
 step environments import it too.
 """
 
-__version__ = "0.1.0"
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("psec_jax")
+except PackageNotFoundError:  # a copy that was never installed
+    __version__ = "0.0"

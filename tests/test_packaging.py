@@ -1,6 +1,9 @@
 """What pip installs: the pins fit the ranges, the wheel carries the assets."""
 
 import re
+import shutil
+import subprocess
+import sys
 from importlib.metadata import metadata, requires
 from pathlib import Path
 
@@ -65,3 +68,15 @@ def test_extras_named_in_messages_exist():
                     assert canonicalize_name(extra) in extras, (
                         f"{file} names the extra {extra!r}"
                     )
+
+
+def test_a_copy_without_git_and_pip_has_a_version(tmp_path):
+    (tmp_path / "psec_jax").mkdir()
+    shutil.copy(psec_jax.__file__, tmp_path / "psec_jax")
+    code = "import psec_jax; print(psec_jax.__version__)"
+    # -S: without what pip has installed.
+    run = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.stdout == "0.0\n", run.stderr
+    assert re.match(r"\d+\.\d+", psec_jax.__version__)
