@@ -1,4 +1,4 @@
-"""One run of a sweep, as submitit carries it to where it runs."""
+"""One run of a sweep, in the form that submitit takes to a node."""
 
 import contextlib
 import fcntl
@@ -22,8 +22,8 @@ _GRACE_SECONDS = 900
 class Job:
     """A command, started again from its last save when the scheduler requeues the job.
 
-    Its output is appended to a log, which stays locked as long as the command lives;
-    its exit code is left beside the log.
+    Its output is appended to a log, which is locked while the command runs; its exit
+    code is written beside the log.
 
     Args:
       command: program and arguments.
@@ -38,7 +38,7 @@ class Job:
         self.log = log
         self.environment = dict(environment)
         self._child: subprocess.Popen[bytes] | None = None
-        self._stopping = self._told = False
+        self._stopping = self._signalled = False
 
     def __call__(self) -> int:
         """Run the command; returns its exit code, 128 + N for signal N."""
@@ -46,7 +46,7 @@ class Job:
         changed = dict(os.environ) | self.environment
         environment = {k: v for k, v in changed.items() if v is not None}
         with open(self.log, "ab") as log:
-            # Should another process be at this run, its result will be found after it.
+            # Waits for another process that has this run; its result is then seen.
             fcntl.flock(log, fcntl.LOCK_EX)
             exit_file(self.log).unlink(missing_ok=True)
             # SLURM warns every process of a job by SIGUSR2, which would end the command
@@ -61,7 +61,7 @@ class Job:
                     env=environment,
                 )
             if self._stopping:  # meanwhile
-                self._tell()
+                self._terminate()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
             code = self._ended()
             write_atomic(exit_file(self.log), f"{code}\n")
@@ -74,7 +74,7 @@ class Job:
         from submitit.helpers import DelayedSubmission
 
         if not self._stopping:
-            self._tell()
+            self._terminate()
         self._ended()
         return DelayedSubmission(Job(self.command, self.log, self.environment))
 
@@ -82,12 +82,12 @@ class Job:
         """On SIGTERM: pass it on, unless SLURM has sent it to the command too."""
         self._stopping = True
         if not _on_slurm():
-            self._tell()
+            self._terminate()
 
-    def _tell(self) -> None:
+    def _terminate(self) -> None:
         """Send SIGTERM, once: a second one would end the command while it saves."""
-        if self._child is not None and not self._told:
-            self._told = True
+        if self._child is not None and not self._signalled:
+            self._signalled = True
             self._child.terminate()
 
     def _ended(self) -> int:
@@ -104,12 +104,12 @@ class Job:
 
 
 def exit_file(log: Path) -> Path:
-    """Where the exit code of a run with this log is left."""
+    """The file of the exit code of a run with this log."""
     return log.with_suffix(".exit")
 
 
 def busy(log: Path) -> bool:
-    """Whether a command that writes this log lives on this machine."""
+    """Whether a command with this log runs on this machine."""
     if not log.exists():
         return False
     with open(log, "rb") as handle:

@@ -21,8 +21,8 @@ name, such as seed-0_skill.rank-4. A point's run is in WORKDIR/POINT, its output
 WORKDIR/logs/POINT.log. A skill or gate is called NAME-POINT, unless --name is swept or
 has a {KEY}; a base has a library of its own, LIBRARY/POINT, default WORKDIR/libraries.
 
-The same command goes on where it was: finished points are kept, those that were stopped
-resume, those that failed are listed, and run again with --retry. Ctrl-C or SIGTERM
+The same command continues: finished points are kept, stopped ones resume, failed ones
+are listed, and run again with --retry. Ctrl-C or SIGTERM
 stops the runs of --backend=local, which save first. The numbers of every point's
 result.json are in WORKDIR/results.csv, the returns in results.md too. More:
 docs/launching.md.
@@ -59,38 +59,6 @@ from psec_jax.files import read_json, reported, write_atomic, write_json
 from psec_jax.library import table
 from psec_jax.runtime.run import Run
 
-STAGE = flags.DEFINE_string(
-    "stage", None, "pretrain, expand, compose or critics.", required=True
-)
-SWEEP = flags.DEFINE_multi_string(
-    "sweep",
-    None,
-    "KEY:VALUE,VALUE,...,KEY:VALUE,... or several such flags: every combination is a "
-    "point. A value with a comma goes into brackets, as in gate.widths:(64,64).",
-    required=True,
-)
-BACKEND = flags.DEFINE_string("backend", "local", "local or slurm.")
-JOBS = flags.DEFINE_integer(
-    "jobs",
-    None,
-    "Runs at a time; default one, or one for each of --gpus; on slurm no limit.",
-    1,
-)
-GPUS = flags.DEFINE_list(
-    "gpus",
-    None,
-    "Numbers of this machine's GPUs: each run of --backend=local gets one of them. "
-    "Default leaves every run what this command sees.",
-)
-SLURM = flags.DEFINE_string(
-    "slurm",
-    "",
-    "NAME:VALUE,... of submitit's parameters: partition, timeout_min, gpus_per_node, "
-    "cpus_per_task, mem_gb, account, qos, constraint, ...",
-)
-RETRY = flags.DEFINE_bool("retry", False, "Run points that failed again.")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands and change nothing.")
-
 # Each with the flag that names its entry in the library, which points must not share.
 STAGES = {
     "pretrain": "library",
@@ -98,6 +66,49 @@ STAGES = {
     "compose": "name",
     "critics": None,
 }
+# The sweep's own flags; those of the stage are `flags.FLAGS`.
+OWN = flags.FlagValues()
+STAGE = flags.DEFINE_string(
+    "stage", None, "pretrain, expand, compose or critics.", OWN, required=True
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the sweep.", OWN, required=True
+)
+SWEEP = flags.DEFINE_multi_string(
+    "sweep",
+    None,
+    "KEY:VALUE,VALUE,...,KEY:VALUE,... or several such flags: every combination is a "
+    "point. A value with a comma goes into brackets, as in gate.widths:(64,64).",
+    OWN,
+    required=True,
+)
+BACKEND = flags.DEFINE_string("backend", "local", "local or slurm.", OWN)
+JOBS = flags.DEFINE_integer(
+    "jobs",
+    None,
+    "Runs at a time; default one, or one for each of --gpus; on slurm no limit.",
+    1,
+    flag_values=OWN,
+)
+GPUS = flags.DEFINE_list(
+    "gpus",
+    None,
+    "Numbers of this machine's GPUs: each run of --backend=local gets one of them. "
+    "Default leaves every run what this command sees.",
+    OWN,
+)
+SLURM = flags.DEFINE_string(
+    "slurm",
+    "",
+    "NAME:VALUE,... of submitit's parameters: partition, timeout_min, gpus_per_node, "
+    "cpus_per_task, mem_gb, account, qos, constraint, ...",
+    OWN,
+)
+RETRY = flags.DEFINE_bool("retry", False, "Run points that failed again.", OWN)
+DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Print the commands and change nothing.", OWN
+)
+
 MOST_POINTS = 1000
 _LONGEST_NAME = 200
 # Numbers that the table shows, beside losses; results.csv has them all.
@@ -118,7 +129,7 @@ class Point(NamedTuple):
       name: made of its values.
       values: by key.
       arguments: of the stage's command.
-      workdir: the run's folder.
+      workdir: the run's directory.
       log: the run's output.
     """
 
@@ -143,7 +154,7 @@ def axes(texts: Sequence[str], keys: set[str]) -> dict[str, list[str]]:
       InputError: no key, an unknown or repeated one, or a value that is missing or
         repeated.
     """
-    found: dict[str, list[str]] = {}
+    grid: dict[str, list[str]] = {}
     for text in texts:
         key = None
         # Commas in brackets belong to a value.
@@ -151,21 +162,21 @@ def axes(texts: Sequence[str], keys: set[str]) -> dict[str, list[str]]:
             head, colon, value = part.strip().partition(":")
             head = head.removeprefix("config.")
             begins = colon and _KEY.fullmatch(head)
-            if begins and (head in keys or key is None or ":" not in found[key][0]):
+            if begins and (head in keys or key is None or ":" not in grid[key][0]):
                 if head not in keys:
                     raise InputError(f"--sweep: {_unknown(head, keys)}")
-                if head in found:
+                if head in grid:
                     raise InputError(f"--sweep: {head} is given twice")
-                key, found[head] = head, []
+                key, grid[head] = head, []
             elif key is None:
                 raise InputError(f"--sweep: got {part!r}, expected KEY:VALUE,VALUE,...")
             else:
                 value = part.strip()
-            found[key] += _values(key, value)
-    for key, values in found.items():
+            grid[key] += _values(key, value)
+    for key, values in grid.items():
         if len(set(values)) < len(values):
             raise InputError(f"--sweep: {key} has a value twice: {','.join(values)}")
-    return found
+    return grid
 
 
 def _values(key: str, text: str) -> list[str]:
@@ -200,7 +211,7 @@ def fields(config: ConfigDict, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def points(
+def make_points(
     stage: str,
     workdir: Path,
     grid: Mapping[str, Sequence[str]],
@@ -211,7 +222,7 @@ def points(
 
     Args:
       stage: a key of `STAGES`.
-      workdir: the sweep's folder.
+      workdir: of the sweep.
       grid: values by key.
       common: arguments of all points.
       switches: keys that are flags of the stage; the others are config fields.
@@ -230,7 +241,8 @@ def points(
             "--seeds: every point of a sweep is one run; --sweep=seed:0..4 makes a "
             "point of each seed"
         )
-    made, entries = [], {}
+    points: list[Point] = []
+    entries: dict[str, str] = {}
     for combination in itertools.product(*grid.values()):
         values = dict(zip(grid, combination, strict=True))
         name = _name(values)
@@ -240,7 +252,7 @@ def points(
         arguments += _own_entry(STAGES[stage], workdir, name, common, arguments)
         arguments.append(f"--workdir={workdir / name}")
         check(stage, arguments)
-        if len(name) > _LONGEST_NAME or name in (point.name for point in made):
+        if len(name) > _LONGEST_NAME or name in (point.name for point in points):
             raise InputError(
                 f"--sweep: {name}: a name of a point is too long, or not its own"
             )
@@ -255,12 +267,12 @@ def points(
                 )
             entries[entry] = name
         log = workdir / "logs" / f"{name}.log"
-        made.append(Point(name, values, arguments, workdir / name, log))
-    return made
+        points.append(Point(name, values, arguments, workdir / name, log))
+    return points
 
 
 def _name(point: Mapping[str, str]) -> str:
-    """For a folder and for an entry of a library."""
+    """A name that a directory and an entry of a library can have."""
     text = "_".join(f"{key}-{value}" for key, value in point.items())
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text)
 
@@ -309,7 +321,7 @@ def command(stage: str, point: Point) -> list[str]:
 
 
 def results(point: Point) -> dict[str, Path]:
-    """Every result.json of a point; several runs in one have folders of their own."""
+    """Every result.json of a point, by name where it is several runs."""
     own = point.workdir / "result.json"
     if own.exists():
         return {"": own}
@@ -318,9 +330,9 @@ def results(point: Point) -> dict[str, Path]:
 
 def state(point: Point, queued: set[str]) -> str:
     """done, running, failed, stopped or waiting."""
-    mark, found = exit_file(point.log), results(point)
+    mark, finished = exit_file(point.log), results(point)
     code = int(mark.read_text()) if mark.exists() else None
-    if "" in found or (found and code == 0):
+    if "" in finished or (finished and code == 0):
         return "done"
     if point.name in queued or busy(point.log):
         return "running"
@@ -329,10 +341,10 @@ def state(point: Point, queued: set[str]) -> str:
     return "stopped" if code in STOPPED else "failed"
 
 
-def states(workdir: Path, found: Sequence[Point]) -> list[str]:
+def states(workdir: Path, points: Sequence[Point]) -> list[str]:
     """The state of every point."""
-    there = queued(workdir)
-    return [state(point, there) for point in found]
+    in_queue = queued(workdir)
+    return [state(point, in_queue) for point in points]
 
 
 def last_line(log: Path) -> str:
@@ -344,10 +356,10 @@ def last_line(log: Path) -> str:
 
 
 def queued(workdir: Path) -> set[str]:
-    """Names of the points that SLURM still has.
+    """Names of the points in SLURM's queue, waiting or running.
 
     Raises:
-      InputError: squeue fails: nobody knows.
+      InputError: squeue fails.
     """
     path = workdir / "jobs.json"
     if not path.exists() or shutil.which("squeue") is None:
@@ -360,8 +372,8 @@ def queued(workdir: Path) -> set[str]:
     )
     if answer.returncode:
         raise InputError(f"squeue: {answer.stderr.strip() or answer.returncode}")
-    there = set(answer.stdout.split())
-    return {name for name, job in read_json(path).items() if job in there}
+    jobs = set(answer.stdout.split())
+    return {name for name, job in read_json(path).items() if job in jobs}
 
 
 def _submitit() -> ModuleType:
@@ -383,7 +395,8 @@ def run_local(stage: str, workdir: Path, todo: Sequence[Point]) -> int | None:
     # Its controllers end jobs that take longer.
     executor.update_parameters(timeout_min=_FOREVER_MINUTES)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    free = (GPUS.value or [visible] * (JOBS.value or 1))[: JOBS.value]
+    free: list[str | None] = [*(GPUS.value or [visible] * (JOBS.value or 1))]
+    del free[JOBS.value or len(free) :]
     waiting = collections.deque(todo)
     running: list[tuple[Point, Any, str | None]] = []
     stop = _signals()
@@ -468,29 +481,30 @@ def slurm_parameters(text: str) -> dict[str, str | int]:
     Raises:
       InputError: no name.
     """
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     name = None
     for part in text.split(",") if text else []:
         head, colon, value = part.partition(":")
         if head in ("nodes", "tasks_per_node", "ntasks_per_node"):
             raise InputError(f"--slurm: {head}: every point is one task")
         if colon:
-            name, found[head] = head, value
+            name, values[head] = head, value
         elif name is None:
             raise InputError(f"--slurm: got {part!r}, expected NAME:VALUE,...")
         else:
-            found[name] += f",{part}"
-    return {k: int(v) if v.isdecimal() else v for k, v in found.items()}
+            values[name] += f",{part}"
+    return {k: int(v) if v.isdecimal() else v for k, v in values.items()}
 
 
 BACKENDS = {"local": run_local, "slurm": submit}
 
 
 def claim(workdir: Path, stage: str, common: Sequence[str]) -> None:
-    """Make the folder a sweep's, or check that it is this one's.
+    """Write the sweep's arguments into its directory, or compare them with those there.
 
     Raises:
-      InputError: it holds other files, or runs of another stage or with other flags.
+      InputError: the directory has other files, or runs of another stage or with other
+        flags.
     """
     path, mine = workdir / "sweep.json", {"stage": stage, "arguments": list(common)}
     theirs = read_json(path) if path.exists() else mine
@@ -526,10 +540,10 @@ def numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
         yield name, value
 
 
-def write_tables(workdir: Path, found: Sequence[Point], now: Sequence[str]) -> str:
+def write_tables(workdir: Path, points: Sequence[Point], now: Sequence[str]) -> str:
     """Write results.csv, with every number, and results.md; returns what to print."""
     rows: list[dict[str, Any]] = []
-    for point, is_now in zip(found, now, strict=True):
+    for point, is_now in zip(points, now, strict=True):
         row = {**point.values, "state": is_now}
         if is_now != "done":
             rows.append(row)
@@ -543,7 +557,7 @@ def write_tables(workdir: Path, found: Sequence[Point], now: Sequence[str]) -> s
     writer.writeheader()
     writer.writerows(rows)
     write_atomic(workdir / "results.csv", buffer.getvalue())
-    keys = (*found[0].values, "run", "state")
+    keys = (*points[0].values, "run", "state")
     shown = [c for c in columns if c in keys or c.endswith(_SHOWN) or ".loss/" in c]
     cells = [shown] + [[_cell(row.get(column)) for column in shown] for row in rows]
     lines = ["| " + " | ".join(line) + " |" for line in cells]
@@ -563,32 +577,16 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The sweep's own arguments, and those of the stage."""
-    own, others = [], []
-    rest = iter(arguments)
-    for text in rest:
-        name, equals, _ = text.lstrip("-").partition("=")
-        if text[0:1] == "-" and name.removeprefix("no") in _SWITCHES:
-            own.append(text)
-        elif text[0:1] == "-" and name in _OWN:
-            own += [text] if equals else [text, *itertools.islice(rest, 1)]
-        else:
-            others.append(text)
-    return own, others
-
-
-_SWITCHES = {holder.name for holder in (RETRY, DRY_RUN)}
-_OWN = {h.name for h in (STAGE, SWEEP, BACKEND, JOBS, GPUS, SLURM, options.WORKDIR)}
-_OWN |= {"help", "helpshort", "h", "?"}
-
-
 def own_flags(argv: list[str]) -> list[str]:
-    """Parse the sweep's own flags; those of the stage are left."""
-    own, others = split(argv[1:])
-    config = [f"--config={path}" for path in given(others, "config")[-1:]]
-    no_arguments(parse([argv[0], *config, *own]))
-    return [argv[0], *others]
+    """Parse the sweep's own flags, and the config that its points start from.
+
+    Returns:
+      The arguments of the stage.
+    """
+    left = parse(argv, OWN, known_only=True)
+    config = [f"--config={path}" for path in given(left, "config")[-1:]]
+    parse([argv[0], *config, f"--workdir={WORKDIR.value}"])
+    return left
 
 
 def main(argv: Sequence[str]) -> None:
@@ -596,7 +594,7 @@ def main(argv: Sequence[str]) -> None:
     stage, common = STAGE.value, argv[1:]
     lookup(STAGES, stage, "--stage")
     lookup(BACKENDS, BACKEND.value, "--backend")
-    workdir = Path(options.WORKDIR.value).expanduser()
+    workdir = Path(WORKDIR.value).expanduser()
     importlib.import_module(f"launch.{stage}")
     switches = {
         flag.name
@@ -604,12 +602,12 @@ def main(argv: Sequence[str]) -> None:
         if module.startswith("launch.")
         for flag in defined
     }
-    switches -= _OWN | _SWITCHES
+    switches -= set(OWN)
     grid = axes(SWEEP.value, switches | set(fields(options.CONFIG.value)))
-    found = points(stage, workdir, grid, common, switches)
+    points = make_points(stage, workdir, grid, common, switches)
     wanted = ("waiting", "stopped", "failed" if RETRY.value else "waiting")
     if DRY_RUN.value:
-        for point, now in zip(found, states(workdir, found), strict=True):
+        for point, now in zip(points, states(workdir, points), strict=True):
             skipped = f"# {point.name}: {now}"
             print(shlex.join(command(stage, point)) if now in wanted else skipped)
         return
@@ -617,13 +615,13 @@ def main(argv: Sequence[str]) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
     with Run(workdir, "sweep", {}).locked():
         claim(workdir, stage, common)
-        before = states(workdir, found)
-        todo = [p for p, now in zip(found, before, strict=True) if now in wanted]
-        say(f"{len(found)} points, {len(todo)} to run in {workdir}")
+        before = states(workdir, points)
+        todo = [p for p, now in zip(points, before, strict=True) if now in wanted]
+        say(f"{len(points)} points, {len(todo)} to run in {workdir}")
         signum = BACKENDS[BACKEND.value](stage, workdir, todo) if todo else None
-        after = states(workdir, found)
-        print(write_tables(workdir, found, after))
-    for point, now in zip(found, after, strict=True):
+        after = states(workdir, points)
+        print(write_tables(workdir, points, after))
+    for point, now in zip(points, after, strict=True):
         if now == "failed":
             print(f"failed: {point.name}: {last_line(point.log)} ({point.log})")
     if signum is not None:
@@ -635,7 +633,7 @@ def main(argv: Sequence[str]) -> None:
     if BACKEND.value == "local" and (ended := set(after) - {"done", "running"}):
         count = sum(now in ended for now in after)
         raise TrainingError(
-            f"{count} of {len(found)} runs did not finish; --retry runs those that "
+            f"{count} of {len(points)} runs did not finish; --retry runs those that "
             "failed again"
         )
 

@@ -50,7 +50,7 @@ def run(
                 traceback.print_exc()
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(code)
+            os._exit(code if isinstance(code, int) else 1)
         raise
 
 
@@ -199,11 +199,17 @@ def define_shift() -> flags.FlagHolder:
     )
 
 
-def parse(argv: list[str]) -> list[str]:
-    """Parse, with every mistake of the user as an InputError."""
+def parse(
+    argv: list[str], values: flags.FlagValues = flags.FLAGS, known_only: bool = False
+) -> list[str]:
+    """Parse `values`, with every mistake of the user as an InputError.
+
+    Returns:
+      What is not a flag; with `known_only` the flags that `values` lacks too.
+    """
     options = argv[1 : argv.index("--")] if "--" in argv else argv[1:]
     if any(option in _HELP for option in options):
-        print(_help())
+        print(_help(values))
         sys.exit(0)
     for option in options:
         if "gs://" in option:
@@ -211,7 +217,8 @@ def parse(argv: list[str]) -> list[str]:
                 f"{option}: a bucket is used through a folder where it is mounted, see "
                 "docs/launching.md"
             )
-    for name, default in _CONFIG_DEFAULTS.items():
+    configs = {} if known_only else _CONFIG_DEFAULTS
+    for name, default in configs.items():
         if not given(options, name):
             argv = [argv[0], f"--{name}={default}", *argv[1:]]
         # ml_collections keeps silent about a missing file until a field is read.
@@ -219,9 +226,9 @@ def parse(argv: list[str]) -> list[str]:
             if not os.path.isfile(path.split(":")[0]):
                 raise InputError(f"--{name}={path}: there is no such config file")
     # Flags may also follow arguments: launch.library list --library=DIR.
-    flags.FLAGS.set_gnu_getopt(True)
+    values.set_gnu_getopt(True)
     try:
-        return flags.FLAGS(argv)
+        return values(argv, known_only)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(_explain(error)) from error
 
@@ -252,10 +259,10 @@ def _explain(error: BaseException) -> str:
     return str(error)
 
 
-def _help() -> str:
+def _help(values: flags.FlagValues) -> str:
     """The docstring of the command and the flags of this project's modules."""
     parts = [(sys.modules["__main__"].__doc__ or "").strip(), "", "flags:"]
-    for module, members in sorted(flags.FLAGS.flags_by_module_dict().items()):
+    for module, members in sorted(values.flags_by_module_dict().items()):
         ours = module.split(".")[0] in _PROJECT or module == sys.argv[0]
         for flag in sorted(members, key=lambda f: f.name):
             if ours or flag.name in _CONFIG_DEFAULTS:

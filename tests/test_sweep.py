@@ -32,7 +32,7 @@ TINY = """
 
 @pytest.fixture(scope="module", autouse=True)
 def sweep():
-    """The module, without its flags among those of other tests' commands."""
+    """The module, without the stages' flags among those of other tests' commands."""
     from absl import flags
     from absl.testing import flagsaver
 
@@ -42,7 +42,7 @@ def sweep():
     flagsaver.restore_flag_values(saved)
     for name in [name for name in sys.modules if name.split(".")[0] == "launch"]:
         del sys.modules[name]
-    assert "sweep" not in flags.FLAGS
+    assert "seed" not in flags.FLAGS
     return sweep
 
 
