@@ -43,7 +43,7 @@ from psec_jax.library import SkillLibrary
 from psec_jax.networks.denoiser import Denoiser
 from psec_jax.policy import Policy, load_base
 from psec_jax.policy import compose as load_composition
-from psec_jax.process import make_schedule, q_sample
+from psec_jax.process import corrupt
 from psec_jax.workflows.demonstrations import load_demos
 
 WALK = "S->W"
@@ -389,12 +389,11 @@ def embed(count: int, space: str, place: Place) -> dict[str, Any]:
 @functools.partial(jax.jit, static_argnums=0)
 def _inside(config: Any, params: Any, keys: Any, obs: Any, action: Any) -> Any:
     net = Denoiser(config.network, config.action_dim)
-    schedule = make_schedule(config.diffusion)
-    t = jnp.asarray(config.diffusion.steps // 2)
+    t = jnp.asarray(config.process.steps // 2)
     layer = (LAYER[0].format(config.network.blocks - 1), LAYER[1])
 
     def one(key: Any, obs: Any, action: Any) -> Any:
-        a_t = q_sample(schedule, action, t, jax.random.normal(key, action.shape))
+        a_t = corrupt(config.process, action, t, jax.random.normal(key, action.shape))
         eps, seen = net.apply(
             {"params": params.base, "skills": params.library},
             params.normaliser(obs),

@@ -46,13 +46,13 @@ from psec_jax.networks.denoiser import NetworkConfig
 from psec_jax.policy import (
     Policy,
     check_critics,
-    diffusion_config,
     load_base,
     load_skills,
     network_config,
+    process_config,
 )
 from psec_jax.policy import compose as load_composition
-from psec_jax.process import DiffusionConfig
+from psec_jax.process import ProcessConfig
 from psec_jax.runtime.run import Run, open_run, versions
 from psec_jax.types import Normaliser
 from psec_jax.workflows.demonstrations import (
@@ -549,12 +549,12 @@ def pretrain(
     env = env or known_env(data) or config.base.env
     make_normaliser = lookup(normalise.NORMALISERS, config.normaliser, "normaliser")
     network = NetworkConfig(**config.network, dropout=stage.dropout)
-    diffusion = DiffusionConfig(**config.diffusion)
+    diffusion = ProcessConfig(**config.diffusion)
     first, more = None, {}
     if start is not None:
         first, first_normaliser, card = SkillLibrary.open(start).load_base()
         network = dataclasses.replace(network_config(card), dropout=stage.dropout)
-        diffusion = diffusion_config(card)
+        diffusion = process_config(card)
         more["start"] = card["fingerprint"]
     agent = pretrain_agent.PretrainConfig(
         network, diffusion, train_config(config, section), stage.batch_size
@@ -639,7 +639,7 @@ def pretrain(
             "obs_dim": demos.dataset.obs.shape[1],
             "action_dim": action_dim,
             "network": dataclasses.asdict(network),
-            "diffusion": dataclasses.asdict(diffusion),
+            "process": dataclasses.asdict(diffusion),
             "env": env,
             "data": demos.card(),
             "returns": returns,
@@ -720,7 +720,7 @@ def expand(
     base, normaliser, base_card = opened.load_base()
     agent = skill_agent.SkillConfig(
         network=dataclasses.replace(network_config(base_card), dropout=stage.dropout),
-        diffusion=diffusion_config(base_card),
+        process=process_config(base_card),
         optimiser=train_config(config, "skill"),
         batch_size=stage.batch_size,
         rank=stage.rank,

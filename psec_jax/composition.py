@@ -1,6 +1,6 @@
 """Three levels at which skills are composed, and the policy they make.
 
-Each level is `(net, diffusion, base, library, strength, alpha, key, obs) -> action` for
+Each level is `(net, process, base, library, strength, alpha, key, obs) -> action` for
 one example with normalised observation; the caller vmaps. With one-hot alpha and
 strength 1 all three give the same action from the same key.
 """
@@ -24,7 +24,7 @@ from psec_jax.networks.denoiser import (
     NetworkConfig,
     make_denoise,
 )
-from psec_jax.process import DiffusionConfig, sample
+from psec_jax.process import ProcessConfig, sample
 from psec_jax.types import Normaliser, Params
 
 
@@ -65,7 +65,7 @@ DENOISERS = {"parameter": parameter_denoise, "noise": noise_denoise}
 
 def parameter_level(
     net: Denoiser,
-    diffusion: DiffusionConfig,
+    process: ProcessConfig,
     base: Params,
     library: Params,
     strength: Float[Array, " K"],
@@ -75,12 +75,12 @@ def parameter_level(
 ) -> Float[Array, " A"]:
     """One chain of the network with composed weights (`parameter_denoise`)."""
     denoise = parameter_denoise(net, base, library, strength, alpha)
-    return sample(denoise, diffusion, key, obs, net.action_dim)
+    return sample(denoise, process, key, obs, net.action_dim)
 
 
 def noise_level(
     net: Denoiser,
-    diffusion: DiffusionConfig,
+    process: ProcessConfig,
     base: Params,
     library: Params,
     strength: Float[Array, " K"],
@@ -90,12 +90,12 @@ def noise_level(
 ) -> Float[Array, " A"]:
     """One chain on the mixed noise (`noise_denoise`)."""
     denoise = noise_denoise(net, base, library, strength, alpha)
-    return sample(denoise, diffusion, key, obs, net.action_dim)
+    return sample(denoise, process, key, obs, net.action_dim)
 
 
 def action_level(
     net: Denoiser,
-    diffusion: DiffusionConfig,
+    process: ProcessConfig,
     base: Params,
     library: Params,
     strength: Float[Array, " K"],
@@ -108,7 +108,7 @@ def action_level(
 
     def one(skill: Params, strength: Array) -> Array:
         denoise = make_denoise(net, base, tree.stack([skill]), strength[None])
-        return sample(denoise, diffusion, key, obs, net.action_dim)
+        return sample(denoise, process, key, obs, net.action_dim)
 
     return jnp.einsum("k,ka->a", alpha, jax.vmap(one)(library, strength))
 
@@ -122,7 +122,7 @@ class PolicyConfig:
 
     Attributes:
       network: the denoiser's sizes.
-      diffusion: the process and its sampler.
+      process: the generative process and its sampler.
       action_dim: A.
       level: a key of `LEVELS`.
       gate: the gate's form; None is the base alone.
@@ -131,7 +131,7 @@ class PolicyConfig:
     """
 
     network: NetworkConfig
-    diffusion: DiffusionConfig
+    process: ProcessConfig
     action_dim: int
     level: str = "parameter"
     gate: GateConfig | None = None
@@ -223,12 +223,10 @@ def _sampler(
     net = Denoiser(config.network, config.action_dim)
     if config.gate is None:
         denoise = make_denoise(net, params.base)
-        return lambda key: sample(
-            denoise, config.diffusion, key, obs, config.action_dim
-        )
+        return lambda key: sample(denoise, config.process, key, obs, config.action_dim)
     alpha = gate_alpha(config.gate, params.gate, obs)
     library, strength = members(config, params)
     level = LEVELS[config.level]
     return lambda key: level(
-        net, config.diffusion, params.base, library, strength, alpha, key, obs
+        net, config.process, params.base, library, strength, alpha, key, obs
     )

@@ -119,7 +119,7 @@ class SkillLibrary:
         Args:
           params: the denoiser's parameters.
           normaliser: of observations.
-          card: "name", "obs_dim", "action_dim", "network", "diffusion" and whatever
+          card: "name", "obs_dim", "action_dim", "network", "process" and whatever
             else says where it comes from.
           overwrite: replace a base; refused while skills or gates need it.
 

@@ -10,53 +10,45 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key, Real
 
+from psec_jax import process
 from psec_jax.errors import InputError
 from psec_jax.networks.denoiser import Denoise
-from psec_jax.process import Schedule, q_sample
+from psec_jax.process import ProcessConfig
 
 # What a critic may judge; a critic of safety needs costs in the data.
 CRITICS = ("reward", "safety")
 
 
-def noise_error(
+def prediction_error(
     denoise: Denoise,
-    schedule: Schedule,
+    config: ProcessConfig,
     obs: Float[Array, " S"],
     action: Float[Array, " A"],
-    t: Int[Array, ""],
+    t: Real[Array, ""],
     eps: Float[Array, " A"],
 ) -> Float[Array, ""]:
-    """||eps_hat(s, a_t, t) - eps||^2 at a given step and noise."""
-    a_t = q_sample(schedule, action, t, eps)
-    return jnp.sum((denoise(obs, a_t, t.astype(jnp.float32)) - eps) ** 2)
-
-
-def draw_noise(
-    schedule: Schedule, key: Key[Array, ""], action_dim: int
-) -> tuple[Int[Array, ""], Float[Array, " A"]]:
-    """A uniform step t and standard normal noise."""
-    t_key, eps_key = jax.random.split(key)
-    t = jax.random.randint(t_key, (), 0, schedule.beta.shape[0])
-    return t, jax.random.normal(eps_key, (action_dim,))
+    """||denoise(s, a_t, t) - target||^2 at a given time and noise."""
+    a_t = process.corrupt(config, action, t, eps)
+    predicted = denoise(obs, a_t, t.astype(jnp.float32))
+    return jnp.sum((predicted - process.target(config, action, eps)) ** 2)
 
 
 def diffusion_loss(
     denoise: Denoise,
-    schedule: Schedule,
+    config: ProcessConfig,
     key: Key[Array, ""],
     obs: Float[Array, " S"],
     action: Float[Array, " A"],
 ) -> Float[Array, ""]:
-    """||eps_hat - eps||^2 at a random step (Ho et al. 2020, eq. 14).
+    """`prediction_error` at a random time (Ho et al. 2020, eq. 14).
 
     The sum, not the mean, over action dimensions.
     """
-    t, eps = draw_noise(schedule, key, action.shape[-1])
-    return noise_error(denoise, schedule, obs, action, t, eps)
+    t, eps = process.draw(config, key, action.shape[-1])
+    return prediction_error(denoise, config, obs, action, t, eps)
 
 
 def cloning_loss(

@@ -21,7 +21,7 @@ from psec_jax.library import SkillLibrary
 from psec_jax.lora import stack_skills
 from psec_jax.losses import CRITICS
 from psec_jax.networks.denoiser import NetworkConfig
-from psec_jax.process import DiffusionConfig
+from psec_jax.process import ProcessConfig
 from psec_jax.types import Normaliser, Params
 
 
@@ -116,9 +116,9 @@ def network_config(card: dict[str, Any]) -> NetworkConfig:
     return NetworkConfig(**card["network"])
 
 
-def diffusion_config(card: dict[str, Any]) -> DiffusionConfig:
-    """The diffusion process a base's card describes."""
-    return DiffusionConfig(**card["diffusion"])
+def process_config(card: dict[str, Any]) -> ProcessConfig:
+    """The generative process a base's card describes; older cards say "diffusion"."""
+    return ProcessConfig(**(card.get("process") or card["diffusion"]))
 
 
 def gate_config(card: dict[str, Any]) -> GateConfig:
@@ -135,7 +135,7 @@ def load_base(root: str | Path) -> Policy:
     """
     params, normaliser, card = SkillLibrary.open(root).load_base()
     config = PolicyConfig(
-        network_config(card), diffusion_config(card), card["action_dim"]
+        network_config(card), process_config(card), card["action_dim"]
     )
     return Policy(config, _on_device(PolicyParams(params, normaliser)))
 

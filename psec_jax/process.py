@@ -1,15 +1,17 @@
-"""Noise schedules, the forward process and samplers, for one example.
+"""Generative processes of actions, for one example: what is drawn, learned and sampled.
 
-Everything is written against `denoise(obs [S], a_t [A], t []) -> eps [A]`.
+Everything is written against `denoise(obs [S], a_t [A], t []) -> [A]`. A chunk of H
+actions is one vector of H * A numbers here. `PROCESSES` at the foot is the table.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Real
 
 from psec_jax.errors import InputError, lookup
 from psec_jax.networks.denoiser import Denoise
@@ -47,19 +49,25 @@ SCHEDULES = {"vp": vp_beta, "cosine": cosine_beta, "linear": linear_beta}
 
 
 @dataclass(frozen=True)
-class DiffusionConfig:
-    """The diffusion process and how it is sampled.
+class ProcessConfig:
+    """The generative process, its sampler and its action chunks.
 
     Attributes:
-      steps: T, diffusion steps of training.
-      schedule: a key of `SCHEDULES`.
-      sampler: a key of `SAMPLERS`.
-      sampling_steps: of DDIM; 0 takes all T. DDPM always takes all T.
+      kind: a key of `PROCESSES`.
+      steps: T. The time that the network reads is 0, ..., T - 1 in a diffusion and
+        runs from 0 (the action) to T (noise) in a flow.
+      schedule: a key of `SCHEDULES`; of diffusion.
+      sampler: one of the process's own samplers.
+      sampling_steps: of DDIM and of a flow; 0 takes T. DDPM always takes all T.
       temperature: multiplies the noise of each DDPM step (not the start).
       start_scale: standard deviation of the starting noise; 1 is the paper's.
-      clip: clip a_t to [-1, 1] after every reverse step, as the paper does.
+      clip: clip to [-1, 1] on the way, as the paper does: a_t after each DDPM step,
+        the predicted action in the other samplers.
+      horizon: H, actions predicted at once.
+      execute: h, how many of them are executed before the next prediction.
     """
 
+    kind: str = "diffusion"
     steps: int = 5
     schedule: str = "vp"
     sampler: str = "ddpm"
@@ -67,25 +75,35 @@ class DiffusionConfig:
     temperature: float = 1.0
     start_scale: float = 1.0
     clip: bool = True
+    horizon: int = 1
+    execute: int = 1
 
     def __post_init__(self) -> None:
-        lookup(SCHEDULES, self.schedule, "diffusion.schedule")
-        lookup(SAMPLERS, self.sampler, "diffusion.sampler")
-        if self.steps < 1:
-            raise InputError(f"diffusion.steps: got {self.steps}, expected 1 or more")
-        if not 0 <= self.sampling_steps <= self.steps:
+        process = lookup(PROCESSES, self.kind, "kind")
+        lookup(process.samplers, self.sampler, "sampler")
+        lookup(SCHEDULES, self.schedule, "schedule")
+        for field in ("steps", "horizon"):
+            if getattr(self, field) < 1:
+                raise InputError(
+                    f"{field}: got {getattr(self, field)}, expected 1 or more"
+                )
+        for field in ("sampling_steps", "temperature", "start_scale"):
+            if not getattr(self, field) >= 0:
+                raise InputError(
+                    f"{field}: got {getattr(self, field)}, expected 0 or more"
+                )
+        if self.kind == "diffusion" and self.sampling_steps > self.steps:
             raise InputError(
-                f"diffusion.sampling_steps: got {self.sampling_steps}, "
+                f"sampling_steps: got {self.sampling_steps}, "
                 f"expected 0 (all) to {self.steps}"
             )
-        for field in ("temperature", "start_scale"):
-            if getattr(self, field) < 0:
-                raise InputError(
-                    f"diffusion.{field}: got {getattr(self, field)}, expected 0 or more"
-                )
+        if not 1 <= self.execute <= self.horizon:
+            raise InputError(
+                f"execute: got {self.execute}, expected 1 to {self.horizon} (horizon)"
+            )
 
 
-def make_schedule(config: DiffusionConfig) -> Schedule:
+def make_schedule(config: ProcessConfig) -> Schedule:
     """The schedule's arrays, computed in float64 and held in float32."""
     beta = SCHEDULES[config.schedule](config.steps)
     return Schedule(beta.astype(np.float32), np.cumprod(1 - beta).astype(np.float32))
@@ -104,7 +122,7 @@ def q_sample(
 
 def ddpm_reverse(
     denoise: Denoise,
-    config: DiffusionConfig,
+    config: ProcessConfig,
     obs: Float[Array, " S"],
     a_T: Float[Array, " A"],
     z: Float[Array, "T A"],
@@ -140,7 +158,7 @@ def ddpm_reverse(
 
 def ddpm_sample(
     denoise: Denoise,
-    config: DiffusionConfig,
+    config: ProcessConfig,
     key: Key[Array, ""],
     obs: Float[Array, " S"],
     action_dim: int,
@@ -154,15 +172,15 @@ def ddpm_sample(
 
 def ddim_sample(
     denoise: Denoise,
-    config: DiffusionConfig,
+    config: ProcessConfig,
     key: Key[Array, ""],
     obs: Float[Array, " S"],
     action_dim: int,
 ) -> Float[Array, " A"]:
     """One action by deterministic DDIM (Song et al. 2021, eq. 12 with eta = 0)."""
     schedule = make_schedule(config)
-    taken = config.sampling_steps or config.steps
-    t = np.linspace(config.steps - 1, 0, taken).round().astype(np.int32)
+    count = config.sampling_steps or config.steps
+    t = np.linspace(config.steps - 1, 0, count).round().astype(np.int32)
     alpha_bar = schedule.alpha_bar[t]
     next_alpha_bar = np.append(alpha_bar[1:], np.float32(1))
     start_key, _ = jax.random.split(key)
@@ -181,15 +199,177 @@ def ddim_sample(
     return jnp.clip(a_0, -1, 1)
 
 
-SAMPLERS = {"ddpm": ddpm_sample, "ddim": ddim_sample}
+def draw_step(
+    config: ProcessConfig, key: Key[Array, ""], action_dim: int
+) -> tuple[Int[Array, ""], Float[Array, " A"]]:
+    """A uniform step t of 0, ..., T - 1 and standard normal noise."""
+    t_key, eps_key = jax.random.split(key)
+    t = jax.random.randint(t_key, (), 0, config.steps)
+    return t, jax.random.normal(eps_key, (action_dim,))
 
 
-def sample(
+def add_noise(
+    config: ProcessConfig,
+    action: Float[Array, " A"],
+    t: Int[Array, ""],
+    eps: Float[Array, " A"],
+) -> Float[Array, " A"]:
+    """`q_sample` on the configured schedule."""
+    return q_sample(make_schedule(config), action, t, eps)
+
+
+def noise(
+    config: ProcessConfig, action: Float[Array, " A"], eps: Float[Array, " A"]
+) -> Float[Array, " A"]:
+    """The noise itself (Ho et al. 2020, eq. 14)."""
+    return eps
+
+
+def draw_time(
+    config: ProcessConfig, key: Key[Array, ""], action_dim: int
+) -> tuple[Float[Array, ""], Float[Array, " A"]]:
+    """A uniform time t in [0, T) and standard normal noise.
+
+    Not in [0, 1): the network's Fourier features are made for steps that are 1 apart,
+    and would hardly tell times within the unit interval from each other.
+    """
+    t_key, eps_key = jax.random.split(key)
+    t = config.steps * jax.random.uniform(t_key)
+    return t, jax.random.normal(eps_key, (action_dim,))
+
+
+def interpolate(
+    config: ProcessConfig,
+    action: Float[Array, " A"],
+    t: Real[Array, ""],
+    eps: Float[Array, " A"],
+) -> Float[Array, " A"]:
+    """(1 - t / T) a + (t / T) eps, the straight path (Lipman et al. 2023, eq. 22)."""
+    share = t / config.steps
+    return (1 - share) * action + share * eps
+
+
+def velocity(
+    config: ProcessConfig, action: Float[Array, " A"], eps: Float[Array, " A"]
+) -> Float[Array, " A"]:
+    """eps - a, the slope of the straight path in t / T (Lipman et al. 2023, eq. 23)."""
+    return eps - action
+
+
+def _integrate(
     denoise: Denoise,
-    config: DiffusionConfig,
+    config: ProcessConfig,
+    key: Key[Array, ""],
+    obs: Float[Array, " S"],
+    action_dim: int,
+    midpoint: bool,
+) -> Float[Array, " A"]:
+    """The flow from noise at time T to the action at time 0, in equal steps."""
+    count = config.sampling_steps or config.steps
+    start_key, _ = jax.random.split(key)
+    a_T = config.start_scale * jax.random.normal(start_key, (action_dim,))
+
+    def slope(a_t: Array, share: Array) -> Array:
+        v = denoise(obs, a_t, share * config.steps)
+        if not config.clip:
+            return v
+        return (a_t - jnp.clip(a_t - share * v, -1, 1)) / share
+
+    def step(a_t: Array, share: Array) -> tuple[Array, None]:
+        v = slope(a_t, share)
+        if midpoint:
+            v = slope(a_t - v / (2 * count), share - 1 / (2 * count))
+        return a_t - v / count, None
+
+    shares = np.arange(count, 0, -1, dtype=np.float32) / count
+    return jnp.clip(jax.lax.scan(step, a_T, shares)[0], -1, 1)
+
+
+def euler_sample(
+    denoise: Denoise,
+    config: ProcessConfig,
     key: Key[Array, ""],
     obs: Float[Array, " S"],
     action_dim: int,
 ) -> Float[Array, " A"]:
-    """One action by the configured sampler."""
-    return SAMPLERS[config.sampler](denoise, config, key, obs, action_dim)
+    """One action of a flow by Euler steps, one call of the network each."""
+    return _integrate(denoise, config, key, obs, action_dim, midpoint=False)
+
+
+def midpoint_sample(
+    denoise: Denoise,
+    config: ProcessConfig,
+    key: Key[Array, ""],
+    obs: Float[Array, " S"],
+    action_dim: int,
+) -> Float[Array, " A"]:
+    """One action of a flow by midpoint steps, two calls of the network each."""
+    return _integrate(denoise, config, key, obs, action_dim, midpoint=True)
+
+
+Sampler = Callable[[Denoise, ProcessConfig, Array, Array, int], Array]
+
+
+class Process(NamedTuple):
+    """What a process is, all of one example.
+
+    Attributes:
+      draw: `(config, key, action_dim) -> (t, eps)`, the random numbers of one loss.
+      corrupt: `(config, action, t, eps) -> a_t`, what the network sees.
+      target: `(config, action, eps)`, what the network predicts.
+      samplers: name -> `(denoise, config, key, obs, action_dim) -> action`.
+    """
+
+    draw: Callable[[ProcessConfig, Array, int], tuple[Array, Array]]
+    corrupt: Callable[[ProcessConfig, Array, Array, Array], Array]
+    target: Callable[[ProcessConfig, Array, Array], Array]
+    samplers: Mapping[str, Sampler]
+
+
+PROCESSES = {
+    "diffusion": Process(
+        draw_step, add_noise, noise, {"ddpm": ddpm_sample, "ddim": ddim_sample}
+    ),
+    "flow": Process(
+        draw_time,
+        interpolate,
+        velocity,
+        {"euler": euler_sample, "midpoint": midpoint_sample},
+    ),
+}
+
+
+def draw(
+    config: ProcessConfig, key: Key[Array, ""], action_dim: int
+) -> tuple[Real[Array, ""], Float[Array, " A"]]:
+    """Time and noise of one example of the loss."""
+    return PROCESSES[config.kind].draw(config, key, action_dim)
+
+
+def corrupt(
+    config: ProcessConfig,
+    action: Float[Array, " A"],
+    t: Real[Array, ""],
+    eps: Float[Array, " A"],
+) -> Float[Array, " A"]:
+    """The action a_t on its way to the noise, at time t."""
+    return PROCESSES[config.kind].corrupt(config, action, t, eps)
+
+
+def target(
+    config: ProcessConfig, action: Float[Array, " A"], eps: Float[Array, " A"]
+) -> Float[Array, " A"]:
+    """What `denoise` is trained to predict: the noise, or the velocity of the flow."""
+    return PROCESSES[config.kind].target(config, action, eps)
+
+
+def sample(
+    denoise: Denoise,
+    config: ProcessConfig,
+    key: Key[Array, ""],
+    obs: Float[Array, " S"],
+    action_dim: int,
+) -> Float[Array, " A"]:
+    """One action (or one chunk of them) by the configured sampler."""
+    sampler = PROCESSES[config.kind].samplers[config.sampler]
+    return sampler(denoise, config, key, obs, action_dim)

@@ -21,7 +21,7 @@ from psec_jax.library import SkillLibrary
 from psec_jax.types import Normaliser
 
 OPERATIONS = ("open", "mkdir", "fsync", "replace", "rename", "unlink", "rmdir")
-CARD = {"name": "b", "obs_dim": 3, "action_dim": 2, "network": {}, "diffusion": {}}
+CARD = {"name": "b", "obs_dim": 3, "action_dim": 2, "network": {}, "process": {}}
 
 
 def killed_add(root: Path, name: str, skill: dict, at: int, after: bool) -> bool:

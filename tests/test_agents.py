@@ -34,14 +34,14 @@ from psec_jax.gating import GateConfig, init_gate
 from psec_jax.lora import ADAPTERS
 from psec_jax.losses import released_regulariser
 from psec_jax.networks.denoiser import NetworkConfig
-from psec_jax.process import DiffusionConfig
+from psec_jax.process import ProcessConfig
 from psec_jax.types import Normaliser
 
 N, BATCH, STRENGTH = 512, 64, 2.0
 NETWORK = NetworkConfig(
     width=32, blocks=1, expansion=2, time_features=8, time_width=16, dropout=0.0
 )
-DIFFUSION = DiffusionConfig()
+DIFFUSION = ProcessConfig()
 OPTIMISER = OptimiserConfig(learning_rate=3e-3, weight_decay=0.0, ema=1.0)
 BASE_STEPS = 1500
 BASE = PretrainConfig(

@@ -348,11 +348,11 @@ UNKNOWN = {
     ),
     "sampler": (
         (*PRETRAIN, WALKER, "--config.diffusion.sampler=gibbs"),
-        "unknown diffusion.sampler 'gibbs'; choose from ddim, ddpm",
+        "unknown sampler 'gibbs'; choose from ddim, ddpm",
     ),
     "schedule": (
         (*PRETRAIN, WALKER, "--config.diffusion.schedule=late"),
-        "unknown diffusion.schedule 'late'",
+        "unknown schedule 'late'",
     ),
     "activation": (
         (*PRETRAIN, WALKER, "--config.network.activation=gelu"),
@@ -406,8 +406,8 @@ NUMBERS = [
     field(PRETRAIN, "base.dropout", 1, "dropout: got 1"),
     field(PRETRAIN, "std_floor", 0, "std_floor: got 0"),
     field(PRETRAIN, "network.width", 0, "network.width: got 0, expected 1 or more"),
-    field(PRETRAIN, "diffusion.steps", 0, "diffusion.steps: got 0, expected 1 or more"),
-    field(PRETRAIN, "diffusion.sampling_steps", 9, "diffusion.sampling_steps: got 9"),
+    field(PRETRAIN, "diffusion.steps", 0, "steps: got 0, expected 1 or more"),
+    field(PRETRAIN, "diffusion.sampling_steps", 9, "sampling_steps: got 9"),
     field(PRETRAIN, "run.log_every", 0, "run.log_every: got 0, expected 1 or more"),
     field(PRETRAIN, "run.save_every", -3, "run.save_every: got -3"),
     field(PRETRAIN, "run.steps_per_call", 0, "run.steps_per_call: got 0"),

@@ -60,7 +60,7 @@ def library(tmp_path_factory):
         {
             "name": "base",
             "network": asdict(tiny.NETWORK),
-            "diffusion": asdict(tiny.DIFFUSION),
+            "process": asdict(tiny.PROCESS),
             "obs_dim": OBS_DIM,
             "action_dim": ACTION_DIM,
         },

@@ -22,7 +22,7 @@ BASE_CARD = {
     "obs_dim": tiny.OBS_DIM,
     "action_dim": tiny.ACTION_DIM,
     "network": {"width": 16},
-    "diffusion": {"steps": 5},
+    "process": {"steps": 5},
 }
 SKILL_CARD = {"alpha": 16.0, "objective": "bc", "env": "dm_control:walker-walk"}
 GATE_CARD = {

@@ -36,7 +36,7 @@ BATCH = 8
 SECTIONS = ("base", "skill", "critics", "gate")
 AGENT = pretrain.PretrainConfig(
     tiny.NETWORK,
-    tiny.DIFFUSION,
+    tiny.PROCESS,
     OptimiserConfig(learning_rate=1e-3, ema=0.1),
     batch_size=BATCH,
 )
@@ -100,7 +100,7 @@ def test_a_skill_and_its_critics_on_a_mesh_are_those_of_one_device():
     """One program of both, whose base is whole on every device."""
     skill = SkillConfig(
         tiny.NETWORK,
-        tiny.DIFFUSION,
+        tiny.PROCESS,
         OptimiserConfig(learning_rate=1e-3, ema=0.1),
         batch_size=BATCH,
         rank=2,
@@ -184,7 +184,7 @@ def test_bad_meshes(text, members, message):
 
 
 def test_a_batch_that_a_mesh_does_not_divide(tmp_path):
-    agent = pretrain.PretrainConfig(tiny.NETWORK, tiny.DIFFUSION, batch_size=6)
+    agent = pretrain.PretrainConfig(tiny.NETWORK, tiny.PROCESS, batch_size=6)
     member = Member(start(0), DATA, jax.random.key(0), open_run(tmp_path, "base"))
     with pytest.raises(InputError, match="data:8 does not divide a batch of 6"):
         train_together(
@@ -225,7 +225,7 @@ def test_no_folder_is_made_for_what_cannot_be_trained(tmp_path, monkeypatch, sta
     base = tiny.randomised(lambda: init_base(tiny.NETWORK, jax.random.key(0), 2, 2), 0)
     card = {"obs_dim": 2, "action_dim": 2, "name": "base", "env": "gymnasium:None-v0"}
     card["network"] = dataclasses.asdict(tiny.NETWORK)
-    card["diffusion"] = dataclasses.asdict(tiny.DIFFUSION)
+    card["process"] = dataclasses.asdict(tiny.PROCESS)
     library.add_base(base, Normaliser(np.zeros(2), np.ones(2)), card)
     skill = tiny.randomised(lambda: lora.init_skill(jax.random.key(0), base, 2), 1)
     library.add_skill("walk", skill, {"alpha": 1.0, "env": "gymnasium:None-v0"})

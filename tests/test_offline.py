@@ -40,7 +40,6 @@ from psec_jax.library import SkillLibrary
 from psec_jax.losses import OBJECTIVES
 from psec_jax.networks.critics import init_q, q_value
 from psec_jax.policy import compose, load_base
-from psec_jax.process import make_schedule
 from psec_jax.runtime.training import train_together
 from psec_jax.types import Dataset, Normaliser
 from psec_jax.workflows.demonstrations import FIRST, Selection
@@ -106,15 +105,13 @@ def trained():
 
 
 def noise_of(key, count):
-    draw = functools.partial(
-        batch_noise, make_schedule(ACTOR.diffusion), batch_size=N, action_dim=A
-    )
+    draw = functools.partial(batch_noise, ACTOR.process, batch_size=N, action_dim=A)
     return jax.vmap(draw)(jax.random.split(key, count))
 
 
 def test_each_skill_takes_its_arm():
     gate = GateConfig(head="constant")
-    config = PolicyConfig(tiny.NETWORK, ACTOR.diffusion, A, "parameter", gate)
+    config = PolicyConfig(tiny.NETWORK, ACTOR.process, A, "parameter", gate)
     policy = jax.jit(jax.vmap(functools.partial(act, config), (None, 0, 0)))
     for k, side in enumerate((SIDE, -SIDE)):
         params = PolicyParams(
@@ -224,7 +221,7 @@ def test_the_safest_of_several_candidates():
     q_h = tiny.randomised(lambda: jax.vmap(make)(tiny.keys(2)), 5)
     normaliser = Normaliser(jnp.ones(S), jnp.full(S, 2.0))
     params = PolicyParams(tiny.base(), normaliser, q_h=q_h)
-    config = PolicyConfig(tiny.NETWORK, tiny.DIFFUSION, A)
+    config = PolicyConfig(tiny.NETWORK, tiny.PROCESS, A)
     several = dataclasses.replace(config, candidates=8)
     obs, key = tiny.normal(S), jax.random.key(3)
     one = jax.jit(functools.partial(act, config, params))

@@ -27,14 +27,14 @@ from psec_jax.gating import GateConfig, gate_alpha
 from psec_jax.losses import (
     cloning_loss,
     expectile_loss,
-    noise_error,
+    prediction_error,
     released_regulariser,
     reversed_expectile_loss,
 )
 from psec_jax.networks.denoiser import Denoiser, make_denoise
 from psec_jax.process import (
     SCHEDULES,
-    DiffusionConfig,
+    ProcessConfig,
     ddpm_reverse,
     make_schedule,
     q_sample,
@@ -76,7 +76,7 @@ def test_schedules(steps):
 
 
 def test_the_agents_schedule():
-    schedule = make_schedule(DiffusionConfig())
+    schedule = make_schedule(ProcessConfig())
     close(schedule.beta, V["sched/betas"], atol=1e-7)
     close(schedule.alpha_bar, V["sched/alpha_hats"], atol=1e-7)
 
@@ -145,27 +145,26 @@ def reverse(denoise_of, config):
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("name", ["base", "lora0", "lora1", "comp", "nsec"])
 def test_sampler(name, clip, temperature):
-    config = DiffusionConfig(temperature=temperature, clip=clip)
+    config = ProcessConfig(temperature=temperature, clip=clip)
     got, _ = reverse(denoisers(NET)[name], config)
     close(got, V[f"sampler/{name}_temp{temperature}_clip{int(clip)}"], atol=2e-4)
 
 
 @pytest.mark.parametrize("name", ["base", "lora0", "lora1", "comp"])
 def test_sampler_trace(name):
-    _, trace = reverse(denoisers(NET)[name], DiffusionConfig())
+    _, trace = reverse(denoisers(NET)[name], ProcessConfig())
     close(jnp.swapaxes(trace, 0, 1), V[f"sampler/{name}_trace"][1:], atol=2e-4)
 
 
 def batch_error(denoise, time, noise):
-    schedule = make_schedule(DiffusionConfig())
-    per_example = functools.partial(noise_error, denoise, schedule)
+    per_example = functools.partial(prediction_error, denoise, ProcessConfig())
     return jax.vmap(per_example)(
         V["batch/observations"], V["batch/actions"], time, noise
     )
 
 
 def test_cloning_loss_and_gradient():
-    schedule = make_schedule(DiffusionConfig())
+    schedule = make_schedule(ProcessConfig())
     a_t = jax.vmap(functools.partial(q_sample, schedule))(
         V["batch/actions"], V["bc/time"], V["bc/noise"]
     )
@@ -356,11 +355,10 @@ def gate_weights(head):
 
 def composed_errors(alpha):
     both = library("lora0", "lora1")
-    schedule = make_schedule(DiffusionConfig())
 
     def one(alpha, obs, action, t, noise):
         denoise = make_denoise(NET, parity.base(), both, alpha)
-        return noise_error(denoise, schedule, obs, action, t, noise)
+        return prediction_error(denoise, ProcessConfig(), obs, action, t, noise)
 
     return jax.vmap(one)(
         alpha,
@@ -407,7 +405,7 @@ def test_gate_updates_with_noise_that_never_advances(steps):
 def mixed_actions(level, head):
     """Actions of the noise or action level from the vectors' noise."""
     weights = gate_weights(head)
-    base, config = parity.base(), DiffusionConfig()
+    base, config = parity.base(), ProcessConfig()
     a_T, z = V[f"ws/{level}_x_T"], V[f"ws/{level}_z"]
     both = library("lora0", "lora1")
 

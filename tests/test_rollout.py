@@ -44,7 +44,7 @@ def random_policy(base_member=False):
     start = jnp.arange(2.0 + base_member)
     level = "noise" if base_member else "parameter"
     return Policy(
-        PolicyConfig(tiny.NETWORK, tiny.DIFFUSION, ACTION_DIM, level, gate),
+        PolicyConfig(tiny.NETWORK, tiny.PROCESS, ACTION_DIM, level, gate),
         PolicyParams(
             base,
             Normaliser(jnp.zeros(OBS_DIM), jnp.ones(OBS_DIM)),
@@ -89,7 +89,7 @@ def test_weights_are_named_with_the_base_where_it_has_one(trace):
     assert names == ("base", "left", "right")
     assert alpha.shape == (2 * STEPS, 3)
     alone = Policy(
-        PolicyConfig(tiny.NETWORK, tiny.DIFFUSION, ACTION_DIM),
+        PolicyConfig(tiny.NETWORK, tiny.PROCESS, ACTION_DIM),
         policy.params._replace(library=None, strength=None, gate=None),
     )
     names, alpha = rollout._alpha(alone, trace.obs)

@@ -20,7 +20,7 @@ from psec_jax.runtime.training import Member, train_together
 
 AGENT = pretrain.PretrainConfig(
     tiny.NETWORK,
-    tiny.DIFFUSION,
+    tiny.PROCESS,
     OptimiserConfig(learning_rate=1e-3, ema=0.1),
     batch_size=8,
 )

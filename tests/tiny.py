@@ -1,5 +1,6 @@
 """Tiny policies for the tests: random arrays in the shapes of trained ones."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 
 from psec_jax import lora, tree
 from psec_jax.networks.denoiser import Denoiser, NetworkConfig, init_base
-from psec_jax.process import DiffusionConfig
+from psec_jax.process import PROCESSES, ProcessConfig
 
 OBS_DIM, ACTION_DIM, SKILLS, RANK = 3, 2, 3, 2
 NETWORK = NetworkConfig(
@@ -16,7 +17,13 @@ NETWORK = NetworkConfig(
 )
 NET = Denoiser(NETWORK, ACTION_DIM)
 # A mild schedule: an untrained network would drive a steep one to the bounds.
-DIFFUSION = DiffusionConfig(schedule="linear", start_scale=0.4)
+PROCESS = ProcessConfig(schedule="linear", start_scale=0.4)
+# One process for each sampler of every kind.
+SAMPLERS = {
+    sampler: dataclasses.replace(PROCESS, kind=kind, sampler=sampler)
+    for kind, process in PROCESSES.items()
+    for sampler in process.samplers
+}
 
 
 def randomised(make, seed):

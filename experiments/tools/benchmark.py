@@ -60,7 +60,7 @@ from psec_jax.gating import GateConfig, init_gate
 from psec_jax.lora import dense_layers, init_skill
 from psec_jax.networks.denoiser import Denoiser, NetworkConfig, init_base
 from psec_jax.policy import Policy
-from psec_jax.process import DiffusionConfig
+from psec_jax.process import ProcessConfig
 from psec_jax.runtime import sharding, streaming
 from psec_jax.runtime.run import versions
 from psec_jax.types import Dataset, Normaliser, Params
@@ -363,7 +363,7 @@ OFFLINE = "both skills and critics"
 
 def make_stages(sizes: Sizes, batch: int) -> dict[str, Stage]:
     """Every stage as the commands train it, on random data."""
-    network, diffusion = sizes.network, DiffusionConfig()
+    network, diffusion = sizes.network, ProcessConfig()
     obs = normal(0, sizes.rows, OBS_DIM)
     action = jnp.tanh(normal(1, sizes.rows, ACTION_DIM))
     policy = make_policy(sizes, skills=1)
@@ -404,7 +404,7 @@ def make_stages(sizes: Sizes, batch: int) -> dict[str, Stage]:
 def _offline_stage(sizes: Sizes, batch: int, base: Params) -> Stage:
     """A reward skill and a safety skill with their critics, in one program."""
     skills = skill_agent.SkillConfig(
-        sizes.network, DiffusionConfig(), batch_size=batch, rank=RANK
+        sizes.network, ProcessConfig(), batch_size=batch, rank=RANK
     )
     critics = CriticConfig(batch_size=batch)
     agent = OfflineConfig(skills, ("reward", "safety"), critics)
@@ -719,7 +719,7 @@ def make_policy(
     key = jax.random.key(0)
     base = randomised(lambda: init_base(network, key, obs_dim, action_dim))
     normaliser = Normaliser(jnp.zeros(obs_dim), jnp.ones(obs_dim))
-    config = PolicyConfig(network, DiffusionConfig(), action_dim)
+    config = PolicyConfig(network, ProcessConfig(), action_dim)
     if not skills:
         return Policy(config, PolicyParams(base, normaliser))
     gate_form = GateConfig()

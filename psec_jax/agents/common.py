@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Real
 
 from psec_jax.data import dataset
 from psec_jax.errors import InputError
-from psec_jax.losses import draw_noise
-from psec_jax.process import Schedule
+from psec_jax.process import ProcessConfig
+from psec_jax.process import draw as draw_noise
 from psec_jax.runtime import sharding
 from psec_jax.types import Dataset, Normaliser, Params, TrainState
 
@@ -68,12 +68,12 @@ class Noise(NamedTuple):
     """The random numbers of one step on the diffusion loss.
 
     Attributes:
-      t: [*B] diffusion steps.
+      t: [*B] times of the process.
       eps: [*B, A].
       dropout: [*B] keys.
     """
 
-    t: Int[Array, "*B"]
+    t: Real[Array, "*B"]
     eps: Float[Array, "*B A"]
     dropout: Key[Array, "*B"]
 
@@ -188,13 +188,13 @@ def draw(
 
 
 def batch_noise(
-    schedule: Schedule, key: Key[Array, ""], batch_size: int, action_dim: int
+    process: ProcessConfig, key: Key[Array, ""], batch_size: int, action_dim: int
 ) -> Noise:
     """Step, noise and dropout key of every example of a batch."""
 
     def one(key: Array) -> Noise:
         dropout_key, noise_key = jax.random.split(key)
-        t, eps = draw_noise(schedule, noise_key, action_dim)
+        t, eps = draw_noise(process, noise_key, action_dim)
         return Noise(t, eps, dropout_key)
 
     return jax.vmap(one)(jax.random.split(key, batch_size))

@@ -21,7 +21,6 @@ from psec_jax.errors import InputError, lookup
 from psec_jax.gating import gate_alpha
 from psec_jax.losses import cloning_loss, diffusion_loss, released_regulariser
 from psec_jax.networks.denoiser import COMPATS, Denoiser
-from psec_jax.process import make_schedule
 from psec_jax.types import Params, TrainState
 
 
@@ -30,15 +29,14 @@ def _diffusion(config: PolicyConfig, params, alpha, key, obs, action):
     library, strength = members(config, params)
     compose = lookup(DENOISERS, config.level, "level for the gate loss 'diffusion'")
     denoise = compose(net, params.base, library, strength, alpha)
-    schedule = make_schedule(config.diffusion)
-    return diffusion_loss(denoise, schedule, key, obs, action)
+    return diffusion_loss(denoise, config.process, key, obs, action)
 
 
 def _cloning(config: PolicyConfig, params, alpha, key, obs, action):
     net = Denoiser(config.network, config.action_dim)
     library, strength = members(config, params)
     sampled = LEVELS[config.level](
-        net, config.diffusion, params.base, library, strength, alpha, key, obs
+        net, config.process, params.base, library, strength, alpha, key, obs
     )
     return cloning_loss(sampled, action)
 

@@ -32,7 +32,6 @@ from psec_jax.agents.skill import SkillConfig
 from psec_jax.errors import InputError, lookup
 from psec_jax.lora import init_skill
 from psec_jax.losses import OBJECTIVES, Values, WeightConfig
-from psec_jax.process import make_schedule
 from psec_jax.types import Params, TrainState
 
 
@@ -153,7 +152,7 @@ def update(
     batch = draw(index(config, key, row_count(rows)), rows)
     draw_noise = functools.partial(
         batch_noise,
-        make_schedule(config.actor.diffusion),
+        config.actor.process,
         batch_size=config.actor.batch_size,
         action_dim=batch.action.shape[-1],
     )

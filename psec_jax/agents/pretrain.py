@@ -18,14 +18,14 @@ from psec_jax.agents.common import (
     init_state,
     row_count,
 )
-from psec_jax.losses import noise_error
+from psec_jax.losses import prediction_error
 from psec_jax.networks.denoiser import (
     Denoiser,
     NetworkConfig,
     init_base,
     make_denoise,
 )
-from psec_jax.process import DiffusionConfig, make_schedule
+from psec_jax.process import ProcessConfig
 from psec_jax.types import Params, TrainState
 
 
@@ -34,7 +34,7 @@ class PretrainConfig:
     """Sizes and optimiser of a base."""
 
     network: NetworkConfig = field(default_factory=NetworkConfig)
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    process: ProcessConfig = field(default_factory=ProcessConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     batch_size: int = 2048
 
@@ -66,8 +66,7 @@ def update(
     _, loss_key = jax.random.split(key)
     batch = draw(index(config, key, row_count(data)), data)
     obs, action = batch.obs, batch.action
-    schedule = make_schedule(config.diffusion)
-    noise = batch_noise(schedule, loss_key, config.batch_size, action.shape[-1])
+    noise = batch_noise(config.process, loss_key, config.batch_size, action.shape[-1])
 
     def loss_fn(params: Params) -> tuple[Array, Metrics]:
         loss = jnp.mean(errors(config, params, obs, action, noise))
@@ -85,12 +84,13 @@ def errors(
 ) -> Float[Array, " B"]:
     """The diffusion loss of every example."""
     net = Denoiser(config.network, action.shape[-1])
-    schedule = make_schedule(config.diffusion)
     params = _transposed_gradients(params, len(obs))
 
     def one(obs: Array, action: Array, noise: Noise) -> Array:
         denoise = make_denoise(net, params, dropout_key=noise.dropout)
-        return noise_error(denoise, schedule, obs, action, noise.t, noise.eps)
+        return prediction_error(
+            denoise, config.process, obs, action, noise.t, noise.eps
+        )
 
     return jax.vmap(one)(obs, action, noise)
 

@@ -21,9 +21,9 @@ from psec_jax.agents.common import (
 )
 from psec_jax.errors import InputError
 from psec_jax.lora import init_skill
-from psec_jax.losses import noise_error
+from psec_jax.losses import prediction_error
 from psec_jax.networks.denoiser import Denoiser, NetworkConfig, make_denoise
-from psec_jax.process import DiffusionConfig, make_schedule
+from psec_jax.process import ProcessConfig
 from psec_jax.types import Params, TrainState
 
 
@@ -33,7 +33,7 @@ class SkillConfig:
 
     Attributes:
       network: the base's.
-      diffusion: the base's.
+      process: the base's.
       optimiser: of the adapters.
       batch_size: transitions a step.
       rank: of every layer's pair.
@@ -42,7 +42,7 @@ class SkillConfig:
     """
 
     network: NetworkConfig = field(default_factory=NetworkConfig)
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    process: ProcessConfig = field(default_factory=ProcessConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     batch_size: int = 2048
     rank: int = 8
@@ -74,8 +74,7 @@ def update(
     _, loss_key = jax.random.split(key)
     batch = draw(index(config, key, row_count(data)), data)
     obs, action = batch.obs, batch.action
-    schedule = make_schedule(config.diffusion)
-    noise = batch_noise(schedule, loss_key, config.batch_size, action.shape[-1])
+    noise = batch_noise(config.process, loss_key, config.batch_size, action.shape[-1])
 
     def loss_fn(skill: Params) -> tuple[Array, Metrics]:
         loss = jnp.mean(errors(config, skill, data.frozen, obs, action, noise))
@@ -95,12 +94,13 @@ def errors(
     """The diffusion loss of every example."""
     merged = config.adapter == "lora" and config.network.matmul_dtype == "float32"
     net = Denoiser(config.network, action.shape[-1], merged)
-    schedule = make_schedule(config.diffusion)
     alpha = jnp.full((1,), config.alpha)
 
     def one(obs: Array, action: Array, noise: Noise) -> Array:
         library = tree.stack([skill])
         denoise = make_denoise(net, base, library, alpha, noise.dropout)
-        return noise_error(denoise, schedule, obs, action, noise.t, noise.eps)
+        return prediction_error(
+            denoise, config.process, obs, action, noise.t, noise.eps
+        )
 
     return jax.vmap(one)(obs, action, noise)
