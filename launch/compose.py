@@ -34,13 +34,12 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import programs, stages
 from launch import options
 from psec_jax.cli import floats, no_arguments, run
 from psec_jax.data import dsrl
 from psec_jax.errors import InputError
 from psec_jax.library import SkillLibrary
-from psec_jax.workflows.demonstrations import Selection
+from psec_jax.workflows import Job, Selection, gate
 
 NAME = flags.DEFINE_string("name", None, "Name of the gate.", required=True)
 SKILLS = flags.DEFINE_list(
@@ -67,62 +66,56 @@ BASE_DATA = flags.DEFINE_string(
 )
 
 
-def target_data() -> tuple[str | None, Selection]:
+def target_data(job: Job) -> tuple[str | None, Selection]:
     """The target's demonstrations, and which of them.
 
     --data=best stands for the set of the DSRL task whose simulator the skills have, and
     for the best of its safe trajectories as the config says, where no flag says so.
     """
-    given = options.selection()
+    selection = options.selection()
     if options.DATA.value != "best":
-        return options.data(), given
-    chosen = stages.best_of_safe(options.CONFIG.value)
-    said = {k: v for k, v in given._asdict().items() if v is not None}
-    if "cost_quantile" in said:  # instead of the limit, within which there may be none
-        chosen = chosen._replace(max_cost=None)
+        return options.data(), selection
+    best = Selection.best_of_safe(job)
+    given = {k: v for k, v in selection._asdict().items() if v is not None}
+    if "cost_quantile" in given:  # instead of the limit, within which there may be none
+        best = best._replace(max_cost=None)
     env = options.env()
     if env is not None:
-        return options.located(dsrl.task_in(env)), chosen._replace(**said)
-    library = SkillLibrary.open(options.members()[0].place(options.LIBRARY.value))
+        return options.located(dsrl.task_in(env)), best._replace(**given)
+    library = SkillLibrary.open(options.seeds()[0].within(options.LIBRARY.value))
     cards = [library.card("skill", name) for name in SKILLS.value]
-    found = options.located(dsrl.task_in(cards[0].get("env")))
+    file = options.located(dsrl.task_in(cards[0].get("env")))
     for card in cards:
         source = card.get("data", {}).get("source")
-        if source not in (None, Path(found).name):
+        if source not in (None, Path(file).name):
             raise InputError(
-                f"--data=best: found {found}, but the skill {card['name']!r} was "
+                f"--data=best: found {file}, but the skill {card['name']!r} was "
                 f"learned from {source}; give the gate's set by --data=FILE, or --env"
             )
-    return found, chosen._replace(**said)
+    return file, best._replace(**given)
 
 
 def main(argv: Sequence[str]) -> None:
     """Flags to one call."""
     no_arguments(argv)
     options.start()
-    data, selection = target_data()
-    works = {
-        member.name: stages.compose.work(
-            options.CONFIG.value,
-            workdir=member.place(options.WORKDIR.value),
-            library=member.place(options.LIBRARY.value),
-            seed=member.seed,
+    job = options.job()
+    data, selection = target_data(job)
+    base_data = options.located(BASE_DATA.value) if BASE_DATA.value else None
+    requests = [
+        gate.Request(
+            **options.request(seed, own={"data": data, "selection": selection}),
             name=NAME.value,
             skills=SKILLS.value,
-            env=options.env(),
-            data=data,
-            selection=selection,
             support_data=[options.located(name) for name in SUPPORT_DATA.value],
-            base_data=options.located(BASE_DATA.value) if BASE_DATA.value else None,
+            base_data=base_data,
             alpha=floats("alpha", ALPHA.value),
-            evaluate_after=options.EVALUATE.value,
+            evaluate=options.EVALUATE.value,
         )
-        for member in options.members()
-    }
-    for result in programs.together(
-        works, options.MESH.value, options.STREAM.value
-    ).values():
-        print(stages.describe(f"gate {NAME.value!r}", result))
+        for seed in options.seeds()
+    ]
+    for result in gate.run(job, *requests, **options.program()):
+        print(options.finished(f"gate {NAME.value!r}", result))
 
 
 if __name__ == "__main__":

@@ -14,36 +14,21 @@ the same program as the skills, as the paper does. The same command resumes.
 
 from collections.abc import Sequence
 
-from experiments import programs, stages
 from launch import options
 from psec_jax.cli import no_arguments, run
+from psec_jax.workflows import critics
 
 
 def main(argv: Sequence[str]) -> None:
     """Flags to one call."""
     no_arguments(argv)
     options.start()
-    env, data, members = options.env(), options.data(), options.members()
-    works = {
-        member.name: stages.train_critics.work(
-            options.CONFIG.value,
-            workdir=member.place(options.WORKDIR.value),
-            library=member.place(options.LIBRARY.value),
-            seed=member.seed,
-            env=env,
-            data=data,
-            selection=options.selection(),
-        )
-        for member in members
-    }
-    results = programs.together(works, options.MESH.value, options.STREAM.value)
-    for member in members:
-        if member.name not in results:  # told by the first of several processes
-            continue
-        result = results[member.name]
+    requests = [critics.Request(**options.request(seed)) for seed in options.seeds()]
+    results = critics.run(options.job(), *requests, **options.program())
+    # Of several processes the first reports.
+    for request, result in zip(requests, results, strict=bool(results)):
         kinds, fingerprint = " and ".join(result["kinds"]), result["fingerprint"]
-        folder = member.place(options.WORKDIR.value)
-        print(f"critics of {kinds} ({fingerprint}) are in {folder}")
+        print(f"critics of {kinds} ({fingerprint}) are in {request.workdir}")
 
 
 if __name__ == "__main__":

@@ -13,10 +13,18 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments import programs, stages
 from psec_jax import envs
-from psec_jax.cli import define_seeds, define_shift, floats, members, no_arguments, run
+from psec_jax.cli import (
+    define_seeds,
+    define_shift,
+    floats,
+    no_arguments,
+    run,
+    seeds_of,
+)
 from psec_jax.files import make_room, write_json
+from psec_jax.policy import compose
+from psec_jax.workflows.multirun import roll_out
 
 LIBRARY = flags.DEFINE_string("library", "runs/library", "Folder of the skill library.")
 ENV = flags.DEFINE_string(
@@ -56,31 +64,29 @@ def main(argv: Sequence[str]) -> None:
     env = envs.shifted(ENV.value, *SHIFT.value)
     if OUT.value:
         make_room(OUT.value)
-    works = {
-        member.name: stages.evaluate_library.work(
-            member.place(LIBRARY.value),
-            env,
-            EPISODES.value,
-            SEED.value,
-            skills=SKILLS.value,
+    policies = {
+        seed.name: compose(
+            seed.within(LIBRARY.value),
+            SKILLS.value,
             alpha=floats("alpha", ALPHA.value),
             gate=GATE.value,
             level=LEVEL.value,
             matmul_dtype=MATMUL_DTYPE.value,
             candidates=CANDIDATES.value,
-            critics=member.place(CRITICS.value),
+            critics=seed.within_any(CRITICS.value),
         )
-        for member in members(SEEDS.value)
+        for seed in seeds_of(SEEDS.value)
     }
-    results = programs.together(works)
+    played = dict.fromkeys(policies, env)
+    results = roll_out(policies, played, EPISODES.value, SEED.value)
     if OUT.value:
         write_json(OUT.value, results if SEEDS.value else results[""])
     for name, episodes in results.items():
         returns = episodes["returns"]
         print(
-            f"{name and f'{name}: '}{stages.count_episodes(returns)} in {env}: return "
-            f"mean {episodes['mean']:.1f}, min {min(returns):.1f}, max "
-            f"{max(returns):.1f}"
+            f"{name and f'{name}: '}{len(returns)} episode{'s' * (len(returns) != 1)} "
+            f"in {env}: return mean {episodes['mean']:.1f}, min {min(returns):.1f}, "
+            f"max {max(returns):.1f}"
         )
 
 

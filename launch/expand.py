@@ -27,14 +27,14 @@ Next: launch.compose makes a gate that says when the skill acts.
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 from absl import flags
 
-from experiments import programs, stages
 from launch import options
 from psec_jax.cli import no_arguments, run
 from psec_jax.errors import InputError
+from psec_jax.workflows import skill
 
 NAME = flags.DEFINE_list(
     "name",
@@ -58,86 +58,73 @@ CRITICS = flags.DEFINE_string(
 )
 
 
-class Task(NamedTuple):
-    """What one run of the command learns.
+def tasks(objectives: int) -> list[dict[str, Any]]:
+    """What each run learns: one, or one for every name that has data of its own.
 
-    Attributes:
-      names: of its skills.
-      env: their simulator.
-      data: their demonstrations.
-      folder: in the run's folder; "" where there is one run.
+    Returns:
+      Of each run the fields of its request that differ from the others'.
     """
-
-    names: list[str]
-    env: str | None
-    data: str | None
-    folder: str = ""
-
-
-def tasks(objectives: Sequence[str]) -> list[Task]:
-    """One task, or one for every name where each has its own data or simulator."""
-    names, envs, data = NAME.value, options.ENV.value, options.DATA.value
-    if len(names) == 1 or len(objectives) > 1:
-        return [Task(names, options.env(), options.data())]
-    parts = {"env": envs and envs.split(","), "data": data and data.split(",")}
+    names = NAME.value
+    if len(names) == 1 or objectives > 1:
+        return [{"name": names}]
+    parts = {
+        flag.name: flag.value.split(",")
+        for flag in (options.ENV, options.DATA)
+        if flag.value
+    }
     for flag, values in parts.items():
-        if values and len(values) not in (1, len(names)):
+        if len(values) not in (1, len(names)):
             raise InputError(
                 f"--{flag}: got {len(values)} for {len(names)} names, expected one for "
                 "each"
             )
-    if max(len(values or ()) for values in parts.values()) < 2:
+    if all(len(values) == 1 for values in parts.values()):
         raise InputError(
             f"--name: got {len(names)} for one objective, expected as many --data or "
             "--env"
         )
     if len(set(names)) < len(names):
         raise InputError(f"--name: got {','.join(names)}, expected different ones")
-    each = {flag: _each(values, len(names)) for flag, values in parts.items()}
+    parse = {"env": options.shifted, "data": options.located}
+    each = {
+        flag: [parse[flag](value) for value in values] * (len(names) // len(values))
+        for flag, values in parts.items()
+    }
     return [
-        Task([name], options.shifted(env), data and options.located(data), name)
-        for name, env, data in zip(names, each["env"], each["data"], strict=True)
+        {"name": name} | {flag: values[i] for flag, values in each.items()}
+        for i, name in enumerate(names)
     ]
-
-
-def _each(values: list[str] | None, count: int) -> list[str | None]:
-    """As many values as names."""
-    values = values or [None]
-    return values if len(values) == count else values * count
 
 
 def main(argv: Sequence[str]) -> None:
     """Flags to one call."""
     no_arguments(argv)
     options.start()
-    config = options.CONFIG.value
-    stages.check_config(config, "skill", options.EVALUATE.value)
-    if OBJECTIVE.value is not None:
-        config.skill.objective = ",".join(OBJECTIVE.value)
-    found = tasks(str(config.skill.objective).split(","))
-    works, names = {}, {}
-    for member, task in itertools.product(options.members(), found):
-        label = " ".join(filter(None, (member.name, task.folder)))
-        names[label] = task.names
-        works[label] = stages.expand.work(
-            config,
-            workdir=member.place(options.WORKDIR.value) / task.folder,
-            library=member.place(options.LIBRARY.value),
-            seed=member.seed,
-            name=task.names,
-            env=task.env,
-            data=task.data,
-            selection=options.selection(),
-            critics=member.place(CRITICS.value),
-            evaluate_after=options.EVALUATE.value,
+    job = options.job()
+    objectives = OBJECTIVE.value or job.skill.objective.split(",")
+    found = tasks(len(objectives))
+    requests = []
+    for seed, task in itertools.product(options.seeds(), found):
+        fields = options.request(seed, own=task)
+        if len(found) > 1:
+            fields["workdir"] /= task["name"]
+            fields["label"] = f"{seed.name} {task['name']}".strip()
+        requests.append(
+            skill.Request(
+                **fields,
+                objectives=objectives,
+                critics=seed.within_any(CRITICS.value),
+                evaluate=options.EVALUATE.value,
+            )
         )
-    for label, result in programs.together(
-        works, options.MESH.value, options.STREAM.value
-    ).items():
-        several = len(names[label]) > 1
-        for name in names[label]:
+    results = skill.run(job, *requests, **options.program())
+    # Of several processes the first reports.
+    for request, result in zip(requests, results, strict=bool(results)):
+        names = [request.name] if isinstance(request.name, str) else request.name
+        several = len(names) > 1
+        for name in names:
             one = result | {"returns": result["returns"][name]} if several else result
-            print(stages.describe(f"skill {name!r}", one))
+            print(options.finished(f"skill {name!r}", one))
 
 
 if __name__ == "__main__":

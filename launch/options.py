@@ -1,17 +1,18 @@
 """Flags that the stages share."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
 
 from psec_jax import data as datasets
 from psec_jax import envs
-from psec_jax.cli import Member, define_config, define_seeds, define_shift
-from psec_jax.cli import members as members_of
+from psec_jax.cli import Seed, define_config, define_seeds, define_shift, seeds_of
 from psec_jax.errors import InputError
 from psec_jax.runtime import processes
-from psec_jax.workflows.demonstrations import Selection
+from psec_jax.workflows import Job, Selection
 
 CONFIG = define_config(
     "experiments/configs/dmc_walker.py:quick",
@@ -21,11 +22,13 @@ CONFIG = define_config(
 WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Folder of this run: config, versions, metrics, saves. The same command with the "
-    "same folder resumes.",
+    "Directory of this run: config, versions, metrics, saves. The same command with "
+    "the same directory resumes.",
     required=True,
 )
-LIBRARY = flags.DEFINE_string("library", "runs/library", "Folder of the skill library.")
+LIBRARY = flags.DEFINE_string(
+    "library", "runs/library", "Directory of the skill library."
+)
 SEED = flags.DEFINE_integer(
     "seed", 0, "Of parameters, batches and noise.", 0, 2**32 - 1
 )
@@ -65,13 +68,14 @@ PEER_SECONDS = flags.DEFINE_integer(
 COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache",
     None,
-    "Folder where compiled programs are kept for later runs. Default none.",
+    "Directory where compiled programs are kept for later runs. Default none.",
 )
 ENV = flags.DEFINE_string(
     "env",
     None,
-    "dm_control:DOMAIN-TASK or gymnasium:ID; default that of a named set of --data, "
-    "else the config's.",
+    "Simulator: dm_control:DOMAIN-TASK, gymnasium:ID, ...; default that of the data "
+    "where they name one, of the library's base for a skill, the config's where data "
+    "are collected.",
 )
 SHIFT = define_shift()
 DATA = flags.DEFINE_string(
@@ -126,7 +130,7 @@ EVALUATE = flags.DEFINE_bool(
 
 
 def start() -> None:
-    """What has to be done before anything runs on a device.
+    """Do what has to be done before anything runs on a device.
 
     Raises:
       InputError: processes that do not come together.
@@ -134,18 +138,46 @@ def start() -> None:
     if COMPILATION_CACHE.value is not None:
         folder = Path(COMPILATION_CACHE.value).expanduser().absolute()
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    told = (COORDINATOR.value, PROCESSES.value, PROCESS.value)
-    if DISTRIBUTED.value or told != (None, None, None):
-        processes.connect(*told, timeout=PEER_SECONDS.value)
+    cluster = (COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    if DISTRIBUTED.value or cluster != (None, None, None):
+        processes.connect(*cluster, timeout=PEER_SECONDS.value)
 
 
-def members() -> list[Member]:
+def job() -> Job:
+    """The job of --config and its fields."""
+    return Job.from_dict(CONFIG.value.to_dict())
+
+
+def seeds() -> list[Seed]:
     """The runs that --seed or --seeds stands for."""
     if SEEDS.value is None:
-        return [Member(seed=SEED.value)]
+        return [Seed(seed=SEED.value)]
     if SEED.present:
         raise InputError("--seed and --seeds were both given; choose one")
-    return members_of(SEEDS.value)
+    return seeds_of(SEEDS.value)
+
+
+def request(seed: Seed, own: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """The fields that the requests of all stages have.
+
+    Args:
+      seed: of --seed or --seeds.
+      own: fields that the command sets by itself, instead of the flags.
+    """
+    parse = {"env": env, "data": data, "selection": selection}
+    return {
+        "workdir": seed.within(WORKDIR.value),
+        "library": seed.within(LIBRARY.value),
+        "seed": seed.seed,
+        "label": seed.name,
+        **{name: value() for name, value in parse.items() if name not in own},
+        **own,
+    }
+
+
+def program() -> dict[str, Any]:
+    """How the requests are run: the mesh of devices, and where the data are."""
+    return {"mesh": MESH.value, "stream": STREAM.value}
 
 
 def env() -> str | None:
@@ -171,7 +203,7 @@ def located(name: str) -> str:
 
 
 def selection() -> Selection:
-    """Which trajectories the flags ask for."""
+    """Which trajectories the flags choose."""
     return Selection(
         best=BEST.value,
         min_return=MIN_RETURN.value,
@@ -183,3 +215,18 @@ def selection() -> Selection:
         share=SHARE.value,
         transitions=TRANSITIONS.value,
     )
+
+
+def finished(what: str, result: dict[str, Any]) -> str:
+    """One line about a finished stage."""
+    line = f"{what} is in {result['library']}"
+    if result["returns"]:
+        returns = result["returns"]
+        line += f"; return {returns['mean']:.1f} in {returns['env']}"
+        line += f" ({count_episodes(returns['returns'])})"
+    return line
+
+
+def count_episodes(returns: list[float]) -> str:
+    """1 episode, 2 episodes, ..."""
+    return f"{len(returns)} episode{'s' * (len(returns) != 1)}"

@@ -34,9 +34,9 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments import programs, stages
 from launch import options
 from psec_jax.cli import no_arguments, run
+from psec_jax.workflows import base
 
 OBJECTIVE = flags.DEFINE_string(
     "objective",
@@ -62,28 +62,19 @@ def main(argv: Sequence[str]) -> None:
     """Flags to one call."""
     no_arguments(argv)
     options.start()
-    env, data = options.env(), options.data()
-    works = {
-        member.name: stages.pretrain.work(
-            options.CONFIG.value,
-            workdir=member.place(options.WORKDIR.value),
-            library=member.place(options.LIBRARY.value),
-            seed=member.seed,
-            env=env,
-            data=data,
-            selection=options.selection(),
+    requests = [
+        base.Request(
+            **options.request(seed),
             name=NAME.value,
             objective=OBJECTIVE.value,
-            critics=member.place(CRITICS.value),
-            start=member.place(START.value),
-            evaluate_after=options.EVALUATE.value,
+            critics=seed.within_any(CRITICS.value),
+            start=seed.within_any(START.value),
+            evaluate=options.EVALUATE.value,
         )
-        for member in options.members()
-    }
-    for result in programs.together(
-        works, options.MESH.value, options.STREAM.value
-    ).values():
-        print(stages.describe(f"base {NAME.value!r}", result))
+        for seed in options.seeds()
+    ]
+    for result in base.run(options.job(), *requests, **options.program()):
+        print(options.finished(f"base {NAME.value!r}", result))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,14 @@ _PROJECT = ("launch", "experiments", "psec_jax")
 _HELP = ("--help", "-help", "-h", "-?", "--helpshort")
 _QUOTES = "\"'"
 _CONFIG_DEFAULTS: dict[str, str] = {}
+# The checkout's root: default config files are there, whatever the current directory.
+_ROOT = Path(__file__).resolve().parents[1]
+# Names of the first edition, as the beginnings of options.
+_RENAMED = {
+    "--config.diffusion.": "--config.process.",
+    "--config.critics.safety=False": "--config.critics.kinds=('reward',)",
+    "--config.critics.safety=True": "--config.critics.kinds=('reward','safety')",
+}
 _NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -85,7 +93,7 @@ def _run(
 
 
 def no_arguments(argv: Sequence[str]) -> None:
-    """Refuse what is left of the command line after the flags."""
+    """Refuse the rest of the command line after the flags."""
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}; every option is a --flag")
 
@@ -104,43 +112,47 @@ def floats(name: str, texts: Sequence[str] | None) -> list[float] | None:
     return numbers
 
 
-class Member(NamedTuple):
+class Seed(NamedTuple):
     """One of several runs of a command, which are one program.
 
     Attributes:
       name: "seed S", or "" where --seeds was not given.
       seed: S, or None.
-      folder: its folder in each of the folders given, or "".
+      folder: its directory in each of the directories given, or "".
     """
 
     name: str = ""
     seed: int | None = None
     folder: str = ""
 
-    def place(self, folder: str | None) -> Path | None:
-        """Its own part of a folder given by flag; None where none was."""
-        return None if folder is None else Path(folder, self.folder)
+    def within(self, folder: str) -> Path:
+        """Its own directory in one given by flag."""
+        return Path(folder, self.folder)
+
+    def within_any(self, folder: str | None) -> Path | None:
+        """The same of an optional flag; None where it was not given."""
+        return None if folder is None else self.within(folder)
 
 
 def define_seeds() -> flags.FlagHolder:
-    """The flag of several seeds, for `members`."""
+    """The flag of several seeds, for `seeds_of`."""
     return flags.DEFINE_list(
         "seeds",
         None,
-        "Several training seeds, such as 0,1,2, as one program: seed S has the folder "
-        "seedS in --workdir, --library and --critics.",
+        "Several training seeds, such as 0,1,2, as one program: seed S has the "
+        "directory seedS in --workdir, --library and --critics.",
     )
 
 
-def members(texts: Sequence[str] | None) -> list[Member]:
+def seeds_of(texts: Sequence[str] | None) -> list[Seed]:
     """The runs that --seeds stands for; one without a name where it was not given.
 
     Raises:
       InputError: see `seeds`.
     """
     if texts is None:
-        return [Member()]
-    return [Member(f"seed {seed}", seed, f"seed{seed}") for seed in seeds(texts)]
+        return [Seed()]
+    return [Seed(f"seed {seed}", seed, f"seed{seed}") for seed in seeds(texts)]
 
 
 def seeds(texts: Sequence[str]) -> tuple[int, ...]:
@@ -217,10 +229,12 @@ def parse(
                 f"{option}: a bucket is used through a folder where it is mounted, see "
                 "docs/launching.md"
             )
+    argv = [argv[0], *map(_today, argv[1:])]
     configs = {} if known_only else _CONFIG_DEFAULTS
     for name, default in configs.items():
         if not given(options, name):
-            argv = [argv[0], f"--{name}={default}", *argv[1:]]
+            path = default if os.path.isfile(default.split(":")[0]) else _ROOT / default
+            argv = [argv[0], f"--{name}={path}", *argv[1:]]
         # ml_collections keeps silent about a missing file until a field is read.
         for path in given(argv[1:], name):
             if not os.path.isfile(path.split(":")[0]):
@@ -231,6 +245,25 @@ def parse(
         return values(argv, known_only)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(_explain(error)) from error
+
+
+def _today(option: str) -> str:
+    """An option with the names of today, where it has those of the first edition.
+
+    Raises:
+      InputError: a config field with a "-", on which ml_collections stumbles.
+    """
+    for old, new in _RENAMED.items():
+        if option.startswith(old):
+            return new + option.removeprefix(old)
+    name, equals, _ = option.partition("=")
+    section, dot, field = name.lstrip("-").partition(".")
+    if equals and dot and section in _CONFIG_DEFAULTS and "-" in field:
+        raise InputError(
+            f"{name}: names of fields have no '-'; did you mean "
+            f"--{section}.{field.replace('-', '_')}?"
+        )
+    return option
 
 
 def given(options: Sequence[str], name: str) -> list[str]:

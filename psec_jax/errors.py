@@ -39,3 +39,16 @@ def lookup(table: Mapping[str, T], name: str, what: str) -> T:
         choices = ", ".join(sorted(table))
         raise InputError(f"unknown {what} {name!r}; choose from {choices}")
     return table[name]
+
+
+def at_least(config: object, bound: float, *fields: str) -> None:
+    """Refuse a config whose fields are below a bound.
+
+    Raises:
+      InputError: the first such field.
+    """
+    for field in fields:
+        if getattr(config, field) < bound:
+            raise InputError(
+                f"{field}: got {getattr(config, field)}, expected {bound:g} or more"
+            )

@@ -20,65 +20,67 @@ Presets (any field can be changed with --config.FIELD=VALUE):
   paper     the paper's network, batch and steps where it says them; wants a GPU or TPU
 """
 
+from dataclasses import asdict
+
 from ml_collections import ConfigDict
 
-from experiments.configs import dsrl
 from psec_jax.errors import lookup
+from psec_jax.workflows import Job
 
-QUICK = {
-    "base": {"steps": 3000, "batch_size": 128},
-    "skill": {"steps": 1000, "batch_size": 128},
-    "gate": {"steps": 200, "batch_size": 128},
-    "evaluation": {"episodes": 5},
-    "table": {"seeds": (0,), "gaussian": {"steps": 3000}},
+# There are no costs to learn from. reward_scale 0 is longest episode / (highest -
+# lowest return) of the transitions given; of a small target set that is a matter of
+# luck, so dynamics_shift sets it by the returns that scores are measured by.
+COMMON = {
+    "base.env": "gymnasium:HalfCheetah-v5",
+    "base.episodes": 0,
+    "skill.env": "gymnasium:HalfCheetah-v5",
+    "skill.episodes": 0,
+    "skill.objective": "reward",
+    "data.clip_actions": True,
+    "critics.kinds": ("reward",),
+    "evaluation.episodes": 10,
 }
-STANDARD = {
-    "network": {"width": 128},
-    "base": {"steps": 6000, "batch_size": 128},
-    "skill": {"steps": 3000, "batch_size": 128},
-    "gate": {"steps": 300, "batch_size": 128},
-    "evaluation": {"episodes": 10},
-    "table": {"seeds": (0, 1, 2), "gaussian": {"steps": 20_000}},
+SMALL = COMMON | {
+    "base.batch_size": 128,
+    "base.ema": 5e-3,
+    "skill.batch_size": 128,
+    "skill.dropout": 0.0,
+    "skill.ema": 5e-3,
+    "gate.batch_size": 128,
+    "table.cloning": {"steps": 200, "batch_size": 64},
 }
-PAPER = {
-    "base": {"steps": 1_000_000, "batch_size": 2048, "ema": 1e-3},
-    "skill": {"steps": 50_000, "batch_size": 2048, "dropout": 0.1, "ema": 1e-3},
-    "gate": {"steps": 1000, "batch_size": 2048},
-    "evaluation": {"episodes": 10},
-    "table": {"seeds": (0, 1, 2, 3, 4), "gaussian": {"steps": 1_000_000}},
+PRESETS = {
+    "quick": SMALL
+    | {
+        "base.steps": 3000,
+        "skill.steps": 1000,
+        "critics.steps": 4000,
+        "critics.batch_size": 256,
+        "gate.steps": 200,
+        "evaluation.episodes": 5,
+        "table.seeds": (0,),
+        "table.gaussian.steps": 3000,
+    },
+    "standard": SMALL
+    | {
+        "network.width": 128,
+        "base.steps": 6000,
+        "skill.steps": 3000,
+        "critics.steps": 15_000,
+        "critics.batch_size": 256,
+        "gate.steps": 300,
+        "table.seeds": (0, 1, 2),
+        "table.gaussian.steps": 20_000,
+    },
+    "paper": COMMON,
 }
-PRESETS = {"quick": QUICK, "standard": STANDARD, "paper": PAPER}
-ENV = "gymnasium:HalfCheetah-v5"
+
+
+def job(preset: str = "quick") -> Job:
+    """The job of one preset."""
+    return Job().changed({"preset": preset} | lookup(PRESETS, preset, "preset"))
 
 
 def get_config(preset: str = "quick") -> ConfigDict:
-    """The resolved config of one preset."""
-    sizes = lookup(PRESETS, preset, "preset")
-    config = dsrl.get_config(preset)
-    del config.table
-    config.update(
-        {
-            "base": {"env": ENV, "ema": 5e-3},
-            "skill": {"env": ENV, "objective": "reward", "dropout": 0.0, "ema": 5e-3},
-            "gate": {"learning_rate": 3e-4},
-            # Costs are not learned from: there are none. reward_scale: factor of
-            # rewards, 0 for longest episode / (highest - lowest return) of the
-            # transitions given. Of a small target set that is a matter of luck, so
-            # dynamics_shift sets it by the returns that scores are told by.
-            "critics": {"safety": False, "reward_scale": 0.0},
-            # Of experiments.dynamics_shift. transitions: of a target set, the paper's.
-            # gaussian: the actors and critics of BC and IQL, which are small.
-            "table": {
-                "seeds": (),
-                "transitions": 10_000,
-                "gaussian": {
-                    "steps": 0,
-                    "batch_size": 256,
-                    "learning_rate": 3e-4,
-                    "reward_temperature": 3.0,
-                },
-            },
-        }
-    )
-    config.update(sizes)
-    return config
+    """The same as a command's config."""
+    return ConfigDict(asdict(job(preset)))

@@ -1,19 +1,22 @@
-"""Data larger than a device's memory: in a file, of which every step gets its batch."""
+"""Data larger than a device's memory: rows in a file, read a batch at a time."""
 
 import functools
 import importlib.util
+import math
 import os
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from psec_jax.errors import InputError, lookup
 from psec_jax.files import reported
 from psec_jax.runtime import sharding
+from psec_jax.runtime.batches import Data, Drawn
 
 # Drawn ahead: enough to hide the reading of a batch behind the steps before it.
 _AHEAD = 4
@@ -26,40 +29,62 @@ _SHARE = 0.5
 
 
 class Stream(NamedTuple):
-    """Rows in a file, and what a training needs to draw batches from them.
+    """The data of one training with its rows in a file.
 
     Attributes:
       table: [N, W] float32, all columns side by side: one place in the file per row.
-      shapes: of one row's entry in each column, by name, in the table's order.
-      index: (key) -> Int[B], the rows of a step with this key; pure.
-      rest: what is not rows.
-      fill: (rest, {name: [B, ...]}) -> the data that the update reads; pure.
+      shapes: the pytree of the rows, each leaf the `jax.ShapeDtypeStruct` of one row's
+        entry; in the order of the table.
+      frozen: as of `Data`.
     """
 
     table: np.ndarray
-    shapes: Mapping[str, tuple[int, ...]]
-    index: Callable[[jax.Array], jax.Array]
-    rest: Any
-    fill: Callable[[Any, Mapping[str, jax.Array]], Any]
+    shapes: Any
+    frozen: Any = None
 
-    def data(self, rest: Any, batch: jax.Array) -> Any:
-        """The data of one step, from rows [B, W] of the table."""
-        columns, first = {}, 0
-        for name, shape in self.shapes.items():
-            last = first + int(np.prod(shape))
-            columns[name] = batch[:, first:last].reshape(-1, *shape)
-            first = last
-        return self.fill(rest, columns)
+    def batch(self, rows: jax.Array) -> Any:
+        """The batch of rows [B, W] of the table: the pytree with leaves [B, ...]."""
+        leaves, structure = jax.tree.flatten(self.shapes)
+        widths = np.cumsum([math.prod(leaf.shape) for leaf in leaves])
+        columns = jnp.split(rows, widths[:-1], axis=1)
+        return structure.unflatten(
+            column.reshape(-1, *leaf.shape)
+            for column, leaf in zip(columns, leaves, strict=True)
+        )
 
 
-def write_table(rows: Mapping[str, np.ndarray | jax.Array], path: Path) -> np.ndarray:
+def make_stream(data: Data, path: Path) -> Stream:
+    """The data with its rows written to a file.
+
+    Raises:
+      InputError: the file cannot be written.
+    """
+    shapes = jax.tree.map(
+        lambda column: jax.ShapeDtypeStruct(column.shape[1:], jnp.float32), data.rows
+    )
+    return Stream(write_table(jax.tree.leaves(data.rows), path), shapes, data.frozen)
+
+
+def make_streams(datas: Sequence[Data], folder: Path) -> list[Stream]:
+    """The data of several trainings in files of a folder; shared rows in one file."""
+    made: dict[tuple[int, ...], Stream] = {}
+    streams = []
+    for data in datas:
+        same = tuple(id(column) for column in jax.tree.leaves(data.rows))
+        if same not in made:
+            made[same] = make_stream(data, folder / f"{len(made)}.npy")
+        streams.append(made[same]._replace(frozen=data.frozen))
+    return streams
+
+
+def write_table(columns: Sequence[Any], path: Path) -> np.ndarray:
     """Columns [N, ...] side by side in a file, as a memory map [N, W].
 
     Raises:
       InputError: the file cannot be written.
     """
-    count = len(next(iter(rows.values())))
-    widths = [int(np.prod(np.shape(column)[1:])) for column in rows.values()]
+    count = len(columns[0])
+    widths = [math.prod(np.shape(column)[1:]) for column in columns]
     shape = (count, sum(widths))
     header = {"descr": "<f4", "fortran_order": False, "shape": shape}
     with reported(f"write {path}"):
@@ -71,7 +96,7 @@ def write_table(rows: Mapping[str, np.ndarray | jax.Array], path: Path) -> np.nd
                 part = slice(start, min(start + _CHUNK, count))
                 parts = [
                     np.asarray(column[part], "<f4").reshape(part.stop - start, -1)
-                    for column in rows.values()
+                    for column in columns
                 ]
                 file.write(np.concatenate(parts, axis=1).data)
         return np.load(path, mmap_mode="r")
@@ -87,16 +112,16 @@ def wanted(choice: str, size: int) -> bool:
     Raises:
       InputError: another choice, or grain, which reads them, is not installed.
     """
-    asked = {"yes": True, "no": False, "auto": None}
-    answer = lookup(asked, choice, "stream")
-    if answer is None:
-        answer = _is_large(size)
-    if answer and importlib.util.find_spec("grain") is None:
+    choices = {"yes": True, "no": False, "auto": None}
+    stream = lookup(choices, choice, "stream")
+    if stream is None:
+        stream = _is_large(size)
+    if stream and importlib.util.find_spec("grain") is None:
         raise InputError(
             f"stream: {size} bytes of data are to be read from a file, which takes "
             "grain; pip install grain, or the extra 'stream' of psec_jax"
         )
-    return answer
+    return stream
 
 
 def check_calls(steps_per_call: int) -> None:
@@ -113,7 +138,7 @@ def check_calls(steps_per_call: int) -> None:
 
 def _is_large(size: int) -> bool:
     stats = jax.local_devices()[0].memory_stats() or {}
-    # A CPU's devices have the host's memory and do not tell of it.
+    # A CPU's devices use the host's memory and do not report it.
     memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf(
         "SC_PHYS_PAGES"
     )
@@ -121,6 +146,7 @@ def _is_large(size: int) -> bool:
 
 
 def batches(
+    update: Drawn,
     streams: Sequence[Stream],
     keys: Sequence[jax.Array],
     layout: sharding.Layout,
@@ -129,18 +155,19 @@ def batches(
 ) -> Generator[jax.Array, None, None]:
     """The rows of steps `first` to `goal`, read ahead by grain.
 
-    The rows are those that the update would draw from data on the device: of step s
-    those of `index(fold_in(key, s))`.
+    The rows are those that the update would draw from data on the device: in step s
+    those of `update.index(fold_in(key, s), N)`.
 
     Args:
-      streams: of R members.
-      keys: of the members' whole runs.
-      layout: where members and rows of a batch lie.
+      update: says how a batch is drawn.
+      streams: of R trainings.
+      keys: of the whole trainings.
+      layout: where trainings and rows of a batch are placed.
       first: the step to begin with.
       goal: the step after the last.
 
     Yields:
-      [R, B, W] of each step; of one member [B, W].
+      [R, B, W] of each step; of one training [B, W].
 
     Raises:
       InputError: a mesh that does not divide a batch.
@@ -148,9 +175,8 @@ def batches(
     import grain  # takes seconds, and few runs need it
 
     if layout.mesh is not None:
-        size = jax.eval_shape(streams[0].index, keys[0]).shape[0]
-        sharding.check_batch(layout.mesh.shape["data"], size)
-    source = _Source(streams, keys, layout, goal)
+        sharding.check_batch(layout.mesh.shape["data"], update.batch_size)
+    source = _Source(update, streams, keys, layout, goal)
     ahead = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
     steps = grain.MapDataset.source(source).slice(slice(first, goal))
     iterator = iter(steps.to_iter_dataset(ahead))
@@ -165,6 +191,7 @@ class _Source:
 
     def __init__(
         self,
+        update: Drawn,
         streams: Sequence[Stream],
         keys: Sequence[jax.Array],
         layout: sharding.Layout,
@@ -174,7 +201,10 @@ class _Source:
         # Beside the training, not in its queue; integers are the same on all devices.
         self._host = jax.local_devices(backend="cpu")[0]
         self._keys = [jax.device_put(_local(key), self._host) for key in keys]
-        self._programs = [_index_of_block(stream.index) for stream in streams]
+        self._programs = [
+            _index_of_block(functools.partial(update.index, count=len(stream.table)))
+            for stream in streams
+        ]
         self._lock = threading.Lock()
         self._block = functools.lru_cache(_AHEAD)(self._computed)
 
@@ -188,11 +218,9 @@ class _Source:
         shape = (*index.shape, width)
 
         def part(where: tuple[slice, ...]) -> np.ndarray:
-            """The members and rows that one device asks for, and no others."""
-            members = range(len(index))[where[0]]
-            return np.stack(
-                [self._streams[r].table[index[r][where[1]]] for r in members]
-            )
+            """The trainings and rows that one device needs, and no others."""
+            runs = range(len(index))[where[0]]
+            return np.stack([self._streams[r].table[index[r][where[1]]] for r in runs])
 
         return self._layout.put_batch(shape, part)
 
@@ -217,7 +245,7 @@ def _index_of_block(
     """(key, first step) -> [_BLOCK, B], compiled once for all blocks."""
 
     def rows(key: jax.Array, first: jax.Array) -> jax.Array:
-        steps = first + jax.numpy.arange(_BLOCK, dtype=jax.numpy.int32)
+        steps = first + jnp.arange(_BLOCK, dtype=jnp.int32)
         return jax.vmap(lambda step: index(jax.random.fold_in(key, step)))(steps)
 
     return jax.jit(rows)

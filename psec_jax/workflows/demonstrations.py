@@ -1,17 +1,22 @@
-"""Demonstrations: which trajectories of which data a stage learns from."""
+"""Demonstrations: which trajectories of which data a run learns from."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from psec_jax import data as datasets
+from psec_jax import envs
+from psec_jax.agents.common import Demonstrations
 from psec_jax.data import d4rl_sets, dataset
 from psec_jax.data.trajectories import apply_filter, cut, share, split
 from psec_jax.errors import InputError
-from psec_jax.types import Dataset
+from psec_jax.policy import Policy
+from psec_jax.types import Dataset, Normaliser
 from psec_jax.workflows.collection import collect
+from psec_jax.workflows.config import DataConfig, Job
 
 
 class Selection(NamedTuple):
@@ -63,6 +68,12 @@ class Selection(NamedTuple):
         )
         return ds if self.transitions is None else cut(ds, self.transitions)
 
+    @classmethod
+    def best_of_safe(cls, job: Job) -> Self:
+        """Of the trajectories within the cost limit those of high return: a gate's."""
+        quantile = job.table.return_quantile
+        return cls(max_cost=job.cost_limit, return_quantile=quantile)
+
     def reads_costs(self) -> bool:
         """Whether data without costs cannot be chosen from."""
         return self.max_cost is not None or self.cost_quantile is not None
@@ -107,8 +118,8 @@ class Demos(NamedTuple):
 
 
 def load_demos(
-    config: ConfigDict,
-    env: str,
+    config: DataConfig,
+    env: str | None,
     episodes: int,
     path: str | None = None,
     selection: Selection = FIRST,
@@ -117,11 +128,11 @@ def load_demos(
     """`episodes` trajectories of a file, or of a fresh collection.
 
     Args:
-      config: its `data` section says how to collect.
-      env: environment the demonstrations are of.
+      config: how to collect and read.
+      env: environment the demonstrations are of; None where nobody named it.
       episodes: trajectories; 0 takes all that a file has.
       path: an HDF5 file, an episode file or a folder of them, or a set's name; None
-        collects with `config.data.policy` in `env`, or uses what was collected before.
+        collects with `config.policy` in `env`, or uses what was collected before.
       selection: by default the first ones.
       with_costs: refuse data without costs.
 
@@ -129,26 +140,32 @@ def load_demos(
       InputError: the data cannot be used.
     """
     if path is None:
+        if env is None:
+            raise InputError("data: neither data nor an environment to collect in")
         if episodes < 1:
             raise InputError(
                 f"episodes: got {episodes}, expected 1 or more to collect in {env}"
             )
+        seed = config.seeds.get(env, 0)
         path = str(
-            collect(
-                env,
-                config.data.policy,
-                max(episodes, 10),
-                config.data.seeds.get(env, 0),
-                config.data.action_noise,
-            )
+            collect(env, config.policy, max(episodes, 10), seed, config.action_noise)
         )
     ds, attrs = datasets.read(
         path,
-        clip_actions=config.data.clip_actions,
+        clip_actions=config.clip_actions,
         with_costs=with_costs or selection.reads_costs(),
     )
-    check_robot(env, known_env(path) or str(attrs.get("environment", "")), path)
+    if env is not None:
+        check_robot(env, known_env(path) or str(attrs.get("environment", "")), path)
     return Demos(selection.of(ds, episodes, path), path, selection)
+
+
+Load = Callable[..., Demos]
+
+
+def loader(config: DataConfig) -> Load:
+    """`load_demos` with this config, which reads what is the same only once."""
+    return functools.cache(functools.partial(load_demos, config))
 
 
 def check_robot(env: str, other: str, owner: str) -> None:
@@ -170,3 +187,45 @@ def check_robot(env: str, other: str, owner: str) -> None:
 def known_env(data: str | None) -> str | None:
     """The simulator of a known set; None for other data."""
     return None if data is None else datasets.environment(data)
+
+
+def demonstrations(
+    demos: Demos, normaliser: Normaliser, horizon: int
+) -> Demonstrations:
+    """What cloning reads: normalised observations and chunks of `horizon` actions."""
+    obs = np.asarray(normaliser(demos.dataset.obs))
+    return Demonstrations(obs, np.asarray(dataset.windows(demos.dataset, horizon)))
+
+
+def check_env(env: str, demos: Demos) -> None:
+    """Refuse demonstrations whose sizes are not the environment's.
+
+    Raises:
+      InputError: other sizes, or an environment that cannot be made.
+    """
+    made = envs.make(env)
+    made.close()
+    check_sizes(demos, made.obs_dim, made.action_dim, env)
+
+
+def check_fit(demos: Demos, policy: Policy) -> None:
+    """Refuse demonstrations whose sizes are not the base's."""
+    obs_dim = len(policy.params.normaliser.mean)
+    check_sizes(demos, obs_dim, policy.config.action_dim, "the library's base")
+
+
+def check_sizes(demos: Demos, obs_dim: int, action_dim: int, owner: str) -> None:
+    """Refuse demonstrations of other sizes than their owner's.
+
+    Raises:
+      InputError: both sizes.
+    """
+    for what, got, expected in (
+        ("observations", demos.dataset.obs, obs_dim),
+        ("actions", demos.dataset.action, action_dim),
+    ):
+        if got.shape[1] != expected:
+            raise InputError(
+                f"{demos.source}: {what} have {got.shape[1]} numbers, "
+                f"{owner} expects {expected}"
+            )

@@ -1,0 +1,359 @@
+"""A gate over skills of a library: its supports are fitted, its head is trained."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from psec_jax import support
+from psec_jax.agents import gate as agent
+from psec_jax.agents.gate import GateTrainConfig
+from psec_jax.composition import PolicyParams
+from psec_jax.data import dataset
+from psec_jax.errors import InputError, lookup
+from psec_jax.gating import BOUNDED_HEADS, GateConfig, init_gate
+from psec_jax.library import SkillLibrary
+from psec_jax.policy import Policy, compose, load_skills
+from psec_jax.runtime import processes
+from psec_jax.runtime.batches import Drawn
+from psec_jax.runtime.run import versions
+from psec_jax.types import Normaliser, Params
+from psec_jax.workflows import multirun
+from psec_jax.workflows.config import Job, part
+from psec_jax.workflows.demonstrations import (
+    FIRST,
+    Demos,
+    Load,
+    Selection,
+    check_env,
+    check_fit,
+    demonstrations,
+    loader,
+)
+from psec_jax.workflows.multirun import Plan, Published, Trained
+
+
+@dataclass(frozen=True)
+class Request:
+    """A gate to be made.
+
+    Attributes:
+      workdir: the run's directory.
+      library: directory of an existing library.
+      name: of the gate.
+      skills: names, in order of priority.
+      seed: of the head, batches and noise.
+      env: the target's environment; default that of skills[0].
+      data: the target's demonstrations; default collects.
+      selection: which of them.
+      support_data: demonstrations of each skill, for a support; default collects again
+        what the skill's card names.
+      base_data: the base's demonstrations, shown to a learned support as states of
+        other behaviour; default collects again what the base's card names.
+      alpha: weights the head starts from (a constant head keeps them); default by
+        `job.gate.start`.
+      evaluate: roll the composition out.
+      label: put before messages, such as "seed 3".
+    """
+
+    workdir: str | Path
+    library: str | Path
+    name: str
+    skills: Sequence[str]
+    seed: int = 0
+    env: str | None = None
+    data: str | None = None
+    selection: Selection = FIRST
+    support_data: Sequence[str] = ()
+    base_data: str | None = None
+    alpha: Sequence[float] | None = None
+    evaluate: bool = True
+    label: str = ""
+
+
+def run(
+    job: Job, *requests: Request, mesh: str | None = None, stream: str = "auto"
+) -> list[dict[str, Any]]:
+    """Make the gate of each request, as one program; returns the runs' results.
+
+    A result has the training's "summary" (None of a constant head), the "returns" of
+    the roll-out, if any, and the "library".
+
+    Args:
+      job: its `gate` and `support` sections are used, and `skill.episodes`.
+      *requests: one or several, which differ in seeds, data or directories.
+      mesh: sizes of a mesh of devices, see `sharding.make_mesh`; None is one device.
+      stream: whether data stay in files, see `streaming.wanted`.
+
+    Raises:
+      InputError: bad data, unknown names, a workdir of another run, or a name that
+        another run took.
+    """
+    with processes.first_before_others():
+        load = loader(job.data)
+        plans = [plan(job, request, load) for request in requests]
+    trained = multirun.train(plans, job.run, mesh, stream)
+    return multirun.finish(trained, publish, job.evaluation)
+
+
+def plan(job: Job, request: Request, load: Load) -> Plan:
+    """What a request trains; no directory is touched.
+
+    Raises:
+      InputError: skills, weights or data that do not fit.
+    """
+    if not request.skills:
+        raise InputError("skills: got none, expected the names of one or more")
+    section = job.gate
+    policy, stacked, strength, cards = load_skills(request.library, request.skills)
+    env = request.env or cards[0].get("env")
+    if env is None and request.data is None:
+        raise InputError(
+            f"env: the card of skill {request.skills[0]!r} names no environment; give "
+            "one"
+        )
+    config = _config(job, policy, len(request.skills))
+    form = config.policy.gate
+    assert form is not None
+    start = start_weights(
+        section.start, section.head, strength, form.base_member, request.alpha
+    )
+    demos = load(env, job.skill.episodes, request.data, request.selection)
+    check_fit(demos, policy)
+    if request.data and request.evaluate and env is not None:
+        check_env(env, demos)
+    skill_demos: list[Demos] = []
+    background = None
+    if section.support != "none":
+        skill_demos = _skill_demos(load, cards, request.support_data)
+    if section.support == "learned":
+        card = SkillLibrary.open(request.library).card("base", "base")
+        background = _card_demos(load, "base", card, request.base_data, "base_data")
+        check_fit(background, policy)
+    normaliser = policy.params.normaliser
+    init_key, train_key = jax.random.split(jax.random.key(request.seed))
+
+    @functools.cache
+    def fresh() -> Params:
+        fitted = None
+        if skill_demos:
+            fitted = fit_support(
+                job.support, section.support, skill_demos, background, normaliser
+            )
+        return init_gate(form, init_key, len(normaliser.mean), start, fitted)
+
+    def start_training() -> tuple[Any, Any]:
+        gate, base = fresh(), policy.params.base
+        frozen = PolicyParams(base, normaliser, stacked, strength, gate)
+        return agent.init(config, gate), frozen
+
+    learned = section.head != "constant"
+    return Plan(
+        kind="gate",
+        names=(request.name,),
+        workdir=Path(request.workdir),
+        library=Path(request.library),
+        record={
+            "name": request.name,
+            "seed": request.seed,
+            "env": env,
+            "data": demos.card(),
+            "skills": list(request.skills),
+            "skill_fingerprints": [card["fingerprint"] for card in cards],
+            "support_data": [d.card() for d in skill_demos],
+            "base_data": background.card() if background else None,
+            "start_weights": np.asarray(start).tolist(),
+            "gate": dataclasses.asdict(section),
+            "support": dataclasses.asdict(job.support),
+        },
+        update=Drawn(agent.update, config, config.batch_size) if learned else None,
+        rows=demonstrations(demos, normaliser, policy.config.process.horizon),
+        start=start_training,
+        key=train_key,
+        steps=section.steps,
+        stage="gate",
+        env=env if request.evaluate else None,
+        label=request.label,
+        content=Content(fresh, form, section.level, demos, cards),
+    )
+
+
+class Content(NamedTuple):
+    """What a trained gate is published with.
+
+    Attributes:
+      fresh: makes its parameters before training.
+      form: of the gate.
+      level: at which skills are composed.
+      demos: the target's demonstrations.
+      cards: of the skills.
+    """
+
+    fresh: Callable[[], Params]
+    form: GateConfig
+    level: str
+    demos: Demos
+    cards: Sequence[Mapping[str, Any]]
+
+
+def publish(trained: Trained) -> Published:
+    """Put the gate into its library."""
+    plan, content = trained.plan, trained.plan.content
+    gate = content.fresh()
+    if trained.state is not None:
+        gate = gate | {"head": trained.state.params}
+    [name] = plan.names
+    SkillLibrary.open(plan.library).add_gate(
+        name,
+        gate,
+        {
+            "skills": plan.record["skills"],
+            "level": content.level,
+            "gate": dataclasses.asdict(content.form),
+            "env": plan.record["env"],
+            "data": content.demos.card(),
+            "returns": None,
+            "steps": 0 if trained.state is None else plan.steps,
+            "base_fingerprint": content.cards[0]["base_fingerprint"],
+            "skill_fingerprints": plan.record["skill_fingerprints"],
+            "config": trained.run.config,
+            "versions": versions(),
+        },
+        overwrite=True,
+    )
+    return Published({name: compose(plan.library, gate=name)})
+
+
+def _config(job: Job, policy: Policy, skills: int) -> GateTrainConfig:
+    """The composed policy with the gate's form, and how its head is trained."""
+    section = job.gate
+    base_member = section.level != "parameter"
+    count = skills + base_member
+    if section.head == "topk" and section.top_k > count:
+        raise InputError(
+            f"gate.top_k: got {section.top_k}, expected {count} or less for {skills} "
+            f"skills at the {section.level} level"
+        )
+    loss = section.loss
+    if loss == "auto":
+        loss = "diffusion" if section.level == "parameter" else "cloning"
+    composed = dataclasses.replace(
+        policy.config,
+        level=section.level,
+        gate=part(GateConfig, section, base_member=base_member),
+    )
+    return GateTrainConfig(
+        policy=composed,
+        loss=loss,
+        optimiser=section.optimiser,
+        batch_size=section.batch_size,
+        compat=section.compat,
+    )
+
+
+def fit_support(
+    config: support.SupportConfig,
+    form: str,
+    skill_demos: Sequence[Demos],
+    background: Demos | None,
+    normaliser: Normaliser,
+) -> Params:
+    """The support of each skill from its own demonstrations; see `psec_jax.support`."""
+    obs = [np.asarray(normaliser(d.dataset.obs)) for d in skill_demos]
+    trajectories = [
+        [states[rows] for rows in dataset.episode_slices(d.dataset)]
+        for states, d in zip(obs, skill_demos, strict=True)
+    ]
+    states = obs[0][:0]
+    if background is not None:
+        states = np.asarray(normaliser(background.dataset.obs))
+    fit = lookup(support.FITS, form, "gate.support")
+    return fit(config, trajectories, states)
+
+
+def start_weights(
+    start: str,
+    head: str,
+    strength: jax.Array,
+    base_member: bool,
+    alpha: Sequence[float] | None = None,
+) -> jax.Array:
+    """Weights a gate's head starts from.
+
+    "strength": at the parameter level the first skill at its training strength, the
+    others at 0; at the noise and action levels weight 1 on the first skill, 0 on the
+    base and the others. "zero": all 0, at the noise and action levels 1 on the base:
+    both mean the base alone. Bounded heads take their largest values instead: every
+    skill's strength, or 1 for each weight at the noise and action levels.
+
+    Raises:
+      InputError: an unknown name, another number of weights, or no weights for a
+        constant head over several skills, which would leave all but the first out.
+    """
+    count = len(strength) + base_member
+    if alpha is not None:
+        if len(alpha) != count:
+            raise InputError(f"alpha: got {len(alpha)} weights, expected {count}")
+        return jnp.asarray(alpha, jnp.float32)
+    if head in BOUNDED_HEADS:
+        return jnp.ones(count) if base_member else strength
+    if head == "constant" and len(strength) > 1:
+        raise InputError(
+            f"alpha: a constant head over {len(strength)} skills needs {count} weights"
+            f"{', the first for the base' if base_member else ''}"
+        )
+    starts = {
+        "strength": (0.0, 1.0) if base_member else (strength[0],),
+        "zero": (1.0,) if base_member else (0.0,),
+    }
+    first = lookup(starts, start, "gate.start")
+    return jnp.zeros(count).at[: len(first)].set(jnp.asarray(first))
+
+
+def _skill_demos(
+    load: Load, cards: Sequence[Mapping[str, Any]], paths: Sequence[str]
+) -> list[Demos]:
+    """Each skill's own demonstrations, checked against its card."""
+    if paths and len(paths) != len(cards):
+        raise InputError(
+            f"support_data: got {len(paths)} files for {len(cards)} skills"
+        )
+    loaded = []
+    for i, card in enumerate(cards):
+        what, path = f"skill {card['name']!r}", paths[i] if paths else None
+        demos = _card_demos(load, what, card, path, "support_data")
+        trajectories = demos.card()["trajectories"]
+        if trajectories < 2:
+            raise InputError(
+                f"{what} was learned from {trajectories} trajectory, a support needs 2 "
+                "or more to find its scale"
+            )
+        known = card.get("data")
+        if known and demos.card()["fingerprint"] != known["fingerprint"]:
+            raise InputError(
+                f"{demos.source}: not the data {what} was learned from (fingerprint "
+                f"{demos.card()['fingerprint']}, expected {known['fingerprint']}); "
+                "name it with --support_data"
+            )
+        loaded.append(demos)
+    return loaded
+
+
+def _card_demos(
+    load: Load, what: str, card: Mapping[str, Any], path: str | None, flag: str
+) -> Demos:
+    """The demonstrations a card names, from a file or collected again."""
+    known = card.get("data")
+    if path is None and not (known and card.get("env")):
+        raise InputError(
+            f"{what}: its card names no data to collect again; give --{flag}"
+        )
+    trajectories = known["trajectories"] if known else 0
+    selection = Selection(**(known or {}).get("selection", {}))
+    return load(card.get("env"), trajectories, path, selection)
