@@ -15,18 +15,21 @@ import jax
 import numpy as np
 import pytest
 import short
+import stages
 from shell import call
 
-from experiments import programs, stages, table2
+from experiments import table2
 from experiments.configs.dmc_walker import get_config
 from psec_jax import tree
 from psec_jax.data import d4rl, dataset
 from psec_jax.envs.vector import VectorEnv
-from psec_jax.errors import Stopped
+from psec_jax.errors import InputError, Stopped
 from psec_jax.evaluation import evaluate
 from psec_jax.library import SkillLibrary
-from psec_jax.runtime.training import train_together
+from psec_jax.runtime import loop
+from psec_jax.runtime.loop import train
 from psec_jax.types import Dataset
+from psec_jax.workflows import demonstrations, multirun
 from psec_jax.workflows.collection import collect
 from psec_jax.workflows.demonstrations import FIRST, load_demos
 
@@ -88,7 +91,7 @@ def walk(place):
 def library(stand, walk):
     """A library with a base and the skills walk and run, made without evaluation."""
     run = short.SPEC.format("run")
-    options = {"library": "lib", "seed": 0, "evaluate_after": False}
+    options = {"library": "lib", "seed": 0, "evaluate": False}
     stages.pretrain(tiny(), workdir="lib_base", data=stand, **options)
     for name, env, data in (
         ("walk", SKILL, walk),
@@ -114,7 +117,7 @@ def quick_starts(environments, monkeypatch):
     def quick(act, env, episodes, seed):
         return evaluate(act, env, episodes, seed, vector_env=environments(env))
 
-    monkeypatch.setattr(programs, "evaluate", quick)
+    monkeypatch.setattr(multirun, "evaluate", quick)
     monkeypatch.setattr(table2, "evaluate", quick)
 
 
@@ -237,14 +240,14 @@ def test_compositions(library, stand, walk, quick_starts, level, head, support):
     assert (result["summary"] is None) == (head == "constant")
 
 
-def test_demonstrations_of_a_support_are_collected_again(library, walk, monkeypatch):
+def test_demonstrations_a_support_are_collected_again(library, walk, monkeypatch):
     asked = []
 
     def collected(config, env, episodes, path, selection, with_costs):
         asked.append((env, episodes, path, selection))
         return load_demos(config, env, episodes, path or walk, selection, with_costs)
 
-    monkeypatch.setattr(programs, "load_demos", collected)
+    monkeypatch.setattr(demonstrations, "load_demos", collected)
     changes = {"gate.head": "constant", "gate.support": "neighbour"}
     stages.compose(
         tiny(**changes),
@@ -253,7 +256,7 @@ def test_demonstrations_of_a_support_are_collected_again(library, walk, monkeypa
         seed=0,
         name="again",
         skills=["walk"],
-        evaluate_after=False,
+        evaluate=False,
     )
     # Those of the target are the same, and are there already.
     assert asked == [(SKILL, 2, None, FIRST)]
@@ -293,13 +296,13 @@ def test_a_stopped_stage_goes_on_to_the_same_result(library, stand, monkeypatch)
             if step == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        return train_together(*arguments, **options, on_save=stop)
+        return train(*arguments, **options, on_save=stop)
 
     config = tiny(**{"base.steps": 4})
-    options = {"seed": 0, "data": stand, "evaluate_after": False}
+    options = {"seed": 0, "data": stand, "evaluate": False}
     stages.pretrain(config, workdir="whole", library="whole_lib", **options)
     with monkeypatch.context() as patch:
-        patch.setattr(programs, "train_together", stopped_at_2)
+        patch.setattr(loop, "train", stopped_at_2)
         with pytest.raises(Stopped, match="stopped by SIGTERM at step 2"):
             stages.pretrain(config, workdir="halves", library="halves_lib", **options)
     assert not Path("halves/result.json").exists()
@@ -318,8 +321,8 @@ def test_a_finished_stage_is_not_run_again(library, walk, monkeypatch):
 
     versions = Path("lib_walk/versions.json")
     versions.write_text("{}")
-    monkeypatch.setattr(programs, "train_together", never)
-    options = {"seed": 0, "name": "walk", "env": SKILL, "evaluate_after": False}
+    monkeypatch.setattr(loop, "train", never)
+    options = {"seed": 0, "name": "walk", "env": SKILL, "evaluate": False}
     result = stages.expand(
         tiny(), workdir="lib_walk", library="lib", data=walk, **options
     )
@@ -328,7 +331,7 @@ def test_a_finished_stage_is_not_run_again(library, walk, monkeypatch):
 
 
 def test_a_changed_config_is_refused_by_field(library, walk):
-    with pytest.raises(stages.InputError) as caught:
+    with pytest.raises(InputError) as caught:
         stages.expand(
             tiny(**{"skill.rank": 4, "skill.learning_rate": 1e-4}),
             workdir="lib_walk",

@@ -18,17 +18,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import stages
 
-from experiments import programs, stages
 from experiments.configs.dsrl import get_config
 from experiments.tools import faults
 from psec_jax.errors import InputError, Stopped, TrainingError
 from psec_jax.files import read_json, recover
 from psec_jax.library import SkillLibrary
-from psec_jax.runtime import metrics, streaming
+from psec_jax.runtime import loop, metrics, streaming
 from psec_jax.runtime.checkpoint import Checkpoints
+from psec_jax.runtime.loop import train
 from psec_jax.runtime.run import open_run
-from psec_jax.runtime.training import train_together
 
 ROOT = Path(__file__).parents[1]
 RATES = {
@@ -73,7 +73,7 @@ def go(stage, library, workdir, **changes):
     options |= {"data": "demos.hdf5"}
     if stage == "critics":
         return stages.train_critics(config, **options)
-    options["evaluate_after"] = False
+    options["evaluate"] = False
     if stage == "pretrain":
         return stages.pretrain(config, **options)
     if stage == "compose":
@@ -119,11 +119,11 @@ def replaced_while(monkeypatch, change):
     """Training that is followed by a change of the library by someone else."""
 
     def changing(*arguments, **options):
-        result = train_together(*arguments, **options)
+        result = train(*arguments, **options)
         change()
         return result
 
-    monkeypatch.setattr(programs, "train_together", changing)
+    monkeypatch.setattr(loop, "train", changing)
 
 
 def test_base_replaced_under_a_running_expand(library, monkeypatch):
@@ -219,11 +219,7 @@ def test_workdir_that_becomes_read_only_keeps_its_saves(library, monkeypatch):
             if step == 4:
                 read_only(patch, run)
 
-        patch.setattr(
-            programs,
-            "train_together",
-            functools.partial(train_together, on_save=remounted),
-        )
+        patch.setattr(loop, "train", functools.partial(train, on_save=remounted))
         # The save before may still be on its way.
         message = "cannot save step [34] .*: Read-only file system; last good save: st"
         with pytest.raises(InputError, match=message) as caught:
@@ -242,9 +238,7 @@ def test_stage_with_nothing_left_to_train_tells_the_same(library, monkeypatch):
     expected = go("critics", library, library.parent / "whole")
     run = library.parent / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(
-            programs, "train_together", functools.partial(train_together, on_save=stop)
-        )
+        patch.setattr(loop, "train", functools.partial(train, on_save=stop))
         with pytest.raises(Stopped, match="SIGTERM at step 2; last good save: step 2"):
             go("critics", library, run)
     for resumed_at in (2, 4):

@@ -12,38 +12,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import stages
 import tiny
 from shell import call
 from test_training import fails_at, fresh, update
 from tiny_env import SPEC
 
-from experiments import programs, results, stages, table2
+from experiments import results, table2
 from experiments.configs import dmc_walker, dsrl
 from psec_jax import tree
-from psec_jax.agents.common import (
-    TrainData,
-    draw,
-    draw_index,
-    pad_rows,
-    row_count,
-)
+from psec_jax.agents.common import Demonstrations
 from psec_jax.agents.critic_file import load as load_critics
 from psec_jax.data import d4rl
 from psec_jax.errors import InputError, Stopped, TrainingError
 from psec_jax.evaluation import evaluate, evaluate_together
 from psec_jax.library import SkillLibrary
 from psec_jax.policy import Policy, act_together, alike, load_base
-from psec_jax.runtime import metrics
+from psec_jax.runtime import batches, loop, metrics
+from psec_jax.runtime.batches import Data, Drawn
 from psec_jax.runtime.checkpoint import Checkpoints
+from psec_jax.runtime.loop import LoopConfig, train
 from psec_jax.runtime.run import open_run
-from psec_jax.runtime.training import Member, train, train_together
+from psec_jax.runtime.runs import Training
 from psec_jax.types import Dataset
+from psec_jax.workflows import demonstrations as demonstrations_module
+from psec_jax.workflows import multirun
 from psec_jax.workflows.demonstrations import load_demos
+from psec_jax.workflows.multirun import Plan
 
 ROOT = Path(__file__).parents[1]
 # What batched products round otherwise, after a few steps of a rate of 1e-3.
 CLOSE = functools.partial(tiny.assert_trees_close, atol=2e-5, rtol=1e-4)
-OPTIONS = {"log_every": 1, "save_every": 2, "progress": False}
+OPTIONS = {"config": LoopConfig(1, 2), "progress": False}
 TINY = {
     "network.width": 16,
     "network.blocks": 1,
@@ -137,10 +137,10 @@ def data_of(seed):
     return np.random.default_rng(seed).normal(size=(50, 4)).astype(np.float32)
 
 
-def members(folder, count=3, data=None):
-    """Members that start from the same state, with keys and runs of their own."""
+def trainings(folder, count=3, data=None):
+    """Trainings that start from the same state, with keys and runs of their own."""
     return [
-        Member(
+        Training(
             fresh(),
             data_of(r) if data is None else data,
             jax.random.key(r),
@@ -151,26 +151,25 @@ def members(folder, count=3, data=None):
     ]
 
 
-def single(member, run=None, steps=4):
-    return train(
-        update, member.state, member.data, member.key, run=run, steps=steps, **OPTIONS
-    )
+def single(training, run=None, steps=4):
+    [result] = train(update, [training._replace(run=run)], steps=steps, **OPTIONS)
+    return result
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_members_are_what_they_are_alone(tmp_path, shared):
-    several = members(tmp_path, data=data_of(0) if shared else None)
-    results = train_together(update, several, steps=4, **OPTIONS)
-    for member, (state, summary) in zip(several, results, strict=True):
-        run = open_run(tmp_path / f"alone{member.name[-1]}", "base")
-        expected, plain = single(member, run)
+def test_trainings_are_what_they_are_alone(tmp_path, shared):
+    several = trainings(tmp_path, data=data_of(0) if shared else None)
+    results = train(update, several, steps=4, **OPTIONS)
+    for training, (state, summary) in zip(several, results, strict=True):
+        run = open_run(tmp_path / f"alone{training.name[-1]}", "base")
+        expected, plain = single(training, run)
         CLOSE(state, expected)
         assert summary.keys() == plain.keys() and summary["steps"] == 4
-        lines, wanted = metrics.read(member.run), metrics.read(run)
+        lines, wanted = metrics.read(training.run), metrics.read(run)
         assert [line["step"] for line in lines] == [1, 2, 3, 4]
         for line, other in zip(lines, wanted, strict=True):
             assert line["loss/base"] == pytest.approx(other["loss/base"], rel=1e-4)
-        with closing(Checkpoints(member.run.checkpoints)) as saves:
+        with closing(Checkpoints(training.run.checkpoints)) as saves:
             assert saves.last == 4
             tiny.assert_trees_equal(saves.restore(fresh()), state)
     # Each goes on alone, where it stands.
@@ -179,72 +178,74 @@ def test_members_are_what_they_are_alone(tmp_path, shared):
     CLOSE(longer, single(several[1], steps=6)[0])
 
 
-def test_members_that_stand_behind_catch_up(tmp_path, capsys):
-    several = members(tmp_path)
+def test_trainings_that_are_behind_catch_up(tmp_path, capsys):
+    several = trainings(tmp_path)
     single(several[0], several[0].run, steps=4)
     single(several[2], several[2].run, steps=2)
-    results = train_together(update, several, steps=6, **OPTIONS | {"progress": True})
-    for member, (state, summary), at in zip(several, results, (4, 0, 2), strict=True):
-        CLOSE(state, single(member, steps=6)[0])
+    results = train(update, several, steps=6, **OPTIONS | {"progress": True})
+    for training, (state, summary), at in zip(several, results, (4, 0, 2), strict=True):
+        CLOSE(state, single(training, steps=6)[0])
         assert (summary["resumed_at"], summary["steps"]) == (at, 6 - at)
-        lines = metrics.read(member.run)
+        lines = metrics.read(training.run)
         assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     told = capsys.readouterr().err
     assert "seed 0: base  resumed at step 4" in told
     assert "base  step 2/2" in told and "base x 3  step 6/6" in told
-    again = train_together(update, several, steps=6, **OPTIONS)
+    again = train(update, several, steps=6, **OPTIONS)
     assert [summary["steps"] for _, summary in again] == [0, 0, 0]
 
 
-def test_not_finite_member_is_named(tmp_path):
+def test_not_finite_training_is_named(tmp_path):
     def failing(state, data, key):
         new, scalars = update(state, data, key)
         poisoned = fails_at(3)(state, data, key)[1]["loss/base"]
         bad = jnp.any(data > 1e6)
         return new, {"loss/base": jnp.where(bad, poisoned, scalars["loss/base"])}
 
-    several = members(tmp_path)
+    several = trainings(tmp_path)
     data = np.array(several[1].data)
     data[0, 0] = 1e7
     several[1] = several[1]._replace(data=data)
     message = "seed 1: loss/base is not finite between steps 2 and 3; .* step 2"
     with pytest.raises(TrainingError, match=message):
-        train_together(failing, several, steps=4, **OPTIONS)
+        train(failing, several, steps=4, **OPTIONS)
 
 
-def test_a_signal_saves_every_member(tmp_path):
+def test_a_signal_saves_every_training(tmp_path):
     def stop(step, states):
         assert len(states) == 3
         os.kill(os.getpid(), signal.SIGTERM)
 
-    several = members(tmp_path)
+    several = trainings(tmp_path)
     options = OPTIONS | {"on_save": stop}
     with pytest.raises(Stopped, match="at step 2; last good save: step 2"):
-        train_together(update, several, steps=10, **options)
-    results = train_together(update, several, steps=4, **OPTIONS)
-    for member, (state, summary) in zip(several, results, strict=True):
+        train(update, several, steps=10, **options)
+    results = train(update, several, steps=4, **OPTIONS)
+    for training, (state, summary) in zip(several, results, strict=True):
         assert summary["resumed_at"] == 2
-        CLOSE(state, single(member)[0])
+        CLOSE(state, single(training)[0])
 
 
-def test_members_that_do_not_fit_are_refused(tmp_path):
-    with pytest.raises(InputError, match="members: got 0"):
-        train_together(update, [], steps=1, **OPTIONS)
-    short = Member(fresh(), data_of(0)[:9], jax.random.key(0))
-    with pytest.raises(InputError, match=r"data of the members have shapes"):
-        train_together(update, [*members(None), short], steps=1, **OPTIONS)
-    same = members(tmp_path)[:1] * 2
+def test_trainings_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(InputError, match="trainings: got 0"):
+        train(update, [], steps=1, **OPTIONS)
+    short = Training(fresh(), data_of(0)[:9], jax.random.key(0))
+    with pytest.raises(InputError, match=r"data of the trainings have shapes"):
+        train(update, [*trainings(None), short], steps=1, **OPTIONS)
+    same = trainings(tmp_path)[:1] * 2
     with pytest.raises(InputError, match="in use by another process"):
-        train_together(update, same, steps=1, **OPTIONS)
+        train(update, same, steps=1, **OPTIONS)
 
 
 def test_padding_changes_no_batch():
-    data = TrainData(tiny.normal(7, 3), tiny.normal(7, 2, seed=1))
-    padded = pad_rows(data, 40)
-    assert padded.obs.shape == (40, 3) and not padded.obs[7:].any()
+    data = Data(Demonstrations(tiny.normal(7, 3), tiny.normal(7, 2, seed=1)))
+    padded = batches.pad(data, 40)
+    assert padded.rows.obs.shape == (40, 3) and not padded.rows.obs[7:].any()
+    step = Drawn(lambda config, state, batch, frozen, key: (batch, {}), None, 64)
     for key in tiny.keys(5):
-        index = [draw_index(key, 64, row_count(d)) for d in (data, padded)]
-        tiny.assert_trees_equal(draw(index[1], padded), draw(index[0], data))
+        tiny.assert_trees_equal(step(None, padded, key), step(None, data, key))
+    assert batches.of_one_length([data, padded])[1] is not padded
+    assert batches.of_one_length([data, data])[0] is data
 
 
 def test_bases(bases, alone):
@@ -279,7 +280,7 @@ def test_a_seed_more(bases, monkeypatch):
     done("launch.pretrain", *flags, "--workdir=base", "--seeds=1,2,3", "--mesh=data:8")
     assert Path("base/seed1/result.json").read_text() == before
     assert (Path("lib/seed2") / "base" / "base.json").is_file()
-    monkeypatch.setattr(programs, "train_together", None)
+    monkeypatch.setattr(loop, "train", None)
     again = ("--workdir=base/seed2", "--library=lib/seed2", "--seed=2", *flags[1:])
     done("launch.pretrain", *again)
 
@@ -294,7 +295,7 @@ def test_skills_of_several_seeds(bases, alone):
         seed=1,
         name="walk",
         data="a.hdf5",
-        evaluate_after=False,
+        evaluate=False,
     )
     CLOSE(entry("lib/seed1", "skill", "walk"), entry("alone", "skill", "walk"))
     # A gate over them: everything that is frozen is the seed's own.
@@ -334,7 +335,7 @@ def test_skills_from_data_of_different_length(alone):
             seed=5,
             name=f"{name}2",
             data=data,
-            evaluate_after=False,
+            evaluate=False,
         )
         CLOSE(entry("alone", "skill", name), entry("alone", "skill", f"{name}2"))
         assert Path("tasks", name, "result.json").is_file()
@@ -372,7 +373,7 @@ def test_skills_and_critics_of_several_seeds(bases, alone, shared):
         seed=1,
         name=name,
         data="a.hdf5",
-        evaluate_after=False,
+        evaluate=False,
         **more,
     )
     CLOSE(entry("lib/seed1", "skill", name), entry("alone", "skill", name))
@@ -452,36 +453,48 @@ def test_skills_that_do_not_go_together(alone):
 
 
 def test_what_is_not_alike_is_no_program():
-    def asking(state, steps, rank=1):
-        step = functools.partial(update, rank)
-        yield programs.Train(
-            step, step, state, data_of(0), jax.random.key(0), None, steps, "", {}
+    def plan(label, state, steps, rank=1):
+        return Plan(
+            kind="critics",
+            names=(),
+            workdir=Path("unlike", label),
+            library=Path("lib"),
+            record={},
+            update=Drawn(update, rank, 8),
+            rows=data_of(0),
+            start=lambda: (state, None),
+            key=jax.random.key(0),
+            steps=steps,
+            stage="",
+            label=label,
         )
 
     wide = fresh()._replace(params={"layer": {"kernel": jnp.ones((5, 5))}})
-    for other in (asking(wide, 2), asking(fresh(), 3), asking(fresh(), 2, rank=2)):
-        works = {"seed 1": asking(fresh(), 2), "seed 3": other}
+    for other in ((wide, 2), (fresh(), 3), (fresh(), 2, 2)):
+        plans = [plan("seed 1", fresh(), 2), plan("seed 3", *other)]
         message = "seed 3 cannot be trained in one program with seed 1"
         with pytest.raises(InputError, match=message):
-            programs.together(works)
+            multirun.train(plans, LoopConfig())
 
 
 def test_equal_data_lies_on_the_device_once(bases, monkeypatch):
     seen = []
 
-    def watched(update, members, **options):
-        seen.append([member.data for member in members])
-        return train_together(update, members, **options)
+    def watched(update, trainings, **options):
+        seen.append([training.data for training in trainings])
+        return train(update, trainings, **options)
 
-    monkeypatch.setattr(programs, "train_together", watched)
+    monkeypatch.setattr(loop, "train", watched)
     reads = []
     load = load_demos
-    monkeypatch.setattr(programs, "load_demos", lambda *a: reads.append(a) or load(*a))
+    monkeypatch.setattr(
+        demonstrations_module, "load_demos", lambda *a: reads.append(a) or load(*a)
+    )
     flags = ("--library=lib", "--data=a.hdf5", "--noevaluate", "--name=once")
     done("launch.expand", *flags, "--workdir=once", "--seeds=1,3")
     assert len(reads) == 1
     [(one, two)] = seen
-    assert one.obs is two.obs and one.action is two.action
+    assert one.rows.obs is two.rows.obs and one.rows.action is two.rows.action
     leaves = zip(
         *(tree.flatten(data.frozen).values() for data in (one, two)), strict=True
     )

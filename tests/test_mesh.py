@@ -9,49 +9,55 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import stages
 import tiny
 from jax.sharding import PartitionSpec
+from psec_jax.agents.cloning import AdapterConfig, CloningConfig
 from shell import call
 from test_critics import transitions
 from test_many_seeds import FLAGS, ROOT, config, demonstrations
 
-from experiments import programs, stages
 from psec_jax import lora
-from psec_jax.agents import offline, pretrain
-from psec_jax.agents.common import OptimiserConfig, TrainData
+from psec_jax.agents import cloning, offline
+from psec_jax.agents.common import Demonstrations, OptimiserConfig
 from psec_jax.agents.critics import CriticConfig
-from psec_jax.agents.offline import Frozen, OfflineConfig, OfflineData
-from psec_jax.agents.skill import SkillConfig
+from psec_jax.agents.offline import Frozen, OfflineConfig
 from psec_jax.data import d4rl
 from psec_jax.errors import InputError
 from psec_jax.library import SkillLibrary
 from psec_jax.networks.denoiser import init_base
 from psec_jax.runtime import metrics, sharding
+from psec_jax.runtime.batches import Data, Drawn
 from psec_jax.runtime.checkpoint import Checkpoints
+from psec_jax.runtime.loop import LoopConfig, train
 from psec_jax.runtime.run import open_run
-from psec_jax.runtime.training import Member, train, train_together
+from psec_jax.runtime.runs import Training
 from psec_jax.types import Normaliser
+from psec_jax.workflows import base, critics, gate, skill
 
 BATCH = 8
 SECTIONS = ("base", "skill", "critics", "gate")
-AGENT = pretrain.PretrainConfig(
+AGENT = CloningConfig(
     tiny.NETWORK,
     tiny.PROCESS,
     OptimiserConfig(learning_rate=1e-3, ema=0.1),
     batch_size=BATCH,
 )
-DATA = TrainData(tiny.normal(50, tiny.OBS_DIM), tiny.normal(50, tiny.ACTION_DIM))
+UPDATE = Drawn(cloning.update, AGENT, BATCH)
+DATA = Data(
+    Demonstrations(tiny.normal(50, tiny.OBS_DIM), tiny.normal(50, tiny.ACTION_DIM))
+)
 CLOSE = functools.partial(tiny.assert_trees_close, atol=2e-5, rtol=1e-4)
 
 
 @functools.cache
 def start(seed):
-    return pretrain.init(AGENT, jax.random.key(seed), tiny.OBS_DIM, tiny.ACTION_DIM)
+    return cloning.init(AGENT, jax.random.key(seed), tiny.OBS_DIM, tiny.ACTION_DIM)
 
 
 def go(count, mesh, steps=3, folder=None, data=DATA, **options):
-    members = [
-        Member(
+    trainings = [
+        Training(
             start(seed),
             data,
             jax.random.key(seed),
@@ -60,15 +66,15 @@ def go(count, mesh, steps=3, folder=None, data=DATA, **options):
         )
         for seed in range(count)
     ]
-    options = {"log_every": 1, "save_every": 2, "progress": False} | options
-    results = train_together(
-        functools.partial(pretrain.update, AGENT),
-        members,
+    results = train(
+        UPDATE,
+        trainings,
         steps=steps,
+        config=LoopConfig(1, 2, **options),
+        progress=False,
         mesh=sharding.make_mesh(mesh, count),
-        **options,
     )
-    return results, members
+    return results, trainings
 
 
 @functools.cache
@@ -85,42 +91,40 @@ def on_one_device(count):
     ],
 )
 def test_a_mesh_gives_the_numbers_of_one_device(tmp_path, count, mesh, options):
-    results, members = go(count, mesh, folder=tmp_path, **options)
+    results, trainings = go(count, mesh, folder=tmp_path, **options)
     expected = on_one_device(4)[:count]
-    for (state, summary), plain, member in zip(results, expected, members, strict=True):
+    for (state, summary), plain, training in zip(
+        results, expected, trainings, strict=True
+    ):
         CLOSE(state, plain)
         assert summary["steps"] == 3
         assert {len(leaf.devices()) for leaf in jax.tree.leaves(state)} == {1}
-        assert [line["step"] for line in metrics.read(member.run)] == [1, 2, 3]
-        with closing(Checkpoints(member.run.checkpoints)) as saves:
+        assert [line["step"] for line in metrics.read(training.run)] == [1, 2, 3]
+        with closing(Checkpoints(training.run.checkpoints)) as saves:
             tiny.assert_trees_equal(saves.restore(start(0)), state)
 
 
 def test_a_skill_and_its_critics_on_a_mesh_are_those_of_one_device():
     """One program of both, whose base is whole on every device."""
-    skill = SkillConfig(
+    skill = CloningConfig(
         tiny.NETWORK,
         tiny.PROCESS,
         OptimiserConfig(learning_rate=1e-3, ema=0.1),
         batch_size=BATCH,
-        rank=2,
+        skill=AdapterConfig(rank=2),
     )
     critics = CriticConfig(widths=(8,), learning_rate=1e-3, batch_size=BATCH)
     agent = OfflineConfig(skill, ("safety",), critics)
-    data = OfflineData(transitions(50), Frozen(tiny.base()))
+    data = Data(transitions(50), Frozen(tiny.base()))
     sizes = (tiny.OBS_DIM, tiny.ACTION_DIM, tiny.base())
 
     def trained(mesh):
         key = jax.random.key(0)
-        state, _ = train(
-            functools.partial(offline.update, agent),
-            offline.init(agent, key, *sizes),
-            data,
-            key,
-            run=None,
+        [(state, _)] = train(
+            Drawn(offline.update, agent, BATCH),
+            [Training(offline.init(agent, key, *sizes), data, key)],
             steps=3,
-            log_every=3,
-            save_every=3,
+            config=LoopConfig(3, 3),
             progress=False,
             mesh=sharding.make_mesh(mesh),
         )
@@ -130,7 +134,7 @@ def test_a_skill_and_its_critics_on_a_mesh_are_those_of_one_device():
 
 
 def test_a_run_goes_on_on_other_devices(tmp_path):
-    """From one device to a mesh and back; one member alone is behind the others."""
+    """From one device to a mesh and back; one run alone is behind the others."""
     go(1, None, steps=2, folder=tmp_path)
     go(2, "seed:2,data:4", steps=2, folder=tmp_path)
     results, _ = go(2, None, steps=3, folder=tmp_path)
@@ -184,15 +188,13 @@ def test_bad_meshes(text, members, message):
 
 
 def test_a_batch_that_a_mesh_does_not_divide(tmp_path):
-    agent = pretrain.PretrainConfig(tiny.NETWORK, tiny.PROCESS, batch_size=6)
-    member = Member(start(0), DATA, jax.random.key(0), open_run(tmp_path, "base"))
+    training = Training(start(0), DATA, jax.random.key(0), open_run(tmp_path, "base"))
     with pytest.raises(InputError, match="data:8 does not divide a batch of 6"):
-        train_together(
-            functools.partial(pretrain.update, agent),
-            [member],
+        train(
+            Drawn(cloning.update, AGENT, 6),
+            [training],
             steps=1,
-            log_every=1,
-            save_every=1,
+            config=LoopConfig(1, 1),
             mesh=sharding.make_mesh("data:8"),
         )
 
@@ -222,35 +224,37 @@ def test_no_folder_is_made_for_what_cannot_be_trained(tmp_path, monkeypatch, sta
     monkeypatch.chdir(tmp_path)
     d4rl.save("x.hdf5", demonstrations(4, 0), {})
     library = SkillLibrary.create("l")
-    base = tiny.randomised(lambda: init_base(tiny.NETWORK, jax.random.key(0), 2, 2), 0)
+    frozen = tiny.randomised(
+        lambda: init_base(tiny.NETWORK, jax.random.key(0), 2, 2), 0
+    )
     card = {"obs_dim": 2, "action_dim": 2, "name": "base", "env": "gymnasium:None-v0"}
     card["network"] = dataclasses.asdict(tiny.NETWORK)
     card["process"] = dataclasses.asdict(tiny.PROCESS)
-    library.add_base(base, Normaliser(np.zeros(2), np.ones(2)), card)
-    skill = tiny.randomised(lambda: lora.init_skill(jax.random.key(0), base, 2), 1)
-    library.add_skill("walk", skill, {"alpha": 1.0, "env": "gymnasium:None-v0"})
+    library.add_base(frozen, Normaliser(np.zeros(2), np.ones(2)), card)
+    walk = tiny.randomised(lambda: lora.init_skill(jax.random.key(0), frozen, 2), 1)
+    library.add_skill("walk", walk, {"alpha": 1.0, "env": "gymnasium:None-v0"})
 
-    def work(**changes):
-        made = config(**{f"{name}.batch_size": 6 for name in SECTIONS} | changes)
-        common = {"workdir": "w", "seed": 0, "data": "x.hdf5"}
+    def run(changes=(), **program):
+        sixes = {f"{name}.batch_size": 6 for name in SECTIONS}
+        job = stages.job(config(**sixes | dict(changes)))
+        common = {"workdir": "w", "seed": 0, "data": "x.hdf5", "library": "l"}
         if stage == "critics":
-            return stages.train_critics.work(made, library="l", **common)
-        common["evaluate_after"] = False
+            return critics.run(job, critics.Request(**common), **program)
+        common["evaluate"] = False
         if stage == "pretrain":
-            return stages.pretrain.work(made, library="new", **common)
+            request = base.Request(**common | {"library": "new"})
+            return base.run(job, request, **program)
         if stage == "expand":
-            return stages.expand.work(made, library="l", name="run", **common)
-        common["support_data"] = ["x.hdf5"]
-        return stages.compose.work(
-            made, library="l", name="gate", skills=["walk"], **common
-        )
+            return skill.run(job, skill.Request(name="run", **common), **program)
+        common |= {"support_data": ["x.hdf5"], "name": "gate", "skills": ["walk"]}
+        return gate.run(job, gate.Request(**common), **program)
 
     with pytest.raises(InputError, match="data:8 does not divide a batch of 6"):
-        programs.together({"": work()}, "data:8")
+        run(mesh="data:8")
     looped = {"run.steps_per_call": 2}
     with pytest.raises(InputError, match="steps_per_call: got 2, expected 1 where"):
-        programs.together({"": work(**looped)}, stream="yes")
+        run(looped, stream="yes")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="which takes grain"):
-        programs.together({"": work()}, stream="yes")
+        run(stream="yes")
     assert not (tmp_path / "w").exists() and not (tmp_path / "new").exists()

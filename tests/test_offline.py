@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import stages
 import tiny
 from shell import call
 
-from experiments import programs, stages
 from experiments.configs import dsrl
 from psec_jax import tree
 from psec_jax.agents import critics, offline, skill
@@ -28,6 +28,7 @@ from psec_jax.agents.common import (
     Transitions,
     batch_noise,
 )
+from psec_jax.agents import critic_file
 from psec_jax.agents.critics import CriticConfig
 from psec_jax.agents.offline import Frozen, OfflineConfig, OfflineData
 from psec_jax.agents.pretrain import PretrainConfig
@@ -40,7 +41,8 @@ from psec_jax.library import SkillLibrary
 from psec_jax.losses import OBJECTIVES
 from psec_jax.networks.critics import init_q, q_value
 from psec_jax.policy import compose, load_base
-from psec_jax.runtime.training import train_together
+from psec_jax.runtime import loop
+from psec_jax.runtime.loop import train
 from psec_jax.types import Dataset, Normaliser
 from psec_jax.workflows.demonstrations import FIRST, Selection
 
@@ -283,7 +285,7 @@ def place(tmp_path_factory):
         yield folder
 
 
-OPTIONS = {"seed": 0, "evaluate_after": False}
+OPTIONS = {"seed": 0, "evaluate": False}
 
 
 def mixed():
@@ -438,18 +440,18 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(stage, monkeypatch):
             if step == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        return train_together(*arguments, **options, on_save=stop)
+        return train(*arguments, **options, on_save=stop)
 
     shared()
     whole, halves = f"{stage}_whole", f"{stage}_halves"
     go(whole, whole)
     with monkeypatch.context() as patch:
-        patch.setattr(programs, "train_together", stopped_at_2)
+        patch.setattr(loop, "train", stopped_at_2)
         with pytest.raises(Stopped):
             go(halves, halves)
     assert go(halves, halves)["summary"]["resumed_at"] == 2
     if stage != "shared":
-        left, right = (stages.critic_file.load(run) for run in (whole, halves))
+        left, right = (critic_file.load(run) for run in (whole, halves))
         assert left[2]["fingerprint"] == right[2]["fingerprint"]
     if stage != "critics":
         opened = SkillLibrary.open("lib")
@@ -532,9 +534,9 @@ def test_bad_input():
             critics="reward_alone",
             **OPTIONS,
         )
-    made = stages.critic_file.load("reward_alone")
+    made = critic_file.load("reward_alone")
     Path("wide").mkdir()
-    stages.critic_file.save("wide", *made[:2], made.card | {"obs_dim": 4})
+    critic_file.save("wide", *made[:2], made.card | {"obs_dim": 4})
     with pytest.raises(InputError, match="read observations of 4 numbers, those of"):
         expand("bad", "bad", "reward", critics="wide")
     assert not Path("bad").exists()

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import stages
 import tiny
 from shell import call
 from test_many_seeds import FLAGS, ROOT, config, demonstrations
 from tiny_env import SPEC
 
-from experiments import stages
 from psec_jax.data import d4rl
 from psec_jax.errors import InputError
 from psec_jax.files import read_json
@@ -83,7 +83,7 @@ def test_two_processes_are_one_program(tmp_path, monkeypatch, port):
         seed=4,
         data="a.hdf5",
         env=SPEC,
-        evaluate_after=False,
+        evaluate=False,
     )
     left, right = (SkillLibrary.open(name).load_base()[0] for name in ("l", "one_l"))
     tiny.assert_trees_close(left, right, atol=2e-5, rtol=1e-4)
@@ -98,7 +98,7 @@ def test_two_processes_are_one_program(tmp_path, monkeypatch, port):
         seed=4,
         data="a.hdf5",
         env=SPEC,
-        evaluate_after=False,
+        evaluate=False,
     )
     assert result["summary"]["resumed_at"] == 3
 

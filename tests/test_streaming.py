@@ -9,21 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from psec_jax.agents.cloning import CloningConfig
 
-from psec_jax.agents import pretrain
-from psec_jax.agents.common import DRAWN, OptimiserConfig, TrainData, pad_rows
+from psec_jax.agents import cloning
+from psec_jax.agents.common import Demonstrations, OptimiserConfig
 from psec_jax.errors import InputError
-from psec_jax.runtime import sharding, streaming
+from psec_jax.runtime import batches, loop, sharding, streaming
+from psec_jax.runtime.batches import Data, Drawn
+from psec_jax.runtime.loop import LoopConfig
 from psec_jax.runtime.run import open_run
-from psec_jax.runtime.streaming import Stream
-from psec_jax.runtime.training import Member, train_together
+from psec_jax.runtime.runs import Training
 
-AGENT = pretrain.PretrainConfig(
+AGENT = CloningConfig(
     tiny.NETWORK,
     tiny.PROCESS,
     OptimiserConfig(learning_rate=1e-3, ema=0.1),
     batch_size=8,
 )
+UPDATE = Drawn(cloning.update, AGENT, 8)
 SHAPES = {"obs": (tiny.OBS_DIM,), "action": (tiny.ACTION_DIM,)}
 CLOSE = functools.partial(tiny.assert_trees_close, atol=2e-5, rtol=1e-4)
 
@@ -37,42 +40,38 @@ def columns(seed):
     }
 
 
-def fill(rest, rows):
-    return TrainData(**rows, frozen=rest, count=DRAWN)
+def data_of(seed):
+    return Data(Demonstrations(**columns(seed)))
 
 
 def stream(folder, seed):
-    table = streaming.write_table(columns(seed), folder / f"{seed}.npy")
-    index = functools.partial(pretrain.index, AGENT, count=len(table))
-    return Stream(table, SHAPES, index, None, fill)
+    return streaming.make_stream(data_of(seed), folder / f"{seed}.npy")
 
 
-def train(datas, mesh=None, steps=5, folder=None, **options):
-    members = [
-        Member(
-            pretrain.init(AGENT, jax.random.key(s), tiny.OBS_DIM, tiny.ACTION_DIM),
+def train(datas, mesh=None, steps=5, folder=None, update=UPDATE, calls=1):
+    trainings = [
+        Training(
+            cloning.init(AGENT, jax.random.key(s), tiny.OBS_DIM, tiny.ACTION_DIM),
             data,
             jax.random.key(s),
             folder and open_run(folder / str(s), "base"),
         )
         for s, data in enumerate(datas)
     ]
-    options = {"log_every": 1, "save_every": 2, "progress": False} | options
-    results = train_together(
-        functools.partial(pretrain.update, AGENT),
-        members,
+    results = loop.train(
+        update,
+        trainings,
         steps=steps,
-        mesh=sharding.make_mesh(mesh, len(members)),
-        **options,
+        config=LoopConfig(1, 2, calls),
+        progress=False,
+        mesh=sharding.make_mesh(mesh, len(trainings)),
     )
     return [state for state, _ in results]
 
 
 @functools.cache
 def resident(count):
-    datas = [TrainData(**columns(seed)) for seed in range(count)]
-    longest = max(len(data.obs) for data in datas)
-    return train([pad_rows(data, longest) for data in datas] if count > 1 else datas)
+    return train(batches.of_one_length([data_of(seed) for seed in range(count)]))
 
 
 def test_one_run_is_the_same_bits_also_after_a_stop(tmp_path):
@@ -114,11 +113,9 @@ def test_columns_keep_their_shapes(tmp_path):
         "b": np.arange(4.0),
         "c": np.arange(16.0).reshape(4, 2, 2),
     }
-    table = streaming.write_table(rows, tmp_path / "new" / "t.npy")
-    assert table.shape == (4, 8) and table.dtype == np.float32
-    shapes = {name: column.shape[1:] for name, column in rows.items()}
-    made = Stream(table, shapes, None, None, lambda rest, batch: batch)
-    got = made.data(None, jnp.asarray(table[[2, 0]]))
+    made = streaming.make_stream(Data(rows), tmp_path / "new" / "t.npy")
+    assert made.table.shape == (4, 8) and made.table.dtype == np.float32
+    got = made.batch(jnp.asarray(made.table[[2, 0]]))
     for name, column in rows.items():
         np.testing.assert_array_equal(got[name], column[[2, 0]])
 
@@ -137,18 +134,15 @@ def test_when_it_is_wanted(monkeypatch):
 def test_refusals(tmp_path):
     data = stream(tmp_path, 0)
     with pytest.raises(InputError, match="steps_per_call: got 3, expected 1 where"):
-        train([data], steps_per_call=3)
-    with pytest.raises(InputError, match="some members are streamed"):
-        train([data, TrainData(**columns(0))])
-    odd = data._replace(
-        index=lambda key: jax.random.randint(key, (6,), 0, len(data.table))
-    )
+        train([data], calls=3)
+    with pytest.raises(InputError, match="some trainings are streamed"):
+        train([data, data_of(0)])
     with pytest.raises(InputError, match="data:8 does not divide a batch of 6"):
-        train([odd], "data:8")
+        train([data], "data:8", update=Drawn(cloning.update, AGENT, 6))
     taken = tmp_path / "file"
     taken.write_text("")
     with pytest.raises(InputError, match=r"cannot write .*file/t\.npy: "):
-        streaming.write_table(columns(0), taken / "t.npy")
+        streaming.make_stream(data_of(0), taken / "t.npy")
     if Path("/dev/full").exists():
         with pytest.raises(InputError, match="cannot write /dev/full: No space left"):
-            streaming.write_table(columns(0), Path("/dev/full"))
+            streaming.make_stream(data_of(0), Path("/dev/full"))

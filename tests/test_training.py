@@ -19,8 +19,9 @@ from psec_jax.errors import InputError, Stopped, TrainingError
 from psec_jax.files import read_json
 from psec_jax.runtime import metrics
 from psec_jax.runtime.checkpoint import Checkpoints
+from psec_jax.runtime.loop import LoopConfig, train
 from psec_jax.runtime.run import open_run
-from psec_jax.runtime.training import train
+from psec_jax.runtime.runs import Training
 
 OPTIMISER = optax.adamw(1e-2)
 CONFIG = {"batch_size": 8, "network": {"depth": 2}}
@@ -65,11 +66,14 @@ def data():
     return np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
 
 
-def go(run, data, update=update, steps=4, **options):
-    options = {"log_every": 1, "save_every": 1, "progress": False} | options
-    return train(
-        update, fresh(), data, jax.random.key(1), run=run, steps=steps, **options
-    )
+def go(
+    run, data, update=update, steps=4, log_every=1, save_every=1, calls=1, **options
+):
+    config = LoopConfig(log_every, save_every, calls)
+    training = Training(fresh(), data, jax.random.key(1), run)
+    options = {"progress": False, "steps": steps, "config": config} | options
+    [result] = train(update, [training], **options)
+    return result
 
 
 def assert_same(left, right):
@@ -79,7 +83,7 @@ def assert_same(left, right):
 @pytest.mark.parametrize("steps_per_call", [1, 3])
 def test_resumed_run_equals_unbroken_run(tmp_path, data, steps_per_call):
     whole, parts = open_run(tmp_path / "a", "base"), open_run(tmp_path / "b", "base")
-    options = {"steps_per_call": steps_per_call}
+    options = {"calls": steps_per_call}
     expected, _ = go(whole, data, **options)
     go(parts, data, steps=2, **options)
     state, summary = go(parts, data, **options)
@@ -124,17 +128,8 @@ def test_saving_and_logging_change_nothing(tmp_path, data):
 
 def test_callers_state_survives_donation(data):
     start = fresh()
-    train(
-        update,
-        start,
-        data,
-        jax.random.key(0),
-        run=None,
-        steps=2,
-        log_every=1,
-        save_every=1,
-        progress=False,
-    )
+    training = Training(start, data, jax.random.key(0))
+    train(update, [training], steps=2, config=LoopConfig(1, 1), progress=False)
     np.testing.assert_array_equal(start.params["layer"]["kernel"], np.ones((4, 4)))
 
 
@@ -238,12 +233,12 @@ def test_workdir_in_use_is_refused(tmp_path, data):
         go(run, data)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_signal_saves_and_stops(tmp_path, data, signum):
     run = open_run(tmp_path, "base")
     before = signal.getsignal(signum)
 
-    def stop(step, state):
+    def stop(step, states):
         if step == 3:
             os.kill(os.getpid(), signum)
 
@@ -260,7 +255,7 @@ def test_signal_saves_and_stops(tmp_path, data, signum):
 
 
 def test_signal_during_the_last_save_is_not_lost(tmp_path, data):
-    def stop(step, state):
+    def stop(step, states):
         os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Stopped, match="at step 4; last good save: step 4"):
@@ -367,10 +362,16 @@ def test_steps_compile_once(data):
         traced.append(1)
         return update(state, data, key)
 
-    go(None, data, counted, steps=20, log_every=7, save_every=5, steps_per_call=4)
+    go(None, data, counted, steps=20, log_every=7, save_every=5, calls=4)
     assert len(traced) <= 2  # once for the names of the metrics, once to compile
 
 
 def test_no_steps_are_refused(data):
     with pytest.raises(InputError, match="steps: got 0"):
         go(None, data, steps=0)
+
+
+def test_a_loop_of_no_length_is_refused():
+    for field in ("log_every", "save_every", "steps_per_call"):
+        with pytest.raises(InputError, match=f"^{field}: got 0, expected 1 or more"):
+            LoopConfig(**{field: 0})
