@@ -380,7 +380,10 @@ def from_dict(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:
     try:
         return kind(**given)
     except InputError as error:
-        raise InputError(f"{path}{error}") from error
+        # The dataclass names its field, if it is a field's fault.
+        named = not path or str(error).partition(":")[0] in hints
+        place = path if named else f"{path.removesuffix('.')}: "
+        raise InputError(f"{place}{error}") from error
 
 
 @functools.cache
