@@ -76,7 +76,6 @@ def make(
     Raises:
       InputError: objectives that do not go together, or data that critics cannot use.
     """
-    dims = (demos.dataset.obs.shape[1], demos.dataset.action.shape[1])
     init_key, train_key = jax.random.split(jax.random.key(seed))
     record: dict[str, Any] = {}
     if critics.needed(objectives):
@@ -97,6 +96,7 @@ def make(
         rows = demonstrations(demos, normaliser, config.process.horizon)
 
     def fresh() -> tuple[Any, Any]:
+        dims = rows.obs.shape[-1], rows.action.shape[-1]
         state = agent.init(full, init_key, *dims, base=base, start=start)
         return state, jax.tree.map(jnp.asarray, frozen)
 
