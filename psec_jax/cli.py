@@ -230,6 +230,7 @@ def parse(
                 "docs/launching.md"
             )
     argv = [argv[0], *map(_today, argv[1:])]
+    sys.argv = list(argv)  # where ml_collections looks for overrides of fields
     configs = {} if known_only else _CONFIG_DEFAULTS
     for name, default in configs.items():
         if not given(options, name):

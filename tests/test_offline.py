@@ -18,21 +18,20 @@ import numpy as np
 import pytest
 import stages
 import tiny
+from psec_jax.agents.pretrain import PretrainConfig
+from psec_jax.agents.skill import SkillConfig
 from shell import call
 
 from experiments.configs import dsrl
 from psec_jax import tree
-from psec_jax.agents import critics, offline, skill
+from psec_jax.agents import critic_file, critics, offline, skill
 from psec_jax.agents.common import (
     OptimiserConfig,
     Transitions,
     batch_noise,
 )
-from psec_jax.agents import critic_file
 from psec_jax.agents.critics import CriticConfig
 from psec_jax.agents.offline import Frozen, OfflineConfig, OfflineData
-from psec_jax.agents.pretrain import PretrainConfig
-from psec_jax.agents.skill import SkillConfig
 from psec_jax.composition import PolicyConfig, PolicyParams, act, safest
 from psec_jax.data import d4rl, dataset
 from psec_jax.errors import InputError, Stopped

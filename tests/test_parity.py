@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import parity
 import pytest
+from psec_jax.agents.skill import SkillConfig
 
 from psec_jax import tree
 from psec_jax.agents import critics, offline
@@ -21,7 +22,6 @@ from psec_jax.agents.common import (
 )
 from psec_jax.agents.critics import CriticConfig, CriticParams, CriticState
 from psec_jax.agents.offline import Frozen, OfflineConfig, OfflineState
-from psec_jax.agents.skill import SkillConfig
 from psec_jax.composition import noise_denoise
 from psec_jax.gating import GateConfig, gate_alpha
 from psec_jax.losses import (

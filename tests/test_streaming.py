@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from psec_jax.agents.cloning import CloningConfig
 
 from psec_jax.agents import cloning
+from psec_jax.agents.cloning import CloningConfig
 from psec_jax.agents.common import Demonstrations, OptimiserConfig
 from psec_jax.errors import InputError
 from psec_jax.runtime import batches, loop, sharding, streaming

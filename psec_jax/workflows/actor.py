@@ -83,7 +83,8 @@ def make(
         mine = None
         if finished is None:
             mine = part(CriticConfig, job.critics, batch_size=config.batch_size)
-        full = OfflineConfig(config, tuple(objectives), mine, job.weights)
+        kept = tuple(finished.card["kinds"]) if finished else ()
+        full = OfflineConfig(config, tuple(objectives), mine, job.weights, kept)
         kinds = mine.kinds if mine else ()
         rows = critics.transitions(job.critics, demos, normaliser, kinds)
         frozen = Frozen(base, finished.params if finished else None)

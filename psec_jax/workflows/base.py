@@ -7,6 +7,7 @@ from typing import Any
 
 from psec_jax.agents.cloning import CloningConfig
 from psec_jax.agents.critic_file import Finished
+from psec_jax.agents.critics import reads_costs
 from psec_jax.data.normalise import NORMALISERS
 from psec_jax.errors import lookup
 from psec_jax.library import SkillLibrary
@@ -114,7 +115,7 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
         network, process = network_config(card), process_config(card)
         record["start"] = card["fingerprint"]
     needed = critics.needed([request.objective])
-    costs = critics.needs_costs(needed)
+    costs = reads_costs(needed)
     demos = load(env, section.episodes, request.data, request.selection, costs)
     if request.data and request.evaluate and env is not None:
         check_env(env, demos)
@@ -122,7 +123,10 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
     learner = actor.make(
         job,
         CloningConfig(
-            network, process, section.optimiser, section.batch_size, section.dropout
+            dataclasses.replace(network, dropout=section.dropout),
+            process,
+            section.optimiser,
+            section.batch_size,
         ),
         [request.objective],
         demos,

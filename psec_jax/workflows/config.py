@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from psec_jax.agents.cloning import AdapterConfig
 from psec_jax.agents.common import OptimiserConfig
@@ -23,7 +23,7 @@ from psec_jax.data.normalise import NORMALISERS
 from psec_jax.errors import InputError, at_least, lookup
 from psec_jax.gating import GateForm
 from psec_jax.losses import OBJECTIVES, WeightConfig
-from psec_jax.networks import NetworkConfig
+from psec_jax.networks.denoiser import NetworkConfig
 from psec_jax.process import ProcessConfig
 from psec_jax.runtime.loop import LoopConfig
 from psec_jax.support import SupportConfig
@@ -313,7 +313,7 @@ class Job:
             raise InputError(f"std_floor: got {self.std_floor}, expected above 0")
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, Any]) -> "Job":
         """The job of nested values; fields that are not given keep their defaults.
 
         Names of the first edition are read too: the section "diffusion" is `process`,
@@ -325,7 +325,7 @@ class Job:
         """
         return from_dict(cls, _migrated(values))
 
-    def changed(self, changes: Mapping[str, Any]) -> Self:
+    def changed(self, changes: Mapping[str, Any]) -> "Job":
         """The job with other values under these dotted names.
 
         Raises:

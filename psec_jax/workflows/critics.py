@@ -84,7 +84,7 @@ def plan(job: Job, request: Request, load: Any) -> Plan:
     config = part(CriticConfig, job.critics)
     _, normaliser, _ = SkillLibrary.open(request.library).load_base()
     env = request.env or known_env(request.data) or job.skill.env
-    costs = needs_costs(config.kinds)
+    costs = agent.reads_costs(config.kinds)
     demos = load(env, job.skill.episodes, request.data, request.selection, costs)
     check_fit(demos, load_base(request.library))
     rows = transitions(job.critics, demos, normaliser, config.kinds)
@@ -178,11 +178,6 @@ def needed(objectives: Sequence[str]) -> list[str]:
     return sorted({kind for kinds in read for kind in kinds})
 
 
-def needs_costs(kinds: Sequence[str]) -> bool:
-    """Whether critics of these kinds learn from costs."""
-    return any(agent.CRITICS[kind].needs_costs for kind in kinds)
-
-
 def transitions(
     config: CriticSection,
     demos: Demos,
@@ -199,7 +194,7 @@ def transitions(
         scale=scale,
         violation=config.violation,
         bootstrap_timeouts=config.bootstrap_timeouts,
-        costs=needs_costs(kinds),
+        costs=agent.reads_costs(kinds),
         source=demos.source,
     )
 

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -69,7 +69,7 @@ class Selection(NamedTuple):
         return ds if self.transitions is None else cut(ds, self.transitions)
 
     @classmethod
-    def best_of_safe(cls, job: Job) -> Self:
+    def best_of_safe(cls, job: Job) -> "Selection":
         """Of the trajectories within the cost limit those of high return: a gate's."""
         quantile = job.table.return_quantile
         return cls(max_cost=job.cost_limit, return_quantile=quantile)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from psec_jax.agents.cloning import AdapterConfig, CloningConfig
+from psec_jax.agents.critics import reads_costs
 from psec_jax.errors import InputError
 from psec_jax.library import SkillLibrary
 from psec_jax.policy import (
@@ -116,7 +117,7 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
         env = section.env if request.data is None else card.get("env")
     if env is not None:
         check_robot(env, card.get("env") or "", str(request.library))
-    costs = critics.needs_costs(needed)
+    costs = reads_costs(needed)
     demos = load(env, section.episodes, request.data, request.selection, costs)
     check_fit(demos, policy)
     if request.data and request.evaluate and env is not None:
@@ -127,11 +128,10 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
     learner = actor.make(
         job,
         CloningConfig(
-            network_config(card),
+            dataclasses.replace(network_config(card), dropout=section.dropout),
             process_config(card),
             section.optimiser,
             section.batch_size,
-            section.dropout,
             part(AdapterConfig, section),
         ),
         objectives,
