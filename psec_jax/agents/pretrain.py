@@ -20,10 +20,10 @@ from psec_jax.agents.common import (
 )
 from psec_jax.losses import prediction_error
 from psec_jax.networks.denoiser import (
-    Denoiser,
     NetworkConfig,
     init_base,
     make_denoise,
+    make_network,
 )
 from psec_jax.process import ProcessConfig
 from psec_jax.types import Params, TrainState
@@ -48,7 +48,8 @@ def init(
 ) -> TrainState:
     """A fresh base, or the one to be trained on."""
     if start is None:
-        start = init_base(config.network, key, obs_dim, action_dim)
+        horizon = config.process.horizon
+        start = init_base(config.network, key, obs_dim, action_dim, horizon)
     return init_state(config.optimiser, start)
 
 
@@ -83,7 +84,7 @@ def errors(
     noise: Noise,
 ) -> Float[Array, " B"]:
     """The diffusion loss of every example."""
-    net = Denoiser(config.network, action.shape[-1])
+    net = make_network(config.network, action.shape[-1], config.process.horizon)
     params = _transposed_gradients(params, len(obs))
 
     def one(obs: Array, action: Array, noise: Noise) -> Array:

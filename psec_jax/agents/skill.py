@@ -22,7 +22,7 @@ from psec_jax.agents.common import (
 from psec_jax.errors import InputError
 from psec_jax.lora import init_skill
 from psec_jax.losses import prediction_error
-from psec_jax.networks.denoiser import Denoiser, NetworkConfig, make_denoise
+from psec_jax.networks.denoiser import NetworkConfig, make_denoise, make_network
 from psec_jax.process import ProcessConfig
 from psec_jax.types import Params, TrainState
 
@@ -93,7 +93,8 @@ def errors(
 ) -> Float[Array, " B"]:
     """The diffusion loss of every example."""
     merged = config.adapter == "lora" and config.network.matmul_dtype == "float32"
-    net = Denoiser(config.network, action.shape[-1], merged)
+    horizon = config.process.horizon
+    net = make_network(config.network, action.shape[-1], horizon, merged)
     alpha = jnp.full((1,), config.alpha)
 
     def one(obs: Array, action: Array, noise: Noise) -> Array:
