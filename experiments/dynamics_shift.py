@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
+from psec_jax.runtime.training import train
 
 from experiments import plots, results, stages
 from experiments.configs.d4rl import get_config
@@ -48,7 +49,6 @@ from psec_jax.losses import WeightConfig
 from psec_jax.policy import compose as load_composition
 from psec_jax.policy import load_base
 from psec_jax.runtime.run import open_run
-from psec_jax.runtime.training import train
 from psec_jax.workflows.demonstrations import FIRST, Demos, Selection, load_demos
 
 ROBOTS = ("halfcheetah", "walker2d")

@@ -23,6 +23,7 @@ from psec_jax.networks.denoiser import (
     Denoiser,
     NetworkConfig,
     make_denoise,
+    make_network,
 )
 from psec_jax.process import ProcessConfig, sample
 from psec_jax.types import Normaliser, Params
@@ -220,7 +221,7 @@ def _sampler(
     config: PolicyConfig, params: PolicyParams, obs: Float[Array, " S"]
 ) -> Callable[[Key[Array, ""]], Array]:
     """Key -> action of one normalised observation."""
-    net = Denoiser(config.network, config.action_dim)
+    net = make_network(config.network, config.action_dim)
     if config.gate is None:
         denoise = make_denoise(net, params.base)
         return lambda key: sample(denoise, config.process, key, obs, config.action_dim)

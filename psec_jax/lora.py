@@ -84,11 +84,11 @@ def check_weights(alpha: Array, skills: int) -> None:
 
 
 def adapter_delta(
-    x: Float[Array, "*b d"],
+    x: Float[Array, "*#b d"],
     adapter: Mapping[str, Array],
-    alpha: Float[Array, "*b k"],
+    alpha: Float[Array, "*#b k"],
     activation: Callable[[Array], Array],
-) -> Float[Array, "*b o"]:
+) -> Float[Array, "*#b o"]:
     """sum_k alpha_k (x A_k) B_k, all K skills in two products.
 
     Args:
@@ -136,18 +136,18 @@ def side_by_side(
 
 @jax.custom_vjp
 def merged_product(
-    x: Float[Array, " d"],
+    x: Float[Array, "*n d"],
     kernel: Float[Array, "d o"],
     a: Float[Array, "d r"],
     b: Float[Array, "r o"],
-) -> Float[Array, " o"]:
+) -> Float[Array, "*n o"]:
     """x (W0 + A B) of one example, with the matrix formed once for a whole batch.
 
     The gradient of A and B goes through the r columns alone, as `adapter_delta`'s does:
-    that of the matrix, d o numbers from every example, is never formed.
+    the matrix's own gradient, d o numbers from every example, is never formed.
 
     Args:
-      x: layer input.
+      x: layer input; leading axes are tokens of the example.
       kernel: W0.
       a: of all skills side by side.
       b: likewise, times the weights; no example may have weights of its own.
@@ -162,8 +162,20 @@ def _merged_product_fwd(x, kernel, a, b):
 
 def _merged_product_bwd(residuals, dy):
     x, merged, a, b = residuals
-    # That of the kernel is left out by the compiler wherever the base is frozen.
-    return merged @ dy, jnp.outer(x, dy), jnp.outer(x, b @ dy), jnp.outer(x @ a, dy)
+    # The compiler leaves the kernel's gradient out wherever the base is frozen.
+    return (
+        jnp.einsum("do,...o->...d", merged, dy),
+        _summed_outer(x, dy),
+        _summed_outer(x, jnp.einsum("ro,...o->...r", b, dy)),
+        _summed_outer(x @ a, dy),
+    )
+
+
+def _summed_outer(
+    x: Float[Array, "*n i"], y: Float[Array, "*n j"]
+) -> Float[Array, "i j"]:
+    """The outer products of all tokens, summed."""
+    return jnp.sum(x[..., :, None] * y[..., None, :], axis=tuple(range(x.ndim - 1)))
 
 
 merged_product.defvjp(_merged_product_fwd, _merged_product_bwd)
@@ -257,7 +269,7 @@ def stack_skills(skills: Sequence[Params]) -> Params:
 
 
 def zero_skill(skill: Params) -> Params:
-    """The skill that changes nothing: the base itself as a member of a library."""
+    """The skill that changes nothing: the base itself as one of a library."""
     return jax.tree.map(jnp.zeros_like, skill)
 
 

@@ -113,7 +113,9 @@ def _weights_batch(config, params, obs):
 
 def network_config(card: dict[str, Any]) -> NetworkConfig:
     """The network a base's card describes."""
-    return NetworkConfig(**card["network"])
+    # Cards of the first edition have the rate of dropout, which is a training's.
+    fields = {k: v for k, v in card["network"].items() if k != "dropout"}
+    return NetworkConfig(**fields)
 
 
 def process_config(card: dict[str, Any]) -> ProcessConfig:

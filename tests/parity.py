@@ -91,4 +91,4 @@ def v(*prefixes: str) -> dict:
 
 def network(compat: str) -> NetworkConfig:
     """The vectors' sizes: hidden 32, two blocks, no dropout."""
-    return NetworkConfig(width=32, blocks=2, dropout=0.0, compat=compat)
+    return NetworkConfig(width=32, blocks=2, compat=compat)

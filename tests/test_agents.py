@@ -38,9 +38,7 @@ from psec_jax.process import ProcessConfig
 from psec_jax.types import Normaliser
 
 N, BATCH, STRENGTH = 512, 64, 2.0
-NETWORK = NetworkConfig(
-    width=32, blocks=1, expansion=2, time_features=8, time_width=16, dropout=0.0
-)
+NETWORK = NetworkConfig(width=32, blocks=1, expansion=2, time_features=8, time_width=16)
 DIFFUSION = ProcessConfig()
 OPTIMISER = OptimiserConfig(learning_rate=3e-3, weight_decay=0.0, ema=1.0)
 BASE_STEPS = 1500

@@ -356,11 +356,11 @@ UNKNOWN = {
     ),
     "activation": (
         (*PRETRAIN, WALKER, "--config.network.activation=gelu"),
-        "unknown network.activation 'gelu'",
+        "unknown activation 'gelu'",
     ),
     "dtype": (
         (*EVALUATE, "--matmul_dtype=int4"),
-        "network.matmul_dtype: got 'int4', expected float32 or bfloat16",
+        "matmul_dtype: got 'int4', expected float32 or bfloat16",
     ),
     "method of the table": (
         ("experiments.table2", "--methods=Luck", "--results=r", "--workdir=w"),
@@ -405,7 +405,7 @@ NUMBERS = [
     field(PRETRAIN, "base.weight_decay", -1, "weight_decay: got -1"),
     field(PRETRAIN, "base.dropout", 1, "dropout: got 1"),
     field(PRETRAIN, "std_floor", 0, "std_floor: got 0"),
-    field(PRETRAIN, "network.width", 0, "network.width: got 0, expected 1 or more"),
+    field(PRETRAIN, "network.width", 0, "width: got 0, expected 1 or more"),
     field(PRETRAIN, "diffusion.steps", 0, "steps: got 0, expected 1 or more"),
     field(PRETRAIN, "diffusion.sampling_steps", 9, "sampling_steps: got 9"),
     field(PRETRAIN, "run.log_every", 0, "run.log_every: got 0, expected 1 or more"),

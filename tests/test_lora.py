@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,25 +21,33 @@ T = jnp.arange(B, dtype=jnp.float32)
 ALPHA = tiny.normal(B, tiny.SKILLS, seed=2)
 
 
-@jax.jit
-def base_eps(base):
-    return jax.vmap(make_denoise(tiny.NET, base))(OBS, A_T, T)
+# Every form of skill over the mlp, and the default one over every other network.
+FORMS = pytest.mark.parametrize(
+    ("adapter", "kind"),
+    [(adapter, "mlp") for adapter in ADAPTERS]
+    + [("lora", kind) for kind in tiny.KINDS if kind != "mlp"],
+)
 
 
-@jax.jit
-def per_sample_eps(bases):
+@functools.partial(jax.jit, static_argnames="kind")
+def base_eps(base, kind="mlp"):
+    return jax.vmap(make_denoise(tiny.net(kind), base))(OBS, A_T, T)
+
+
+@functools.partial(jax.jit, static_argnames="kind")
+def per_sample_eps(bases, kind="mlp"):
     """Each example with base parameters of its own."""
-    return jax.vmap(lambda base, *x: make_denoise(tiny.NET, base)(*x))(
+    return jax.vmap(lambda base, *x: make_denoise(tiny.net(kind), base)(*x))(
         bases, OBS, A_T, T
     )
 
 
-@jax.jit
-def eps(library, alpha):
+@functools.partial(jax.jit, static_argnames="kind")
+def eps(library, alpha, kind="mlp"):
     """Noise [B, A] of the base with a library at weights [B, K]."""
 
     def one(alpha, *inputs):
-        return make_denoise(tiny.NET, tiny.base(), library, alpha)(*inputs)
+        return make_denoise(tiny.net(kind), tiny.base(kind), library, alpha)(*inputs)
 
     return jax.vmap(one)(alpha, OBS, A_T, T)
 
@@ -49,19 +58,26 @@ def test_dense_layers_are_those_with_kernel_and_bias():
         *("time_0", "time_1", "input", "block_0/up", "block_0/down", "output")
     }
     assert layers["block_0/up"] == (16, 32)
+    attention = {f"block_0/{name}" for name in ("query", "key", "value", "attended")}
+    layers = lora.dense_layers(tiny.base("transformer"))
+    assert set(layers) == attention | {
+        *("time_0", "time_1", "observation", "action", "block_0/up", "block_0/down"),
+        "output",
+    }
+    assert {layers[name] for name in attention} == {(16, 16)}
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
-def test_new_skill(adapter):
+@FORMS
+def test_new_skill(adapter, kind):
     init = jax.jit(lora.init_skill, static_argnums=(2, 3))
-    skill = init(jax.random.key(0), tiny.base(), 2, adapter)
-    lora.check_skill(tiny.base(), skill)
+    skill = init(jax.random.key(0), tiny.base(kind), 2, adapter)
+    lora.check_skill(tiny.base(kind), skill)
     assert lora.adapter_of(skill) == adapter
     assert lora.rank_of(skill) == 2
     for path, leaf in tree.flatten(skill).items():
         assert bool(np.any(leaf)) == path.endswith("/a"), path
-    got = eps(tiny.stack([skill]), np.full((B, 1), 16, np.float32))
-    np.testing.assert_allclose(got, base_eps(tiny.base()), atol=1e-6)
+    got = eps(tiny.stack([skill]), np.full((B, 1), 16, np.float32), kind)
+    np.testing.assert_allclose(got, base_eps(tiny.base(kind), kind), atol=1e-6)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -83,32 +99,59 @@ def test_adapter_delta_is_the_loop_over_skills(adapter):
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-def test_fused_composition_is_per_sample_merged_weights():
-    library = tiny.library()
-    merge = functools.partial(lora.merge, tiny.base(), library)
-    merged = per_sample_eps(jax.jit(jax.vmap(merge))(ALPHA))
-    assert np.abs(merged - base_eps(tiny.base())).max() > 0.1
-    np.testing.assert_allclose(eps(library, ALPHA), merged, atol=1e-5, rtol=1e-4)
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_fused_composition_is_per_sample_merged_weights(kind):
+    library = tiny.library(kind=kind)
+    merge = functools.partial(lora.merge, tiny.base(kind), library)
+    merged = per_sample_eps(jax.jit(jax.vmap(merge))(ALPHA), kind)
+    assert np.abs(merged - base_eps(tiny.base(kind), kind)).max() > 0.1
+    np.testing.assert_allclose(eps(library, ALPHA, kind), merged, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
-def test_one_hot_alpha_is_the_skill_alone(adapter):
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_gradients_reach_every_adapter_alone(kind):
+    """Those of the down matrices through up matrices that are not zero."""
+    skill = tree.stack([tiny.skill(0, kind=kind)])
+    for path, leaf in tree.flatten(
+        jax.jit(jax.grad(lambda skill: jnp.sum(eps(skill, ALPHA[:, :1], kind) ** 2)))(
+            skill
+        )
+    ).items():
+        assert np.abs(leaf).max() > 0, path
+
+
+def test_merged_product_of_tokens_has_the_plain_gradient():
+    shapes = ((5, 3, 4), (4, 6), (4, 2), (2, 6))
+    args = [tiny.normal(*shape, seed=i) for i, shape in enumerate(shapes)]
+
+    def loss(product, x, *weights):
+        return jnp.sum(jnp.sin(jax.vmap(product, (0, None, None, None))(x, *weights)))
+
+    def grads(product):
+        return jax.jit(jax.grad(functools.partial(loss, product), (0, 1, 2, 3)))(*args)
+
+    expected = grads(lambda x, kernel, a, b: x @ (kernel + a @ b))
+    chex.assert_trees_all_close(grads(lora.merged_product), expected, atol=1e-5)
+
+
+@FORMS
+def test_one_hot_alpha_is_the_skill_alone(adapter, kind):
     for k in range(tiny.SKILLS):
         one_hot = np.tile(np.eye(tiny.SKILLS, dtype=np.float32)[k], (B, 1))
-        alone = tiny.stack([tiny.skill(k, adapter=adapter)])
+        alone = tiny.stack([tiny.skill(k, adapter=adapter, kind=kind)])
         np.testing.assert_allclose(
-            eps(tiny.library(adapter=adapter), one_hot),
-            eps(alone, np.ones((B, 1), np.float32)),
+            eps(tiny.library(adapter=adapter, kind=kind), one_hot, kind),
+            eps(alone, np.ones((B, 1), np.float32), kind),
             atol=1e-5,
         )
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
-def test_order_of_the_skills_does_not_matter(adapter):
-    library, order = tiny.library(adapter=adapter), [2, 0, 1]
+@FORMS
+def test_order_of_the_skills_does_not_matter(adapter, kind):
+    library, order = tiny.library(adapter=adapter, kind=kind), [2, 0, 1]
     np.testing.assert_allclose(
-        eps(tiny.take(library, order), np.asarray(ALPHA)[:, order]),
-        eps(library, ALPHA),
+        eps(tiny.take(library, order), np.asarray(ALPHA)[:, order], kind),
+        eps(library, ALPHA, kind),
         atol=1e-5,
     )
 
@@ -118,39 +161,43 @@ def test_add_then_drop_is_the_identity(adapter):
     library = tiny.library(2, adapter)
     new = tiny.skill(2, adapter=adapter)
     more = tiny.add(library, new)
-    tiny.assert_trees_equal(more, tiny.library(3, adapter))
-    tiny.assert_trees_equal(tiny.drop(more, 2), library)
-    tiny.assert_trees_equal(tiny.drop(more, 0), tiny.take(more, [1, 2]))
+    chex.assert_trees_all_equal(more, tiny.library(3, adapter))
+    chex.assert_trees_all_equal(tiny.drop(more, 2), library)
+    chex.assert_trees_all_equal(tiny.drop(more, 0), tiny.take(more, [1, 2]))
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
-def test_zero_padding_is_exact(adapter):
-    skill = tiny.skill(0, adapter=adapter)
+@FORMS
+def test_zero_padding_is_exact(adapter, kind):
+    skill = tiny.skill(0, adapter=adapter, kind=kind)
     padded = tiny.pad(skill, 5)
     assert lora.rank_of(padded) == 5
-    lora.check_skill(tiny.base(), padded)
+    lora.check_skill(tiny.base(kind), padded)
     weight = np.full((B, 1), 1.5, np.float32)
     np.testing.assert_allclose(
-        eps(tiny.stack([padded]), weight), eps(tiny.stack([skill]), weight), atol=1e-6
+        eps(tiny.stack([padded]), weight, kind),
+        eps(tiny.stack([skill]), weight, kind),
+        atol=1e-6,
     )
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
-def test_skills_of_different_ranks_stack(adapter):
-    small, large = tiny.skill(0, 1, adapter), tiny.skill(1, 4, adapter)
+@FORMS
+def test_skills_of_different_ranks_stack(adapter, kind):
+    small, large = (tiny.skill(k, rank, adapter, kind) for k, rank in ((0, 1), (1, 4)))
     library = tiny.stack([small, large])
-    tiny.assert_trees_equal(tiny.take(library, [1]), tiny.stack([large]))
+    chex.assert_trees_all_equal(tiny.take(library, [1]), tiny.stack([large]))
     np.testing.assert_allclose(
-        eps(library, np.tile(np.float32([1, 0]), (B, 1))),
-        eps(tiny.stack([small]), np.ones((B, 1), np.float32)),
+        eps(library, np.tile(np.float32([1, 0]), (B, 1)), kind),
+        eps(tiny.stack([small]), np.ones((B, 1), np.float32), kind),
         atol=1e-5,
     )
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
-def test_zero_skill_changes_nothing(adapter):
-    zero = lora.zero_skill(tiny.library(adapter=adapter))
-    np.testing.assert_allclose(eps(zero, ALPHA), base_eps(tiny.base()), atol=1e-6)
+@FORMS
+def test_zero_skill_changes_nothing(adapter, kind):
+    zero = lora.zero_skill(tiny.library(adapter=adapter, kind=kind))
+    np.testing.assert_allclose(
+        eps(zero, ALPHA, kind), base_eps(tiny.base(kind), kind), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("width", [1, tiny.SKILLS - 1, tiny.SKILLS + 1])
@@ -192,9 +239,9 @@ def test_layer_names_must_be_the_bases():
 
 def test_a_library_without_weights_raises():
     with pytest.raises(ValueError, match="a library and alpha go together"):
-        make_denoise(tiny.NET, tiny.base(), tiny.library())
+        make_denoise(tiny.net(), tiny.base(), tiny.library())
     with pytest.raises(ValueError, match="a library and alpha go together"):
-        make_denoise(tiny.NET, tiny.base(), alpha=jnp.ones(1))
+        make_denoise(tiny.net(), tiny.base(), alpha=jnp.ones(1))
 
 
 def test_refusals():
@@ -215,7 +262,7 @@ def test_refusals():
 
 def test_flatten_unflatten_and_fingerprint():
     base = tiny.base()
-    tiny.assert_trees_equal(tree.unflatten(tree.flatten(base)), base)
+    chex.assert_trees_all_equal(tree.unflatten(tree.flatten(base)), base)
     assert list(tree.flatten(base)) == sorted(tree.flatten(base))
     assert tree.size(base) == sum(x.size for x in tree.flatten(base).values())
     other = base | {"output": base["output"] | {"bias": base["output"]["bias"] + 1}}

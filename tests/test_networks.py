@@ -1,23 +1,25 @@
 """The denoiser and its parts."""
 
-import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
+from psec_jax import tree
 from psec_jax.errors import InputError
 from psec_jax.lora import init_skill
 from psec_jax.networks import layers
 from psec_jax.networks.denoiser import (
     COMPATS,
-    Denoiser,
+    NETWORKS,
     NetworkConfig,
     init_base,
     make_denoise,
+    make_network,
 )
 from psec_jax.networks.layers import ACTIVATIONS
 from psec_jax.networks.mlp import MLP
@@ -31,16 +33,15 @@ INPUTS = (
 
 
 @functools.cache
-def compiled(network):
+def compiled(net):
     """(base, library, alpha) -> noise [B, A] on INPUTS."""
-    net = Denoiser(network, tiny.ACTION_DIM)
     return jax.jit(lambda *params: jax.vmap(make_denoise(net, *params))(*INPUTS))
 
 
-def eps(base=None, library=None, alpha=None, **changes):
-    """Noise [B, A] of the tiny network with some fields of its config changed."""
-    network = dataclasses.replace(tiny.NETWORK, **changes)
-    return compiled(network)(base or tiny.base(), library, alpha)
+def eps(base=None, library=None, alpha=None, kind="mlp", **changes):
+    """Noise [B, A] of a tiny network with some fields of its config changed."""
+    net = tiny.net(kind, **changes)
+    return compiled(net)(base or tiny.base(kind), library, alpha)
 
 
 def test_mish():
@@ -71,43 +72,44 @@ def test_dropout_rate_and_scale(rate):
     np.testing.assert_allclose(dropped[kept], 1 / (1 - rate), rtol=1e-3)
 
 
-def test_dropout_in_training_only():
-    network = dataclasses.replace(tiny.NETWORK, dropout=0.5)
-    net = Denoiser(network, tiny.ACTION_DIM)
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_dropout_in_training_only(kind):
+    net = tiny.net(kind, dropout=0.5)
 
     @jax.jit
     def trained(keys):
         def one(key, *inputs):
-            return make_denoise(net, tiny.base(), dropout_key=key)(*inputs)
+            return make_denoise(net, tiny.base(kind), dropout_key=key)(*inputs)
 
         return jax.vmap(one)(keys, *INPUTS)
 
     keys = tiny.keys(2 * B)
-    without = eps(dropout=0.5)
-    np.testing.assert_array_equal(without, eps())
+    without = eps(kind=kind, dropout=0.5)
+    np.testing.assert_array_equal(without, eps(kind=kind))
     np.testing.assert_array_equal(trained(keys[:B]), trained(keys[:B]))
     for a, b in ((trained(keys[:B]), trained(keys[B:])), (trained(keys[:B]), without)):
         assert (np.abs(a - b).max(axis=1) > 1e-4).all()
 
 
 def test_dropout_rate_zero_draws_nothing():
-    net = Denoiser(tiny.NETWORK, tiny.ACTION_DIM)
     inputs = [x[0] for x in INPUTS]
-    with_key = make_denoise(net, tiny.base(), dropout_key=jax.random.key(0))(*inputs)
-    np.testing.assert_array_equal(with_key, make_denoise(net, tiny.base())(*inputs))
+    plain = make_denoise(tiny.NET, tiny.base())
+    with_key = make_denoise(tiny.NET, tiny.base(), dropout_key=jax.random.key(0))
+    np.testing.assert_array_equal(with_key(*inputs), plain(*inputs))
 
 
-def test_merged_weights_give_the_same_noise_and_gradients():
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_merged_weights_give_the_same_noise_and_gradients(kind):
     def loss(params, merged):
-        net = Denoiser(tiny.NETWORK, tiny.ACTION_DIM, merged)
+        net = tiny.net(kind, merged)
         noise = jax.vmap(make_denoise(net, *params))(*INPUTS)
         return jnp.sum(noise**2), noise
 
     both = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
-    params = (tiny.base(), tiny.library(), jnp.linspace(0.5, 2.0, tiny.SKILLS))
-    for got, expected in zip(both(params, True), both(params, False), strict=True):
-        for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    library = tiny.library(kind=kind)
+    params = (tiny.base(kind), library, jnp.linspace(0.5, 2.0, tiny.SKILLS))
+    got, expected = both(params, True), both(params, False)
+    chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -115,36 +117,39 @@ def test_merged_weights_give_the_same_noise_and_gradients():
     [("mlp", "float32", "cannot be merged into"), ("lora", "bfloat16", "in bfloat16")],
 )
 def test_what_cannot_be_merged(adapter, dtype, why):
-    network = dataclasses.replace(tiny.NETWORK, matmul_dtype=dtype)
-    net = Denoiser(network, tiny.ACTION_DIM, merged=True)
+    net = tiny.net(merged=True, matmul_dtype=dtype)
     library = tiny.library(adapter=adapter)
     denoise = make_denoise(net, tiny.base(), library, jnp.ones(tiny.SKILLS))
     with pytest.raises(ValueError, match=why):
         denoise(*(x[0] for x in INPUTS))
 
 
-def test_bfloat16_products_only():
-    skills = {"library": tiny.library(), "alpha": jnp.ones(tiny.SKILLS)}
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_bfloat16_products_only(kind):
+    skills = {"library": tiny.library(kind=kind), "alpha": jnp.ones(tiny.SKILLS)}
     for kwargs in ({}, skills):
+        kwargs = kwargs | {"kind": kind}
         full, half = eps(**kwargs), eps(**kwargs, matmul_dtype="bfloat16")
         assert half.dtype == jnp.float32
         error = np.linalg.norm(half - full) / np.linalg.norm(full)
         assert 0 < error < 0.03
 
 
-def test_parameters_and_gradients_stay_float32():
-    network = dataclasses.replace(tiny.NETWORK, matmul_dtype="bfloat16")
-    net = Denoiser(network, tiny.ACTION_DIM)
-    shapes = jax.eval_shape(lambda: init_base(network, jax.random.key(0), 3, 2))
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_parameters_and_gradients_stay_float32(kind):
+    net = tiny.net(kind, matmul_dtype="bfloat16")
+    shapes = jax.eval_shape(lambda: init_base(net.config, jax.random.key(0), 3, 2))
     inputs = [x[0] for x in INPUTS]
 
     def loss(base):
         return jnp.sum(make_denoise(net, base)(*inputs) ** 2)
 
-    grads = jax.eval_shape(jax.grad(loss), tiny.base())
-    skill = jax.eval_shape(lambda: init_skill(jax.random.key(0), tiny.base(), 2))
-    for tree in (shapes, grads, skill):
-        assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype("float32")}
+    grads = jax.eval_shape(jax.grad(loss), tiny.base(kind))
+    skill = jax.eval_shape(lambda: init_skill(jax.random.key(0), tiny.base(kind), 2))
+    for arrays in (shapes, grads, skill):
+        assert {leaf.dtype for leaf in jax.tree.leaves(arrays)} == {
+            jnp.dtype("float32")
+        }
 
 
 def test_released_form_is_swish_with_skills_only():
@@ -155,30 +160,49 @@ def test_released_form_is_swish_with_skills_only():
     assert np.abs(released - eps(**skills)).max() > 1e-3
 
 
-def test_a_batch_is_its_examples():
-    batched = jax.jit(make_denoise(tiny.NET, tiny.base()))(*INPUTS)
-    np.testing.assert_allclose(batched, eps(), atol=1e-6)
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_a_batch_is_its_examples(kind):
+    """With skills too, weighed alike or each example its own way."""
+    batched = jax.jit(make_denoise(tiny.net(kind), tiny.base(kind)))(*INPUTS)
+    np.testing.assert_allclose(batched, eps(kind=kind), atol=1e-6)
+    library, alpha = tiny.library(kind=kind), tiny.normal(B, tiny.SKILLS, seed=2)
+    one = functools.partial(make_denoise, tiny.net(kind), tiny.base(kind), library)
+    expected = jax.jit(jax.vmap(lambda alpha, *x: one(alpha)(*x)))(alpha, *INPUTS)
+    variables = {"params": tiny.base(kind), "skills": library}
+    got = jax.jit(tiny.net(kind).apply)(variables, *INPUTS, alpha)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-def test_every_input_and_parameter_matters():
-    network = dataclasses.replace(tiny.NETWORK, blocks=2)
-    net = Denoiser(network, tiny.ACTION_DIM)
-    base = tiny.randomised(lambda: init_base(network, jax.random.key(0), 3, 2), 0)
+@pytest.mark.parametrize(
+    ("kind", "leaves"),
+    [("mlp", 1 + 4 * 2 + 2 * 6), ("transformer", 1 + 5 * 2 + 1 + 2 + 2 * 16)],
+)
+def test_every_input_and_parameter_matters(kind, leaves):
+    net = tiny.net(kind, blocks=2)
+    base = tiny.randomised(
+        lambda: init_base(net.config, jax.random.key(0), 3, 2, net.horizon), 0
+    )
 
     @jax.jit
     @functools.partial(jax.grad, argnums=(0, 1))
     def grads(base, inputs):
         return jnp.sum(make_denoise(net, base)(*inputs) ** 2)
 
-    for leaf in jax.tree.leaves(grads(base, INPUTS)):
-        assert np.abs(leaf).max() > 0
-    assert len(jax.tree.leaves(base)) == 1 + 4 * 2 + 2 * 6
+    of_base, of_inputs = grads(base, INPUTS)
+    assert len(jax.tree.leaves(base)) == leaves
+    for path, leaf in (tree.flatten(of_base) | dict(enumerate(of_inputs))).items():
+        # Attention only compares keys with one another.
+        assert (np.abs(leaf).max() > 1e-5) != str(path).endswith("key/bias"), path
 
 
-def test_fresh_base():
-    base = init_base(tiny.NETWORK, jax.random.key(0), tiny.OBS_DIM, tiny.ACTION_DIM)
-    assert jax.tree.map(jnp.shape, base) == jax.tree.map(jnp.shape, tiny.base())
-    assert np.isfinite(eps(base)).all()
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_fresh_base(kind):
+    net = tiny.net(kind)
+    base = init_base(
+        *(net.config, jax.random.key(0), tiny.OBS_DIM, tiny.ACTION_DIM, net.horizon)
+    )
+    chex.assert_trees_all_equal_shapes(base, tiny.base(kind))
+    assert np.isfinite(eps(base, kind=kind)).all()
     assert not base["output"]["bias"].any()
 
 
@@ -198,10 +222,11 @@ def test_mlp_is_relu_layers_and_a_linear_one():
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
+        ("kind", "cnn", f"choose from {', '.join(sorted(NETWORKS))}"),
+        ("heads", 0, "heads: got 0"),
         ("activation", "gelu", f"choose from {', '.join(sorted(ACTIVATIONS))}"),
         ("compat", "authors", str(COMPATS[0])),
         ("matmul_dtype", "float16", "float32 or bfloat16"),
-        ("dropout", 1.0, "0 <= rate < 1"),
         ("width", 0, "width: got 0"),
         ("blocks", 0, "blocks: got 0"),
         ("time_features", 3, "time_features: got 3, expected an even number"),
@@ -210,3 +235,23 @@ def test_mlp_is_relu_layers_and_a_linear_one():
 def test_refused_sizes(field, value, message):
     with pytest.raises(InputError, match=message):
         NetworkConfig(**{field: value})
+
+
+def test_refused_combinations():
+    with pytest.raises(InputError, match="heads: got 3, expected a divisor"):
+        tiny.network("transformer", heads=3)
+    with pytest.raises(InputError, match="compat: got 'released' for a transformer"):
+        tiny.network("transformer", compat="released")
+    with pytest.raises(InputError, match="horizon: got 3, which does not divide"):
+        make_network(tiny.NETWORK, 2, horizon=3)
+
+
+def test_transformer_sees_actions_in_their_order():
+    """And every action of the chunk is read by every other one's prediction."""
+    net, base = tiny.net("transformer"), tiny.base("transformer")
+    predict = jax.jit(make_denoise(net, base))
+    obs, a_t, t = (x[0] for x in INPUTS)
+    flipped = predict(obs, a_t[::-1], t)[::-1]
+    assert np.abs(flipped - predict(obs, a_t, t)).max() > 1e-3
+    jacobian = jax.jit(jax.jacobian(make_denoise(net, base), 1))(obs, a_t, t)
+    assert np.abs(jacobian).min() > 1e-6

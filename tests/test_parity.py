@@ -31,7 +31,7 @@ from psec_jax.losses import (
     released_regulariser,
     reversed_expectile_loss,
 )
-from psec_jax.networks.denoiser import Denoiser, make_denoise
+from psec_jax.networks.denoiser import make_denoise, make_network
 from psec_jax.process import (
     SCHEDULES,
     ProcessConfig,
@@ -42,8 +42,8 @@ from psec_jax.process import (
 
 V = parity.load()
 STRENGTH = 16.0
-NET = Denoiser(parity.network("released"), 3)
-PAPER_NET = Denoiser(parity.network("paper"), 3)
+NET = make_network(parity.network("released"), 3)
+PAPER_NET = make_network(parity.network("paper"), 3)
 GATE = GateConfig(widths=(32, 32))
 
 

@@ -8,14 +8,32 @@ import jax.numpy as jnp
 import numpy as np
 
 from psec_jax import lora, tree
-from psec_jax.networks.denoiser import Denoiser, NetworkConfig, init_base
+from psec_jax.networks.denoiser import (
+    NETWORKS,
+    NetworkConfig,
+    init_base,
+    make_network,
+)
 from psec_jax.process import PROCESSES, ProcessConfig
 
 OBS_DIM, ACTION_DIM, SKILLS, RANK = 3, 2, 3, 2
-NETWORK = NetworkConfig(
-    width=16, blocks=1, expansion=2, time_features=4, time_width=8, dropout=0.0
-)
-NET = Denoiser(NETWORK, ACTION_DIM)
+NETWORK = NetworkConfig(width=16, blocks=1, expansion=2, time_features=4, time_width=8)
+# A chunk of two actions of one number is as wide as one action of two numbers.
+HORIZON = {"transformer": 2}
+
+
+def network(kind="mlp", **changes):
+    changes = {"heads": 2} | changes
+    return dataclasses.replace(NETWORK, kind=kind, **changes)
+
+
+def net(kind="mlp", merged=False, dropout=0.0, **changes):
+    horizon = HORIZON.get(kind, 1)
+    return make_network(network(kind, **changes), ACTION_DIM, horizon, merged, dropout)
+
+
+KINDS = list(NETWORKS)
+NET = net()
 # A mild schedule: an untrained network would drive a steep one to the bounds.
 PROCESS = ProcessConfig(schedule="linear", start_scale=0.4)
 # One process for each sampler of every kind.
@@ -41,15 +59,16 @@ def randomised(make, seed):
 
 
 @functools.cache
-def base():
+def base(kind="mlp"):
+    config, horizon = network(kind), HORIZON.get(kind, 1)
     return randomised(
-        lambda: init_base(NETWORK, jax.random.key(0), OBS_DIM, ACTION_DIM), 0
+        lambda: init_base(config, jax.random.key(0), OBS_DIM, ACTION_DIM, horizon), 0
     )
 
 
 @functools.cache
-def skill(seed, rank=RANK, adapter="lora"):
-    frozen = base()
+def skill(seed, rank=RANK, adapter="lora", kind="mlp"):
+    frozen = base(kind)
     return randomised(
         lambda: lora.init_skill(jax.random.key(0), frozen, rank, adapter), 100 + seed
     )
@@ -67,8 +86,8 @@ def take(stacked, indices):
 
 
 @functools.cache
-def library(count=SKILLS, adapter="lora"):
-    return stack([skill(k, adapter=adapter) for k in range(count)])
+def library(count=SKILLS, adapter="lora", kind="mlp"):
+    return stack([skill(k, adapter=adapter, kind=kind) for k in range(count)])
 
 
 def normal(*shape, seed=0):

@@ -58,7 +58,12 @@ from psec_jax.evaluation import evaluate
 from psec_jax.files import reported, write_json
 from psec_jax.gating import GateConfig, init_gate
 from psec_jax.lora import dense_layers, init_skill
-from psec_jax.networks.denoiser import Denoiser, NetworkConfig, init_base
+from psec_jax.networks.denoiser import (
+    Denoiser,
+    NetworkConfig,
+    init_base,
+    make_network,
+)
 from psec_jax.policy import Policy
 from psec_jax.process import ProcessConfig
 from psec_jax.runtime import sharding, streaming
@@ -771,7 +776,7 @@ def skills(sizes: Sizes) -> list[Row]:
     """One forward pass with K skills, weights of their own for every state."""
     policy = make_policy(sizes)
     base = policy.params.base
-    forward = _forward(Denoiser(policy.config.network, ACTION_DIM))
+    forward = _forward(make_network(policy.config.network, ACTION_DIM))
     rows, n = [], weights_of(base)
     libraries = {count: make_library(base, count) for count in sizes.skills}
     for batch in sizes.batches:
@@ -911,7 +916,7 @@ def bfloat16(sizes: Sizes) -> list[Row]:
         _SHORT[dtype]: make_policy(sizes, skills=1, dtype=dtype) for dtype in DTYPES
     }
     forwards = {
-        short: _forward(Denoiser(policy.config.network, ACTION_DIM))
+        short: _forward(make_network(policy.config.network, ACTION_DIM))
         for short, policy in policies.items()
     }
     rows = []

@@ -1,6 +1,7 @@
 """Cloning of demonstrations: a base with all its parameters, or a skill over a base."""
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +23,10 @@ from psec_jax.lora import ADAPTERS, init_skill
 from psec_jax.losses import prediction_error
 from psec_jax.networks.denoiser import (
     Denoise,
-    Denoiser,
     NetworkConfig,
     init_base,
     make_denoise,
+    make_network,
 )
 from psec_jax.process import ProcessConfig
 from psec_jax.runtime import platform
@@ -63,6 +64,7 @@ class CloningConfig:
       process: the base's.
       optimiser: of what is trained.
       batch_size: transitions a step.
+      dropout: rate of the network while training.
       skill: form of the skill that is trained over a frozen base; None trains the base.
     """
 
@@ -70,10 +72,13 @@ class CloningConfig:
     process: ProcessConfig = field(default_factory=ProcessConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     batch_size: int = 2048
+    dropout: float = 0.0
     skill: AdapterConfig | None = None
 
     def __post_init__(self) -> None:
         check_batch_size(self.batch_size)
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout: got {self.dropout}, expected 0 <= rate < 1")
 
 
 def init(
@@ -108,7 +113,8 @@ def init_params(
 ) -> Params:
     """Fresh parameters of the base or of the skill."""
     if config.skill is None:
-        return init_base(config.network, key, obs_dim, action_dim)
+        horizon = config.process.horizon
+        return init_base(config.network, key, obs_dim, action_dim, horizon)
     return init_skill(key, base, config.skill.rank, config.skill.adapter)
 
 
@@ -168,12 +174,18 @@ def denoiser(
     dropout_key: Key[Array, ""] | None = None,
 ) -> Denoise:
     """The denoiser that is trained: the base, or the base with the one skill."""
+    make = partial(
+        make_network,
+        config.network,
+        action_dim,
+        config.process.horizon,
+        dropout=config.dropout,
+    )
     if config.skill is None:
-        net = Denoiser(config.network, action_dim)
-        return make_denoise(net, params, dropout_key=dropout_key)
+        return make_denoise(make(), params, dropout_key=dropout_key)
     # In bfloat16 the merged sum would lose what a small skill adds.
     merged = config.skill.adapter == "lora" and config.network.matmul_dtype == "float32"
-    net = Denoiser(config.network, action_dim, merged)
+    net = make(merged=merged)
     alpha = jnp.full((1,), config.skill.alpha)
     return make_denoise(net, frozen, tree.stack([params]), alpha, dropout_key)
 

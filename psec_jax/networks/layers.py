@@ -44,8 +44,8 @@ ACTIVATIONS: dict[str, Callable] = {
 
 
 def drop(
-    x: Float[Array, " d"], bits: UInt16[Array, " d"], rate: float
-) -> Float[Array, " d"]:
+    x: Float[Array, "*d"], bits: UInt16[Array, "*d"], rate: float
+) -> Float[Array, "*d"]:
     """Dropout of one example by 16-bit draws, each kept with probability 1 - rate.
 
     The rate is held to 1 / 65536. 16-bit draws cost half of the usual 32-bit ones.
@@ -59,7 +59,7 @@ def dropout_bits(
 ) -> UInt16[Array, "blocks width"]:
     """The draws for every block of one example, in one call.
 
-    Halves of 32-bit words; asking for 16-bit draws takes XLA three times as long.
+    Halves of 32-bit words; 16-bit draws take XLA three times as long.
     """
     words = jax.random.bits(key, (blocks, -(-width // 2)), jnp.uint32)
     halves = jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)
@@ -67,7 +67,7 @@ def dropout_bits(
 
 
 class FourierFeatures(nn.Module):
-    """Learned Fourier features of the diffusion step: t [..., 1] -> [..., features]."""
+    """Learned Fourier features of the time: t [..., 1] -> [..., features]."""
 
     features: int
 
@@ -85,7 +85,8 @@ class AdaptedDense(nn.Module):
 
     The layer looks its own adapters up in the collection "skills" (leaves with a
     leading axis of K skills); without them it is an ordinary dense layer, so one
-    network class serves pretraining, one skill and any number of skills.
+    network class serves pretraining, one skill and any number of skills. Inputs may
+    have axes that the weights lack, such as the tokens of one example.
 
     Attributes:
       features: outputs.
@@ -101,7 +102,7 @@ class AdaptedDense(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "*b d"], alpha: Float[Array, "*b k"] | None = None
+        self, x: Float[Array, "*b d"], alpha: Float[Array, "*c k"] | None = None
     ) -> Float[Array, "*b o"]:
         kernel = self.param(
             "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features)
@@ -121,5 +122,7 @@ class AdaptedDense(nn.Module):
         y = jnp.matmul(x, kernel.astype(dtype), preferred_element_type=jnp.float32)
         y = y + bias
         if alpha is not None:
+            tokens = tuple(range(alpha.ndim - 1, x.ndim - 1))
+            alpha = jnp.expand_dims(alpha, tokens)
             y = y + adapter_delta(x, adapter, alpha, mish)
         return y

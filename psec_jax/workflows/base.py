@@ -123,10 +123,7 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
     learner = actor.make(
         job,
         CloningConfig(
-            dataclasses.replace(network, dropout=section.dropout),
-            process,
-            section.optimiser,
-            section.batch_size,
+            network, process, section.optimiser, section.batch_size, section.dropout
         ),
         [request.objective],
         demos,

@@ -128,10 +128,11 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
     learner = actor.make(
         job,
         CloningConfig(
-            dataclasses.replace(network_config(card), dropout=section.dropout),
+            network_config(card),
             process_config(card),
             section.optimiser,
             section.batch_size,
+            section.dropout,
             part(AdapterConfig, section),
         ),
         objectives,
