@@ -18,7 +18,6 @@ import short
 import stages
 from shell import call
 
-from experiments import table2
 from experiments.configs.dmc_walker import get_config
 from psec_jax import tree
 from psec_jax.data import d4rl, dataset
@@ -118,7 +117,6 @@ def quick_starts(environments, monkeypatch):
         return evaluate(act, env, episodes, seed, vector_env=environments(env))
 
     monkeypatch.setattr(multirun, "evaluate", quick)
-    monkeypatch.setattr(table2, "evaluate", quick)
 
 
 def done(module, *arguments):
@@ -370,6 +368,8 @@ def test_own_data_and_environment_by_flag(place):
 
 
 def test_table(place, quick_starts, monkeypatch):
+    from experiments import table2
+
     monkeypatch.setattr(table2, "ENV", short.SPEC)
     monkeypatch.delitem(table2.SETTINGS, "S->R")
     monkeypatch.setattr(table2, "GRIDS", {k: v[-1:] for k, v in table2.GRIDS.items()})

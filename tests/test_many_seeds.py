@@ -18,7 +18,6 @@ from shell import call
 from test_training import fails_at, fresh, update
 from tiny_env import SPEC
 
-from experiments import results, table2
 from experiments.configs import dmc_walker, dsrl
 from psec_jax import tree
 from psec_jax.agents.common import Demonstrations
@@ -502,6 +501,8 @@ def test_equal_data_lies_on_the_device_once(bases, monkeypatch):
 
 
 def test_a_table_of_several_seeds(place, monkeypatch):
+    from experiments import results, table2
+
     monkeypatch.setenv("PSEC_DATA_DIR", str(place / "data"))
     monkeypatch.setattr(table2, "ENV", SPEC)
     settings = {"S->W": table2.Setting("walk", ("walk",))}
