@@ -280,8 +280,9 @@ def parse(
                 f"{option}: a bucket is used through a folder where it is mounted, see "
                 "docs/launching.md"
             )
-    configs = {} if known_only else _CONFIG_DEFAULTS
-    for name, default in configs.items():
+    for name, default in _CONFIG_DEFAULTS.items():
+        if name not in values:
+            continue
         if not given(options, name):
             argv = [argv[0], f"--{name}={default}", *argv[1:]]
         # ml_collections keeps silent about a missing file until a field is read.
