@@ -1,5 +1,6 @@
 """Units of actions: a policy's lie in [-1, 1], an environment's in its own box."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,12 +41,12 @@ class ActionBox:
         """The box [-1, 1] of A actions."""
         return cls((-1.0,) * size, (1.0,) * size)
 
-    @property
+    @functools.cached_property
     def centre(self) -> np.ndarray:
         """The middle, [A] float64."""
         return (np.asarray(self.high) + np.asarray(self.low)) / 2
 
-    @property
+    @functools.cached_property
     def half(self) -> np.ndarray:
         """Half the width, [A] float64."""
         return (np.asarray(self.high) - np.asarray(self.low)) / 2

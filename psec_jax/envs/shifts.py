@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from psec_jax.data import keywords
 from psec_jax.errors import InputError, lookup
 
 MARK = "@"
@@ -26,15 +27,17 @@ Numbers = tuple[Any, str, int | None]
 
 
 def split(spec: str, *texts: str) -> tuple[str, dict[str, float]]:
-    """The plain environment's name, and the factors of its shift sorted by quantity.
+    """The environment's name without its shift, and the shift's factors sorted by
+    quantity.
 
     Args:
-      spec: an environment's name, which may have a shift already.
+      spec: an environment's name, which may have keyword arguments, brought into their
+        canonical form, and a shift already.
       texts: more of them, such as "friction:0.25,gravity:2".
 
     Raises:
-      InputError: an unknown quantity, one that is named twice, or a factor that is not
-        a finite number above 0.
+      InputError: an unknown quantity, one that is named twice, a factor that is not a
+        finite number above 0, or malformed keyword arguments.
     """
     plain, mark, tail = spec.partition(MARK)
     shift: dict[str, float] = {}
@@ -52,7 +55,7 @@ def split(spec: str, *texts: str) -> tuple[str, dict[str, float]]:
                     f"shift of {spec}: {name} is {number!r}, expected a finite number "
                     "above 0"
                 )
-    return plain, dict(sorted(shift.items()))
+    return keywords.canonical(plain), dict(sorted(shift.items()))
 
 
 def _factor(text: str) -> float:
