@@ -70,7 +70,8 @@ class ActionBox:
     def outside(self, action: np.ndarray) -> np.ndarray:
         """Which rows of actions [N, A] leave the box, but for rounding, [N] bool."""
         excess = np.abs(np.asarray(action, np.float64) - self.centre) - self.half
-        return (excess > SLACK * np.maximum(self.half, np.abs(self.centre))).any(-1)
+        slack = SLACK * np.maximum(self.half, np.abs(self.centre))
+        return np.asarray((excess > slack).any(-1))
 
     def same(self, other: "ActionBox") -> bool:
         """Whether two boxes are equal but for float32 rounding."""
@@ -198,7 +199,7 @@ def _guess(
     Raises:
       InputError: both are possible, or neither.
     """
-    beyond = (np.abs(action) > 1 + SLACK).any(-1)
+    beyond = np.asarray((np.abs(action) > 1 + SLACK).any(-1))
     if box is None:
         if not beyond.any():  # what lies outside is refused with the other checks
             say(f"{source}: no action box is known: actions are used as stored")

@@ -141,13 +141,14 @@ def _check_shapes(ds: Dataset, source: str) -> None:
 
 def _check_actions(action: np.ndarray, source: str, clip: bool) -> np.ndarray:
     outside = np.abs(action) > 1 + actions.SLACK
+    rows = np.asarray(outside.any(1))
     if outside.any() and not clip:
         raise InputError(
             f"{source}: {np.count_nonzero(outside)} of {action.size} action values lie "
             f"outside [-1, 1] (largest magnitude {np.abs(action).max():.4g}), in "
-            f"{actions.share(outside.any(1))}: units of the environment? Name the "
+            f"{actions.share(rows)}: units of the environment? Name the "
             "environment, or write attributes action_low and action_high; "
-            f"{actions.advice(outside.any(1))}"
+            f"{actions.advice(rows)}"
         )
     return np.clip(action, -1.0, 1.0)
 

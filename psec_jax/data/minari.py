@@ -223,13 +223,14 @@ def save(dataset_id: str, ds: Dataset, env: str | None = None) -> Path:
             "has: Minari holds whole trajectories only"
         )
     import gymnasium
-    from minari.data_collector import EpisodeBuffer
+    from minari import data_collector
     from minari.dataset.minari_storage import MinariStorage
 
-    spaces = [
+    make_buffer: Any = data_collector.EpisodeBuffer
+    observation, action = (
         gymnasium.spaces.Box(low, -low, (size,), np.float32)
         for low, size in ((-np.inf, ds.obs.shape[1]), (-1.0, ds.action.shape[1]))
-    ]
+    )
     spec = None
     if env is not None:
         try:
@@ -237,7 +238,7 @@ def save(dataset_id: str, ds: Dataset, env: str | None = None) -> Path:
         except gymnasium.error.Error as error:
             raise InputError(f"environment {env!r}: {error}") from error
     buffers = [
-        EpisodeBuffer(
+        make_buffer(
             observations=np.concatenate([ds.obs[rows], ds.next_obs[rows][-1:]]),
             actions=ds.action[rows],
             rewards=ds.reward[rows],
@@ -253,7 +254,7 @@ def save(dataset_id: str, ds: Dataset, env: str | None = None) -> Path:
     try:
         with _reported(f"{name}: cannot be written"):
             (temporary / "data").mkdir(parents=True)
-            storage = MinariStorage.new(temporary / "data", *spaces, spec)
+            storage = MinariStorage.new(temporary / "data", observation, action, spec)
             storage.update_metadata(
                 {"dataset_id": dataset_id, "minari_version": _package().__version__}
             )

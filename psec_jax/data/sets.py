@@ -182,7 +182,7 @@ class Catalogue:
         """
         ds, attrs = self._read(path, required)
         name = self.task_of(path) or attrs.get("task")
-        if name in self.tasks:
+        if name is not None and name in self.tasks:
             entry = self.tasks[name]
             unit = ActionBox.unit(entry.action_dim)
             known = Recording(entry.spec, units="scaled", box=unit)

@@ -71,7 +71,7 @@ def _parsed(spec: str) -> tuple[Simulator, str, dict, dict[str, float]]:
     plain, options = keywords.split(plain)
     prefix, colon, name = plain.partition(":")
     if not colon:
-        raise InputError(f"environment {spec!r}: expected {FORMS}")
+        raise InputError(f"environment {spec!r}: expected PREFIX:NAME, {FORMS}")
     simulator = lookup(ENVS, prefix, "environment prefix")
     for what, given, flags in (
         ("shifts", shift, {p: s.shifts for p, s in ENVS.items()}),

@@ -17,17 +17,17 @@ class Step(NamedTuple):
 
     Attributes:
       obs: float32 [S].
-      reward: float.
+      reward: float; an array [B] where steps are stacked, as for those that follow.
       cost: float, 0 where the environment has none.
       terminal: bool, the task itself ended (no bootstrap).
       timeout: bool, the episode was cut at its time limit.
     """
 
     obs: np.ndarray
-    reward: float
-    cost: float
-    terminal: bool
-    timeout: bool
+    reward: Any
+    cost: Any
+    terminal: Any
+    timeout: Any
 
 
 @runtime_checkable  # the tests check annotations while they run

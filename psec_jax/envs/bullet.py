@@ -63,7 +63,7 @@ class BulletEnv:
 
             # Gymnasium compares the float32 bounds with those of float64.
             warnings.filterwarnings("ignore", "overflow encountered in cast")
-            registered = gymnasium.spec(name)
+            registered: Any = gymnasium.spec(name)
             self._env: Any = EnvironmentBuilder(**registered.kwargs)
         self.obs_dim = self._env.observation_space.shape[0]
         self.action_dim = self._env.action_space.shape[0]

@@ -1,6 +1,7 @@
 """DeepMind Control suite (Tassa et al. 2018)."""
 
 import contextlib
+import importlib
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -132,10 +133,10 @@ def _shifted_models(shift: Mapping[str, float], spec: str) -> Iterator[None]:
     if not shift:
         yield
         return
-    import mujoco
-    from dm_control.mujoco import wrapper
+    mujoco: Any = importlib.import_module("mujoco")
+    wrapper: Any = importlib.import_module("dm_control.mujoco.wrapper")
 
-    def from_xml_string(xml: str | bytes, assets: Any = None) -> wrapper.MjModel:
+    def from_xml_string(xml: str | bytes, assets: Any = None) -> Any:
         text = xml.decode() if isinstance(xml, bytes) else xml
         model = mujoco.MjSpec.from_string(text, include=assets, assets=assets)
         return wrapper.MjModel(shifts.compile_shifted(model, shift, spec))

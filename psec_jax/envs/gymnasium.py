@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,8 +41,7 @@ class GymnasiumEnv:
                 f"{spec}: actions are {action_space}, expected a bounded Box"
             )
         flat = env.observation_space.is_np_flattenable
-        space = spaces.flatten_space(env.observation_space) if flat else None
-        if space is None:
+        if not flat:
             raise InputError(
                 f"{spec}: observations are {env.observation_space}, expected a space "
                 "that flattens into one vector"
@@ -56,12 +54,13 @@ class GymnasiumEnv:
             )
         self._flatten, self._action = spaces.flatten, action_space
         self.box = ActionBox.of(action_space.low, action_space.high)
-        self.obs_dim, self.action_dim = space.shape[0], len(self.box.low)
+        self.obs_dim = spaces.flatdim(env.observation_space)
+        self.action_dim = len(self.box.low)
         self.observation = order(env.observation_space)
         self.max_steps = int(limit)
         # MuJoCo environments know it; others only say how fast they are to be shown.
         seconds = getattr(env.unwrapped, "dt", None)
-        if not isinstance(seconds, numbers.Real) or not seconds > 0:
+        if not isinstance(seconds, (int, float)) or not seconds > 0:
             seconds = 1 / ((env.metadata or {}).get("render_fps") or FRAMES)
         self.step_seconds = float(seconds)
 
@@ -151,10 +150,10 @@ class GymnasiumEnv:
 def _shifted(registered: Any, shift: Mapping[str, float], spec: str) -> Any:
     """A registered MuJoCo environment that loads a shifted model."""
     gl.import_simulator("mujoco")
-    import mujoco
     from gymnasium.envs.mujoco import MujocoEnv
     from gymnasium.envs.registration import load_env_creator
 
+    mujoco: Any = importlib.import_module("mujoco")
     creator: Any = registered.entry_point
     if isinstance(creator, str):
         creator = load_env_creator(creator)

@@ -6,7 +6,7 @@ own, or is the worker's own.
 """
 
 import atexit
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
@@ -108,7 +108,7 @@ class MetaDriveEnv:
                 )
                 return config
 
-        self.simulator = Task(
+        self.simulator: Any = Task(
             {
                 "start_seed": self._seed,
                 "environment_num": 1,
@@ -189,7 +189,7 @@ class MetaDriveEnv:
         from metadrive.policy.idm_policy import IDMPolicy
 
         if speed not in self._idm:
-            driver = IDMPolicy(self.simulator.vehicle, random_seed=0)
+            driver: Any = IDMPolicy(self.simulator.vehicle, random_seed=0)
             driver.NORMAL_SPEED = driver.target_speed = speed
             driver.enable_lane_change = overtake
             self._idm[speed] = driver
@@ -223,7 +223,7 @@ class MetaDriveEnv:
         self.simulator.close()
 
 
-def _action(raw: Sequence[float]) -> np.ndarray:
+def _action(raw: Any) -> np.ndarray:
     return np.clip(raw, -1, 1).astype(np.float32)
 
 

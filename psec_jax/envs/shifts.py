@@ -6,6 +6,7 @@ model's XML text, which is read, changed in memory and compiled again, so that a
 MuJoCo derives from them follows (masses from sizes, for one). No file is written.
 """
 
+import importlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -137,8 +138,7 @@ def _multiply(numbers: Numbers, factor: float) -> None:
 def _actuator_strength(model: Any) -> Iterable[Numbers]:
     """Gains, biases and limits, in which the force is linear: not so for muscles and
     the like, and where a ratio (a third bias above 0) stands for the damping."""
-    import mujoco
-
+    mujoco: Any = importlib.import_module("mujoco")
     gains = (mujoco.mjtGain.mjGAIN_FIXED, mujoco.mjtGain.mjGAIN_AFFINE)
     biases = (mujoco.mjtBias.mjBIAS_NONE, mujoco.mjtBias.mjBIAS_AFFINE)
     for actuator in model.actuators:
