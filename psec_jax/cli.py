@@ -1,19 +1,22 @@
 """What every command shares: help that teaches, errors in one line, exit codes."""
 
 import errno
+import inspect
 import math
 import os
+import re
 import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from psec_jax.envs import ENVS
 from psec_jax.envs.shifts import QUANTITIES
 from psec_jax.errors import InputError, Stopped, TrainingError
 
@@ -200,6 +203,16 @@ def define_config(
     return config_flags.DEFINE_config_file(name, None, help_text, lock_config=True)
 
 
+def define_env(required: bool = True) -> flags.FlagHolder:
+    """The flag of an environment, for `psec_jax.envs.make`."""
+    return flags.DEFINE_string("env", None, ENV_HELP, required=required)
+
+
+ENV_HELP = (
+    f"PREFIX:NAME, such as dm_control:walker-walk, PREFIX of {', '.join(sorted(ENVS))}."
+)
+
+
 def define_shift() -> flags.FlagHolder:
     """The flag of a change of the simulator, for `psec_jax.envs.shifted`."""
     return flags.DEFINE_multi_string(
@@ -209,6 +222,56 @@ def define_shift() -> flags.FlagHolder:
         "several separated by commas. Multiplies the numbers that the MuJoCo model has "
         f"for one of {', '.join(QUANTITIES)}",  # absl adds that it may be repeated
     )
+
+
+def flags_of(
+    function: Callable[..., Any],
+    given: Mapping[str, flags.FlagHolder] | None = None,
+    omit: Sequence[str] = (),
+    **defaults: Any,
+) -> dict[str, flags.FlagHolder]:
+    """A flag for each argument of a function, with its type, default and help.
+
+    Args:
+      function: arguments are int, float, bool, str or Path, or None; what the docstring
+        says of one is the help of its flag.
+      given: flags that are defined already, of arguments or beside them.
+      omit: arguments without a flag.
+      **defaults: in place of the function's; a flag without a default is required.
+    """
+    holders = dict(given or {})
+    parameters = inspect.signature(function).parameters
+    hints, texts = get_type_hints(function), _argument_texts(function)
+    for name in [name for name in parameters if name not in {*holders, *omit}]:
+        default = defaults.get(name, parameters[name].default)
+        required = default is inspect.Parameter.empty
+        kinds = {hints[name], *get_args(hints[name])}
+        define = next(define for kind, define in _DEFINE.items() if kind in kinds)
+        holders[name] = define(
+            name, None if required else default, texts[name], required=required
+        )
+    return holders
+
+
+_DEFINE = {
+    bool: flags.DEFINE_bool,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    str: flags.DEFINE_string,
+    Path: flags.DEFINE_string,
+}
+
+
+def _argument_texts(function: Callable[..., Any]) -> dict[str, str]:
+    """What the docstring of a function says of each argument."""
+    section = (inspect.getdoc(function) or "").partition("Args:\n")[2]
+    texts = re.findall(r"^  (\w+): (.+(?:\n    .+)*)", section, re.MULTILINE)
+    return {name: text[0].upper() + text[1:] for name, text in texts}
+
+
+def values_of(holders: Mapping[str, flags.FlagHolder]) -> dict[str, Any]:
+    """The values of flags by name."""
+    return {name: holder.value for name, holder in holders.items()}
 
 
 def parse(
@@ -231,8 +294,9 @@ def parse(
             )
     argv = [argv[0], *map(_today, argv[1:])]
     sys.argv = list(argv)  # where ml_collections looks for overrides of fields
-    configs = {} if known_only else _CONFIG_DEFAULTS
-    for name, default in configs.items():
+    for name, default in _CONFIG_DEFAULTS.items():
+        if name not in values:
+            continue
         if not given(options, name):
             path = default if os.path.isfile(default.split(":")[0]) else _ROOT / default
             argv = [argv[0], f"--{name}={path}", *argv[1:]]

@@ -11,7 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiny
+from absl import flags
+from absl.testing import flagsaver
 
+from psec_jax import cli
+from psec_jax.errors import InputError
 from psec_jax.library import SkillLibrary
 from psec_jax.types import Normaliser
 
@@ -269,3 +273,35 @@ def test_library_commands(tmp_path):
     assert "skill.json" in broken.stdout and "gate.safetensors" in broken.stdout
     assert listed.returncode == 0 and "damaged: see verify" in listed.stdout
     assert removed.returncode == 0 and library.gates() == []
+
+
+def test_flags_of_a_function():
+    def collect(env: str, count: int, noise: float = 0.5, out: Path | None = None):
+        """Collect.
+
+        Args:
+          env: not a flag here.
+          count: whole
+            episodes.
+          noise: of actions.
+          out: file.
+
+        Returns:
+          Nothing: no argument.
+        """
+
+    saved = flagsaver.save_flag_values()
+    holders = cli.flags_of(collect, omit=["env"], count=3)
+    texts = {name: flags.FLAGS[name].help for name in holders}
+    try:
+        cli.parse(["collect", "--noise=2", "--count=4"])
+        assert cli.values_of(holders) == {"count": 4, "noise": 2.0, "out": None}
+        with pytest.raises(InputError, match="--count=x"):
+            cli.parse(["collect", "--count=x"])
+    finally:
+        flagsaver.restore_flag_values(saved)
+    assert texts == {
+        "count": "Whole\n    episodes.",
+        "noise": "Of actions.",
+        "out": "File.",
+    }

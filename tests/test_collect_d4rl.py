@@ -202,11 +202,11 @@ def test_refused(tmp_path, changes, words):
 def test_cards_that_do_not_hold(tmp_path):
     folder = write_snapshots(tmp_path / "walker")
     (folder / "sac_200.npz").unlink()
-    with pytest.raises(InputError, match="tells of sac_200.npz, which is not there"):
+    with pytest.raises(InputError, match="sac.json: sac_200.npz is missing"):
         snapshots(MEDIUM, folder)
     point = {"steps": 1, "returns": [1.0]}
     for changes, words in (
-        ({}, "sac.json: tells of no snapshot"),
+        ({}, "sac.json: names no snapshot"),
         ({"file": "x.npz", "returns": []}, "x.npz has no steps or no returns"),
     ):
         card = {"environment": WALKER, "training_curve": [point | changes]}

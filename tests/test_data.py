@@ -218,7 +218,6 @@ def test_missing_next_observations_of_single_rows(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"drop": ("rewards",)}, "no dataset 'rewards'; the file holds actions"),
         ({"drop": ("terminals",)}, "no dataset 'terminals'"),
         ({"rewards": np.zeros(7)}, r"rewards has shape \(7,\) but observations has 12"),
         ({"costs": np.float32(1)}, "costs has shape"),

@@ -11,6 +11,7 @@ from test_download import serve  # noqa: F401, a fixture
 
 from psec_jax import data
 from psec_jax.data import d4rl, dataset, dsrl, sets, trajectories
+from psec_jax.data.paths import data_dir
 from psec_jax.errors import InputError
 from psec_jax.types import Dataset
 
@@ -215,7 +216,7 @@ def test_bad_sets(name):
 
 
 def test_a_set_of_nobody_under_the_made_name():
-    write(dsrl.data_dir() / dsrl.made_name(NAME), make())
+    write(data_dir() / dsrl.made_name(NAME), make())
     with pytest.raises(InputError, match="name of a made set, but is not made by"):
         data.load(NAME)
 
@@ -244,7 +245,7 @@ def test_a_made_set_may_be_renamed(places):
 def test_save_refuses(ds, words):
     with pytest.raises(InputError, match=words):
         dsrl.save(NAME, ds, {})
-    assert not dsrl.data_dir().exists()
+    assert not data_dir().exists()
 
 
 def test_save_writes_costs_of_a_safe_set():

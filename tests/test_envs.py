@@ -12,8 +12,8 @@ import pytest
 from tiny_env import LIMIT, SPEC
 
 from psec_jax import envs
+from psec_jax.data.actions import ActionBox
 from psec_jax.envs import experts
-from psec_jax.envs.base import ActionBox
 from psec_jax.envs.vector import RESTARTS, VectorEnv
 from psec_jax.envs.workers import Worker, default_workers
 from psec_jax.errors import InputError
@@ -107,17 +107,19 @@ def test_gymnasium_rescales_actions_and_reads_costs():
 
 
 def test_action_box():
-    same = ActionBox(-np.ones(2), np.ones(2))
+    same = ActionBox.of(-np.ones(2), np.ones(2))
     action = np.array([0.1, -0.7], np.float32)
-    np.testing.assert_array_equal(same(action), action.astype(np.float64))
-    box = ActionBox(np.array([0.0, -2.0]), np.array([4.0, 6.0]))
-    np.testing.assert_allclose(box(np.array([[-1, 1], [0, 0]])), [[0, 6], [2, 2]])
+    np.testing.assert_array_equal(same.to_env(action), action.astype(np.float64))
+    box = ActionBox.of(np.array([0.0, -2.0]), np.array([4.0, 6.0]))
+    np.testing.assert_allclose(
+        box.to_env(np.array([[-1, 1], [0, 0]])), [[0, 6], [2, 2]]
+    )
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("walker-walk", "expected PREFIX:NAME"),
+        ("walker-walk", "expected PREFIX:NAME, bullet:TASK or dm_control:DOMAIN-T"),
         ("brax:ant", "unknown environment prefix 'brax'; choose from bullet, d"),
         ("dm_control:wolker-walk", "unknown domain 'wolker'; choose from acrobot"),
         ("dm_control:walker-fly", "unknown task 'fly' of walker; choose from walker-r"),

@@ -251,8 +251,8 @@ def test_stage_with_nothing_left_to_train_tells_the_same(library, monkeypatch):
 
 
 def test_differences_are_found(place, tmp_path):
-    left = faults.Place(place / "base", place / "lib")
-    right = faults.Place(tmp_path / "base", tmp_path / "lib")
+    left = faults.Folders(place / "base", place / "lib")
+    right = faults.Folders(tmp_path / "base", tmp_path / "lib")
     for mine, copy in zip(left, right, strict=True):
         shutil.copytree(mine, copy)
     assert faults.differences(left, right) == []

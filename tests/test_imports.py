@@ -132,8 +132,9 @@ def test_rim_libraries_stay_out_of_the_package(module):
     if module.startswith("psec_jax") and module != "psec_jax.cli":
         assert not tops & set(RIM)
     if module in core_modules():
-        # Minari tells spaces and environments in Gymnasium's classes.
-        needed = {"gymnasium"} if module == "psec_jax.data.minari" else set()
+        # Minari describes spaces and environments in Gymnasium's classes.
+        of_spaces = ("psec_jax.data.minari", "psec_jax.data.spaces")
+        needed = {"gymnasium"} if module in of_spaces else set()
         assert tops & set(SIMULATORS) == needed
     assert not tops & {"pickle", "cloudpickle", "dill"}
 

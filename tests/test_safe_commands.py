@@ -93,10 +93,12 @@ def test_collected_set(place, monkeypatch):
 
 def test_handovers():
     """Drivers of MetaDrive take over early: the fast ones arrive after 250 steps."""
-    first, second = (lambda obs, generator, a=a: a for a in (1, 2))
+    first, second = (lambda obs, generator, a=a: np.array([a]) for a in (1, 2))
     for seed in range(20):
         act = collect._handover(first, second, 3)
-        played = [act(None, np.random.default_rng(seed)) for _ in range(4)]
+        played = [
+            int(act(np.zeros(1), np.random.default_rng(seed))[0]) for _ in range(4)
+        ]
         assert played[0] == 1 and played[3] == 2 and played == sorted(played)
     chosen = actors("metadrive:easysparse")
     handovers = [actor for actor in chosen if actor.then]

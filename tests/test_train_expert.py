@@ -48,7 +48,7 @@ def test_refusals(changes, message, tmp_path):
 def test_a_file_that_is_there_is_kept(tmp_path):
     out = tmp_path / "e.npz"
     out.touch()
-    with pytest.raises(InputError, match="e.npz is there already"):
+    with pytest.raises(InputError, match="e.npz exists already"):
         train_expert(WALKER, 1, 0, out)
 
 

@@ -49,6 +49,7 @@ from psec_jax.workflows.collection import (
 )
 
 LONGEST = 1000  # steps of an episode
+SET_HELP = "A set's name, such as halfcheetah-medium-v2."
 
 
 class Snapshot(NamedTuple):
@@ -58,7 +59,7 @@ class Snapshot(NamedTuple):
       path: its file.
       steps: environment steps it had been trained for.
       score: D4RL's normalised score of its mean return in its own simulator, without
-        noise, as its card tells.
+        noise, from its card.
     """
 
     path: Path
@@ -71,17 +72,17 @@ def snapshots(name: str, folder: Path | None = None) -> list[Snapshot]:
 
     Args:
       name: a set of that simulator.
-      folder: of the policies and their cards; by default the package's.
+      folder: of the policies and their cards; default the package's.
 
     Raises:
-      InputError: there is none, a card is of another simulator or tells of no policy,
-        or a file is missing.
+      InputError: no policy, a card of another simulator or without snapshots, or a
+        missing file.
     """
     task = d4rl_sets.task(name)
     if folder is None:
         shift = name.split("-")[1] if task.quality == "source" else ""
         folder = D4RL_ASSETS / "-".join(filter(None, [task.robot, shift]))
-    found = []
+    policies = []
     for path in sorted(folder.glob("*.json")):
         card = files.read_json(path)
         if card.get("environment") != task.spec:
@@ -93,40 +94,40 @@ def snapshots(name: str, folder: Path | None = None) -> list[Snapshot]:
         kept = [point for point in points if "file" in point]
         if not kept:
             raise InputError(
-                f"{path}: tells of no snapshot; train with train_expert --snapshots"
+                f"{path}: names no snapshot; train with train_expert --snapshots"
             )
         for point in kept:
             if "steps" not in point or not point.get("returns"):
                 raise InputError(f"{path}: {point['file']} has no steps or no returns")
             policy = path.with_name(point["file"])
             if not policy.is_file():
-                raise InputError(f"{path}: tells of {policy.name}, which is not there")
+                raise InputError(f"{path}: {policy.name} is missing")
             mean = float(np.mean(point["returns"]))
             score = float(d4rl_sets.normalised_score(task.robot, mean))
-            found.append(Snapshot(policy, point["steps"], score))
-    if not found:
+            policies.append(Snapshot(policy, point["steps"], score))
+    if not policies:
         raise InputError(
             f"{folder}: no card of a policy (*.json) for {name}; make some with "
             f"experiments.tools.train_expert --env={task.spec} --snapshots, and name "
             "their folder with --policies"
         )
-    return sorted(found, key=lambda snapshot: (snapshot.steps, snapshot.path.name))
+    return sorted(policies, key=lambda snapshot: (snapshot.steps, snapshot.path.name))
 
 
-def expert(found: Sequence[Snapshot]) -> Snapshot:
+def expert(policies: Sequence[Snapshot]) -> Snapshot:
     """The snapshot of highest return."""
-    return max(found, key=lambda snapshot: snapshot.score)
+    return max(policies, key=lambda snapshot: snapshot.score)
 
 
-def medium(found: Sequence[Snapshot]) -> Snapshot:
+def medium(policies: Sequence[Snapshot]) -> Snapshot:
     """Of the snapshots before the expert, the one whose score is nearest to a third of
     the expert's.
 
     Raises:
-      InputError: there is none before it.
+      InputError: no snapshot before the expert.
     """
-    best = expert(found)
-    before = found[: found.index(best)]
+    best = expert(policies)
+    before = policies[: policies.index(best)]
     if not before:
         raise InputError(
             f"{best.path.parent}: no snapshot before the best, {best.path.name}, that "
@@ -137,10 +138,12 @@ def medium(found: Sequence[Snapshot]) -> Snapshot:
 
 # Each: snapshots in the order of their training -> those that play, in their order.
 RECIPES: dict[str, Callable[[Sequence[Snapshot]], list[Snapshot]]] = {
-    "expert": lambda found: [expert(found)],
-    "medium": lambda found: [medium(found)],
-    "medium-replay": lambda found: list(found[: found.index(medium(found)) + 1]),
-    "medium-expert": lambda found: [medium(found), expert(found)],
+    "expert": lambda policies: [expert(policies)],
+    "medium": lambda policies: [medium(policies)],
+    "medium-replay": lambda policies: [
+        *policies[: policies.index(medium(policies)) + 1]
+    ],
+    "medium-expert": lambda policies: [medium(policies), expert(policies)],
     "full-replay": list,
     "source": list,
 }
@@ -155,16 +158,16 @@ def collect_d4rl(
     workers: int | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Play until a set has this many transitions, and write it.
+    """Play until a set has this many transitions, and write its file.
 
     Args:
       name: a set, such as halfcheetah-medium-v2.
-      transitions: how many, in equal parts of every policy.
-      seed: with the episode's number it sets the initial state and the noise.
+      transitions: in all, in equal parts of every policy.
+      seed: of initial states and noise, with the episode's number.
       action_noise: standard deviation of Gaussian noise on every action; a random set
         has none.
-      policies: a folder of expert files and their cards; by default the package's.
-      workers: processes; by default one for every core.
+      policies: directory of expert files and their cards; default the package's.
+      workers: processes; default one for every core.
       overwrite: collect again, and replace the file.
 
     Returns:
@@ -180,15 +183,15 @@ def collect_d4rl(
         actors, chosen = [Actor("random")], []
         definition = {}
     else:
-        found = snapshots(name, Path(policies) if policies else None)
-        chosen = RECIPES[task.quality](found)
+        known = snapshots(name, Path(policies) if policies else None)
+        chosen = RECIPES[task.quality](known)
         actors = [Actor(str(policy.path), action_noise) for policy in chosen]
-        definition = {"expert_score": expert(found).score}
+        definition = {"expert_score": expert(known).score}
         if task.quality.startswith("medium"):
             definition |= {
                 "medium": "of the snapshots before the expert, the one whose score is "
                 "nearest to a third of the expert's",
-                "medium_score": medium(found).score,
+                "medium_score": medium(known).score,
             }
     if transitions < len(actors):
         raise InputError(
@@ -208,7 +211,7 @@ def collect_d4rl(
         return path
     files.make_room(path)
     ends = np.linspace(0, transitions, len(actors) + 1).astype(int)
-    parts = gather(task.spec, actors, np.diff(ends), seed, workers)
+    parts = gather(task.spec, actors, np.diff(ends).tolist(), seed, workers)
     ds = dataset.concatenate(parts)
     counts = [len(dataset.episode_slices(part)) for part in parts]
     returns = dataset.episode_returns(ds)
@@ -234,14 +237,14 @@ def gather(
     seed: int,
     workers: int | None = None,
 ) -> list[Dataset]:
-    """Exactly as many transitions of every actor as asked for.
+    """The requested number of transitions of every actor.
 
     Args:
       env: see `psec_jax.envs.make`.
       actors: who plays; episode i of actor k has the number i * len(actors) + k.
       sizes: transitions of each.
       seed: of initial states and noise.
-      workers: processes; by default one for every core.
+      workers: processes; default one for every core.
 
     Raises:
       InputError: an environment or a policy that cannot be made.
@@ -267,10 +270,9 @@ def gather(
 
 
 def main(argv: Sequence[str]) -> None:
-    """Collect what the flags ask for, and print one line about it."""
+    """Collect as the flags say, and print one line about the file."""
     no_arguments(argv)
-    given = {name: flag.value for name, flag in FLAGS.items()}
-    path = collect_d4rl(given.pop("set"), **given)
+    path = collect_d4rl(**values_of(FLAGS))
     _, attrs = d4rl_sets.load(path)
     scores = attrs["scores"]
     print(
@@ -281,27 +283,12 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    from psec_jax.cli import no_arguments, run
+    from psec_jax.cli import flags_of, no_arguments, run, values_of
 
-    FLAGS = {
-        "set": flags.DEFINE_string(
-            "set", None, "A set's name, such as halfcheetah-medium-v2.", required=True
-        ),
-        "transitions": flags.DEFINE_integer(
-            "transitions", 100_000, "Transitions in all."
-        ),
-        "seed": flags.DEFINE_integer("seed", 0, "Sets initial states and noise."),
-        "action_noise": flags.DEFINE_float(
-            "action_noise", 0.1, "Standard deviation of Gaussian noise on every action."
-        ),
-        "policies": flags.DEFINE_string(
-            "policies", None, "Folder of expert files and cards; default the packaged."
-        ),
-        "workers": flags.DEFINE_integer(
-            "workers", None, "Processes; by default one for every core."
-        ),
-        "overwrite": flags.DEFINE_bool(
-            "overwrite", False, "Collect again where the file is already there."
-        ),
-    }
+    FLAGS = flags_of(
+        collect_d4rl,
+        {"name": flags.DEFINE_string("set", None, SET_HELP, required=True)},
+        transitions=100_000,
+        seed=0,
+    )
     run(main)

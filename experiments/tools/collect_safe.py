@@ -14,7 +14,7 @@ random step, which fills the plane between safe and fast.
 
 Like the official sets, which end at a highest cost (80 for BallRun), these leave out
 the trajectories that cost more; --max_cost is another bound. A crowded plane is then
-thinned out: at most --most trajectories in each cell of the density filter's grid over
+thinned out: at most --most trajectories in each grid cell of the density filter over
 costs and returns. The same arguments give the same content, whatever the number of
 processes.
 """
@@ -25,7 +25,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from absl import flags
 
 from psec_jax.data import dataset, dsrl
 from psec_jax.data.paths import data_dir
@@ -60,17 +59,17 @@ def collect_safe(
     workers: int | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Play `episodes` whole episodes of a task and write those of bearable cost.
+    """Play whole episodes of a task, and write those whose cost is not too high.
 
     Args:
-      task: a task's id, such as OfflineBallRun-v0.
-      episodes: how many; episode e is played by the e-th of `actors`, round and round.
-      seed: with the episode's number it sets the initial state and the noise.
-      policies: a folder of expert files; by default those of the package.
-      max_cost: costlier trajectories are left out; by default the highest of the
+      task: a task of DSRL, such as OfflineBallRun-v0.
+      episodes: to play, by each policy in turn.
+      seed: of initial states and noise, with the episode's number.
+      policies: directory of expert files; default the package's.
+      max_cost: trajectories of a higher cost are left out; default the highest of the
         official set.
-      most: trajectories kept in a cell of `trajectories.density`.
-      workers: processes; by default one for every core.
+      most: trajectories kept in one grid cell of costs and returns.
+      workers: processes; default one for every core.
       overwrite: collect again, and replace the file.
 
     Returns:
@@ -78,7 +77,7 @@ def collect_safe(
 
     Raises:
       InputError: bad arguments, no policy for the task, a simulator that is not
-        installed, no trajectory is left, or the file holds another collection.
+        installed, no trajectory within the cost, or a file of another collection.
     """
     spec = dsrl.task(task).spec
     if max_cost is None:
@@ -87,7 +86,7 @@ def collect_safe(
         raise InputError(f"max_cost is {max_cost}, expected 0 or more")
     check_numbers(seed, workers, episodes=episodes)
     chosen = actors(spec, policies)
-    names = [_told(actor) for actor in chosen]
+    names = [_name(actor) for actor in chosen]
     identity = {
         "seed": seed,
         "episodes": episodes,
@@ -126,42 +125,42 @@ def actors(spec: str, policies: str | Path | None = None) -> list[Actor]:
 
     Args:
       spec: the simulator, such as "bullet:SafetyBallRun-v0".
-      policies: a folder of expert files; by default those of the package.
+      policies: directory of expert files; default the package's.
 
     Raises:
-      InputError: there is none.
+      InputError: no policy.
     """
     prefix, _, name = spec.partition(":")
     if prefix == "metadrive" and policies is None:
-        found = list(DRIVERS)
+        names = list(DRIVERS)
     else:
         folder = Path(policies) if policies else SAFE_ASSETS / name
-        found = [str(path) for path in sorted(folder.glob("*.npz"))]
-        if not found:
+        names = [str(path) for path in sorted(folder.glob("*.npz"))]
+        if not names:
             where = f"{folder} holds" if policies else f"the package has for {spec}"
             raise InputError(
                 f"{where} no policy (*.npz); make some with "
                 "experiments.tools.train_expert --snapshots, and name their folder"
             )
-    alone = [Actor(policy, noise) for noise in NOISES[prefix] for policy in found]
-    if len(found) == 1:
+    alone = [Actor(policy, noise) for noise in NOISES[prefix] for policy in names]
+    if len(names) == 1:
         return alone
-    # Names tell the penalty on cost, or the speed: far apart in the list is unlike.
-    count = len(found)
+    # Sorted by the penalty on cost, or by the speed: far apart in the list is unlike.
+    count = len(names)
     offsets = sorted({max(1, count * k // 4) for k in (1, 2, 3)})
     return alone + [
         Actor(
             policy,
             HANDOVER_NOISE,
-            then=found[(i + offset) % count],
+            then=names[(i + offset) % count],
             within=HANDOVER_WITHIN[prefix],
         )
         for offset in offsets
-        for i, policy in enumerate(found)
+        for i, policy in enumerate(names)
     ]
 
 
-def _told(actor: Actor) -> str:
+def _name(actor: Actor) -> str:
     name = Path(actor.policy).stem
     if actor.then:
         name += f" then {Path(actor.then).stem}"
@@ -169,7 +168,7 @@ def _told(actor: Actor) -> str:
 
 
 def _hash(chosen: Sequence[Actor]) -> str:
-    """Of the policies' files; empty where they are the simulator's own drivers."""
+    """SHA-256 of the policies' files; empty for the simulator's own drivers."""
     paths = sorted({actor.policy for actor in chosen if actor.policy.endswith(".npz")})
     if not paths:
         return ""
@@ -178,9 +177,9 @@ def _hash(chosen: Sequence[Actor]) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Collect what the flags ask for, and print one line about it."""
+    """Collect as the flags say, and print one line about the file."""
     no_arguments(argv)
-    path = collect_safe(**{name: flag.value for name, flag in FLAGS.items()})
+    path = collect_safe(**values_of(FLAGS))
     _, attrs = dsrl.load(path)
     returns, costs = attrs["returns"], attrs["costs"]
     print(
@@ -191,30 +190,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    from psec_jax.cli import no_arguments, run
+    from psec_jax.cli import flags_of, no_arguments, run, values_of
 
-    FLAGS = {
-        "task": flags.DEFINE_string(
-            "task", None, "A task of DSRL, such as OfflineBallRun-v0.", required=True
-        ),
-        "episodes": flags.DEFINE_integer("episodes", 1000, "Episodes to play."),
-        "seed": flags.DEFINE_integer("seed", 0, "Sets initial states and noise."),
-        "policies": flags.DEFINE_string(
-            "policies", None, "Folder of expert files; default the packaged ones."
-        ),
-        "max_cost": flags.DEFINE_float(
-            "max_cost",
-            None,
-            "Leave costlier ones out; default the highest of the official set.",
-        ),
-        "most": flags.DEFINE_integer(
-            "most", 5, "Trajectories kept in one cell of costs and returns."
-        ),
-        "workers": flags.DEFINE_integer(
-            "workers", None, "Processes; by default one for every core."
-        ),
-        "overwrite": flags.DEFINE_bool(
-            "overwrite", False, "Collect again where the file is already there."
-        ),
-    }
+    FLAGS = flags_of(collect_safe, episodes=1000, seed=0)
     run(main)

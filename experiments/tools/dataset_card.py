@@ -1,4 +1,4 @@
-r"""Say what a dataset holds: a card and its trajectories as points of a plane.
+r"""Describe a dataset: a card, and a plot of its trajectories.
 
     python -m experiments.tools.dataset_card --data=OfflineBallRun-v0 \
         --out=cards/ball_run
@@ -9,16 +9,16 @@ r"""Say what a dataset holds: a card and its trajectories as points of a plane.
 writes OUT/card.json, OUT/card.md and OUT/plane.png and .svg: where the data comes from,
 how many trajectories and of which lengths, quantiles of returns and costs, the share
 within --cost_limit, and the file's attributes. For a DSRL task returns and costs are
-given normalised too, for a set of D4RL its scores. The plane is that of costs and
-returns; data without costs are told and drawn without them, by length and return.
+given normalised too, for a set of D4RL its scores. The plot is of costs and returns,
+or of lengths and returns where the data have no costs.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import flags
 
 from experiments import plots
 from psec_jax import data as datasets
@@ -40,13 +40,13 @@ def describe(
     Args:
       ds: whole trajectories.
       attrs: the file's attributes.
-      path: where it lies; only its name is told.
+      path: of the file; only its name is in the card.
       cost_limit: the most that a safe trajectory costs.
 
     Raises:
       InputError: a limit below 0.
     """
-    benchmark, task = _task(path)
+    benchmark, task = _task(path) or (None, "")
     returns, costs = dataset.episode_returns(ds), dataset.episode_costs(ds)
     normalised = dsrl.normalised_cost(costs, cost_limit)
     slices = dataset.episode_slices(ds)
@@ -55,7 +55,7 @@ def describe(
     card = {
         "source": path.name,
         "origin": _origin(path, attrs, benchmark),
-        "task": task,
+        "task": task or None,
         "environment": datasets.environment(path) or attrs.get("environment"),
         "fingerprint": dataset.fingerprint(ds),
         "transitions": len(ds.obs),
@@ -75,7 +75,7 @@ def describe(
         "normalised_cost": _quantiles(normalised),
         "normalised_return": None,
         "normalised_score": None,
-        "attributes": {name: _told(value) for name, value in attrs.items()},
+        "attributes": {name: _short(value) for name, value in attrs.items()},
     }
     if benchmark == "DSRL":
         card["normalised_return"] = _quantiles(dsrl.normalised_return(task, returns))
@@ -85,13 +85,13 @@ def describe(
     return card
 
 
-def _task(path: Path) -> tuple[str, str] | tuple[None, None]:
-    """The benchmark of a file and its task, where its name tells them."""
+def _task(path: Path) -> tuple[str, str] | None:
+    """The benchmark of a file and its task, where its name says so."""
     for benchmark, source in BENCHMARKS.items():
         task = source.task_of(path)
         if task is not None:
             return benchmark, task
-    return None, None
+    return None
 
 
 def _origin(path: Path, attrs: Mapping[str, Any], benchmark: str | None) -> str:
@@ -102,14 +102,14 @@ def _origin(path: Path, attrs: Mapping[str, Any], benchmark: str | None) -> str:
     return f"official {benchmark} file" if benchmark else "given by path"
 
 
-def _quantiles(values: np.ndarray) -> dict[str, float]:
+def _quantiles(values: np.ndarray | float) -> dict[str, float]:
     """Mean and quantiles of numbers [E]."""
-    told = {f"{q:g}": float(np.quantile(values, q)) for q in QUANTILES}
-    return {"mean": float(np.mean(values))} | told
+    quantiles = {f"{q:g}": float(np.quantile(values, q)) for q in QUANTILES}
+    return {"mean": float(np.mean(values))} | quantiles
 
 
-def _told(value: Any) -> Any:
-    """An attribute as a card can hold it."""
+def _short(value: Any) -> Any:
+    """An attribute in the form of a card."""
     if isinstance(value, np.ndarray):
         return f"array of shape {list(value.shape)}, {value.dtype}"
     if isinstance(value, str) and len(value) > LONG:
@@ -135,7 +135,7 @@ def markdown(card: Mapping[str, Any]) -> str:
         "",
         f"- file: {card['source']} ({card['origin']}), fingerprint "
         f"{card['fingerprint']}",
-        f"- simulator: {card['environment'] or 'not told'}",
+        f"- simulator: {card['environment'] or 'unknown'}",
         f"- {card['trajectories']} trajectories, {card['transitions']} transitions; "
         f"{card['ended']} ended, {card['cut']} cut at a time limit",
         f"- observations of {card['obs_dim']} numbers, actions of {card['action_dim']}",
@@ -169,14 +169,14 @@ def write(
     clip_actions: bool = False,
     offline: bool = False,
 ) -> dict[str, Any]:
-    """Write a dataset's card and plane into a folder; returns the card.
+    """Write a dataset's card and plot into a directory; returns the card.
 
     Args:
-      data: a file, a folder of episode files or a set's name.
-      out: the folder, made if missing.
+      data: HDF5 file, episode .npz or a directory of them, or a set's name.
+      out: directory of the card, made if missing.
       cost_limit: the most that a safe trajectory costs.
       clip_actions: clip actions into [-1, 1] instead of refusing them.
-      offline: never use the network.
+      offline: never download data.
 
     Raises:
       InputError: data or a limit that cannot be used, or files that cannot be written.
@@ -189,18 +189,18 @@ def write(
     out = Path(out)
     with reported(f"make the folder {out}"):
         out.mkdir(parents=True, exist_ok=True)
-    if card["has_costs"]:
-        x, where = dataset.episode_costs(ds), {"limit": cost_limit}
-    else:
-        x = np.array([rows.stop - rows.start for rows in dataset.episode_slices(ds)])
-        where = {"x_label": "steps of a trajectory"}
-    figure = plots.plane(
-        x,
-        dataset.episode_returns(ds),
-        card["task"] or card["source"],
-        f"{card['trajectories']} trajectories of {card['source']} ({card['origin']}).",
-        **where,
+    draw = functools.partial(
+        plots.plane,
+        returns=dataset.episode_returns(ds),
+        title=card["task"] or card["source"],
+        note=f"{card['trajectories']} trajectories of {card['source']} "
+        f"({card['origin']}).",
     )
+    if card["has_costs"]:
+        figure = draw(dataset.episode_costs(ds), limit=cost_limit)
+    else:
+        lengths = [rows.stop - rows.start for rows in dataset.episode_slices(ds)]
+        figure = draw(np.array(lengths), x_label="steps of a trajectory")
     plots.save(figure, out, "plane")
     write_atomic(out / "card.md", markdown(card))
     write_json(out / "card.json", card)
@@ -208,44 +208,24 @@ def write(
 
 
 def main(argv: Sequence[str]) -> None:
-    """Write what the flags ask for, and print one line about it."""
+    """Write the card as the flags say, and print one line about it."""
     no_arguments(argv)
-    card = write(**{name: flag.value for name, flag in FLAGS.items()})
+    card = write(**values_of(FLAGS))
     least, most = (card["return"][end] for end in ("0", "1"))
-    told = f"return {least:.1f} to {most:.1f}"
+    line = f"return {least:.1f} to {most:.1f}"
     if card["has_costs"]:
-        told += (
+        line += (
             f", {100 * card['within_limit']:.1f} % within the cost limit "
             f"{card['cost_limit']:g}"
         )
     print(
         f"{FLAGS['out'].value}/card.md: {card['trajectories']} trajectories of "
-        f"{card['source']} ({card['origin']}), {told}"
+        f"{card['source']} ({card['origin']}), {line}"
     )
 
 
-def _define_flags() -> dict[str, flags.FlagHolder]:
-    # Not at import: other commands may use this module, and have flags of these names.
-    return {
-        "data": flags.DEFINE_string(
-            "data",
-            None,
-            "HDF5 file, episode .npz or folder of them, or a set's name.",
-            required=True,
-        ),
-        "out": flags.DEFINE_string("out", None, "Folder of the card.", required=True),
-        "cost_limit": flags.DEFINE_float(
-            "cost_limit", 10.0, "The most that a safe trajectory costs."
-        ),
-        "clip_actions": flags.DEFINE_bool(
-            "clip_actions", False, "Clip actions into [-1, 1] instead of refusing them."
-        ),
-        "offline": flags.DEFINE_bool("offline", False, "Never download data."),
-    }
-
-
 if __name__ == "__main__":
-    from psec_jax.cli import no_arguments, run
+    from psec_jax.cli import flags_of, no_arguments, run, values_of
 
-    FLAGS = _define_flags()
+    FLAGS = flags_of(write)
     run(main)

@@ -3,14 +3,14 @@
     python -m experiments.tools.faults --kills=100 --seed=0
     python -m experiments.tools.faults --kills=20 --stages=expand,compose --signal=TERM
 
-Each stage runs once unbroken. Then it runs in fresh folders, is stopped by the signal,
-started again, stopped again, ..., and at last left to finish. What it leaves must be
-what the unbroken run left: every array of library and critics bit for bit, cards,
+Each stage runs once unbroken. Then it runs in fresh directories, is stopped by the
+signal, started again, stopped again, ..., and finally left to finish. The result must
+equal that of the unbroken run: every array of library and critics bit for bit, cards,
 metrics and results but for dates and timings, and no half-written file.
 
-A process is stopped where its files say that it has come to the moment drawn: while it
+A process is stopped when its files say that it has reached the drawn moment: while it
 starts, during steps, during a save, while an entry is being added, after that. The
-table counts where the signals struck, as the folders were found afterwards. Training is
+table counts where the signals struck, judged by the directories afterwards. Training is
 tiny, on a file made here; no simulator is needed.
 """
 
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,8 +97,8 @@ class Spans(NamedTuple):
     adding: float
 
 
-class Place(NamedTuple):
-    """The folders of one run."""
+class Folders(NamedTuple):
+    """The directories of one run."""
 
     run: Path
     library: Path
@@ -126,7 +126,7 @@ class Place(NamedTuple):
         return json.loads(lines[-1])["step"] if lines else 0
 
     def lives(self) -> int:
-        """Processes that came to train here: each has its file of events."""
+        """Processes that have trained here: each has a file of events."""
         return len(_names(self.run / "events"))
 
 
@@ -151,27 +151,27 @@ class Harness:
         self._data = root / "demos.hdf5"
         d4rl.save(self._data, _demos(), {})
 
-    def unbroken(self, name: str) -> Place:
+    def unbroken(self, name: str) -> Folders:
         """The folders of a stage that ran whole, run now if it did not yet."""
-        place = Place(self._root / name / "run", self._root / name / "library")
+        folders = Folders(self._root / name / "run", self._root / name / "library")
         if name not in self._spans:
-            self._prepare(name, place)
-            process = self._start(name, place)
-            spent: Counter[str] = Counter()
+            self._prepare(name, folders)
+            process = self._start(name, folders)
+            spent: defaultdict[str, float] = defaultdict(float)
             clock = [time.monotonic()]
 
             def watch() -> bool:
                 clock.append(time.monotonic())
-                now = {"starting": not place.logged(), "saving": place.saving()}
-                for what, busy in (now | {"adding": place.adding()}).items():
+                now = {"starting": not folders.logged(), "saving": folders.saving()}
+                for what, busy in (now | {"adding": folders.adding()}).items():
                     spent[what] += bool(busy) * (clock[-1] - clock[-2])
                 return False
 
             _wait(process, watch)
-            self._check_code(name, process, place, 0)
+            self._check_code(name, process, folders, 0)
             spent["saving"] /= STEPS / SAVE_EVERY
             self._spans[name] = Spans(*(spent[what] for what in Spans._fields))
-        return place
+        return folders
 
     def broken(
         self, name: str, signals: Sequence[signal.Signals]
@@ -184,38 +184,38 @@ class Harness:
         """
         whole = self.unbroken(name)
         folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self._root))
-        place = Place(folder / "run", folder / "library")
-        self._prepare(name, place)
+        folders = Folders(folder / "run", folder / "library")
+        self._prepare(name, folders)
         struck: Counter[str] = Counter()
         for signum in signals:
-            phase = self._strike(name, place, signum)
+            phase = self._strike(name, folders, signum)
             if phase is None:
                 break
             struck[phase] += 1
-        process = self._start(name, place)
+        process = self._start(name, folders)
         _wait(process, lambda: False)
-        self._check_code(name, process, place, 0)
-        return struck, differences(whole, place)
+        self._check_code(name, process, folders, 0)
+        return struck, differences(whole, folders)
 
-    def _prepare(self, name: str, place: Place) -> None:
-        place.run.parent.mkdir(exist_ok=True)
+    def _prepare(self, name: str, folders: Folders) -> None:
+        folders.run.parent.mkdir(exist_ok=True)
         needs = STAGES[name].needs
         if needs is not None:
-            shutil.copytree(self.unbroken(needs).library, place.library)
+            shutil.copytree(self.unbroken(needs).library, folders.library)
 
-    def _start(self, name: str, place: Place) -> subprocess.Popen[bytes]:
+    def _start(self, name: str, folders: Folders) -> subprocess.Popen[bytes]:
         stage = STAGES[name]
         command = [sys.executable, "-m", stage.module, *stage.flags]
         command += ["--config=experiments/configs/dsrl.py:quick", "--noevaluate"]
         command += [f"--config.{field}={value}" for field, value in TINY.items()]
-        command += [f"--workdir={place.run}", f"--library={place.library}"]
+        command += [f"--workdir={folders.run}", f"--library={folders.library}"]
         # Compiled once, a program costs the many starts no more time.
         cache = {
             "JAX_COMPILATION_CACHE_DIR": str(self._root / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
-        with open(place.run.parent / "log", "ab") as log:
+        with open(folders.run.parent / "log", "ab") as log:
             return subprocess.Popen(
                 [*command, f"--data={self._data}"],
                 cwd=ROOT,
@@ -225,61 +225,63 @@ class Harness:
                 stderr=log,
             )
 
-    def _strike(self, name: str, place: Place, signum: signal.Signals) -> str | None:
+    def _strike(
+        self, name: str, folders: Folders, signum: signal.Signals
+    ) -> str | None:
         """Start a stage and stop it; what it was at, or None if it ended before."""
-        trained = place.saved() == STEPS
+        trained = folders.saved() == STEPS
         aims = _AFTER_TRAINING if trained else tuple(PHASES)
         shares = np.array([PHASES[aim] for aim in aims])
         aim = self._rng.choice(aims, p=shares / shares.sum())
-        lives, spans = place.lives(), self._spans[name]
-        process = self._start(name, place)
+        lives, spans = folders.lives(), self._spans[name]
+        process = self._start(name, folders)
         moments: dict[str, tuple[Callable[[], bool], float]] = {
             "starting": (self._after(spans.starting), 0.0),
-            "steps": (self._step_reached(place), 0.01),
-            "saving": (self._save_reached(place), spans.saving),
-            "adding": (self._added(place, process, whole=False), spans.adding / 2),
-            "ending": (self._added(place, process, whole=True), 0.02),
+            "steps": (self._step_reached(folders), 0.01),
+            "saving": (self._save_reached(folders), spans.saving),
+            "adding": (self._added(folders, process, whole=False), spans.adding / 2),
+            "ending": (self._added(folders, process, whole=True), 0.02),
         }
         reached, span = moments[aim]
         if aim != "starting":
-            _wait(process, lambda: place.lives() > lives, _SLOW_POLL_S)
+            _wait(process, lambda: folders.lives() > lives, _SLOW_POLL_S)
         if _wait(process, reached):
             _wait(process, self._after(span))
         process.send_signal(signum)
         process.wait()
         if process.returncode == 0:
             return None
-        self._check_code(name, process, place, -signum, 128 + signum)
-        if place.saving():
+        self._check_code(name, process, folders, -signum, 128 + signum)
+        if folders.saving():
             return "saving"
-        if place.adding():
+        if folders.adding():
             return "adding"
-        if place.saved() == STEPS and place.lives() > lives:
+        if folders.saved() == STEPS and folders.lives() > lives:
             return "ending"
-        return "steps" if place.lives() > lives else "starting"
+        return "steps" if folders.lives() > lives else "starting"
 
-    def _step_reached(self, place: Place) -> Callable[[], bool]:
-        step = min(place.saved() + self._rng.integers(1, STEPS), STEPS)
-        return lambda: place.logged() >= step
+    def _step_reached(self, folders: Folders) -> Callable[[], bool]:
+        step = min(folders.saved() + int(self._rng.integers(1, STEPS)), STEPS)
+        return lambda: folders.logged() >= step
 
-    def _save_reached(self, place: Place) -> Callable[[], bool]:
+    def _save_reached(self, folders: Folders) -> Callable[[], bool]:
         seen: set[str] = set()
-        left = max(1, (STEPS - place.saved()) // SAVE_EVERY)
-        wanted = self._rng.integers(1, left + 1)
+        left = max(1, (STEPS - folders.saved()) // SAVE_EVERY)
+        wanted = int(self._rng.integers(1, left + 1))
 
         def reached() -> bool:
-            seen.update(place.saving())
+            seen.update(folders.saving())
             return len(seen) >= wanted
 
         return reached
 
     def _added(
-        self, place: Place, process: subprocess.Popen[bytes], whole: bool
+        self, folders: Folders, process: subprocess.Popen[bytes], whole: bool
     ) -> Callable[[], bool]:
         seen = []
 
         def reached() -> bool:
-            mine = [n for n in place.adding() if n.endswith(f"-{process.pid}")]
+            mine = [n for n in folders.adding() if n.endswith(f"-{process.pid}")]
             seen.extend(mine)
             return bool(seen) and not (whole and mine)
 
@@ -290,12 +292,12 @@ class Harness:
         return lambda: time.monotonic() >= until
 
     def _check_code(
-        self, name: str, process: subprocess.Popen[bytes], place: Place, *codes: int
+        self, name: str, process: subprocess.Popen[bytes], folders: Folders, *codes: int
     ) -> None:
         if process.returncode not in codes:
-            *_, last = (place.run.parent / "log").read_text().splitlines() or [""]
+            *_, last = (folders.run.parent / "log").read_text().splitlines() or [""]
             raise TrainingError(
-                f"{name} in {place.run} ended with {process.returncode}: {last}"
+                f"{name} in {folders.run} ended with {process.returncode}: {last}"
             )
 
 
@@ -333,23 +335,23 @@ def _demos() -> Dataset:
     )
 
 
-def differences(whole: Place, broken: Place) -> list[str]:
-    """What two finished runs of a stage do not have alike but for dates and timings."""
-    found = []
+def differences(whole: Folders, broken: Folders) -> list[str]:
+    """Files in which two finished runs of a stage differ, dates and timings aside."""
+    differing = []
     for left, right in zip(whole, broken, strict=True):
         expected, got = _facts(left), _facts(right)
-        found += [
+        differing += [
             f"{right / name}"
             for name in sorted(expected.keys() | got.keys())
             if expected.get(name) != got.get(name)
         ]
     if broken.library.exists():
-        found += SkillLibrary.open(broken.library).verify()
-    return found
+        differing += SkillLibrary.open(broken.library).verify()
+    return differing
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    """What must be alike, by file."""
+    """What must be equal, by file."""
     facts: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -373,7 +375,7 @@ def _facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-# Dates, timings, versions, and what tells one folder from another.
+# Dates, timings, versions, and names of directories.
 _UNSTEADY = ("created", "versions", "card_sha256", "library", "seconds", "steps_per_s")
 _UNSTEADY += ("compile_seconds", "first_step_seconds", "time/steps_per_s")
 

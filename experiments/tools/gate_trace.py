@@ -15,9 +15,9 @@ alone (OUT/raw) it makes OUT/ENV-GATE_seedS
   .md, .json  Pearson's r of each weight with the cost of the same step, with that of
               the next --ahead steps and with each event, over all episodes
 
-A correlation of something that never changes is undefined, and is called so. Traces
-that are there are kept; --plot_only makes the figures and tables of all of them again,
-without a library or a simulator. Another --seed shows another episode.
+A correlation with something constant is undefined, and the table says so. Existing
+traces are kept; --plot_only makes the figures and tables of all of them again, without
+a library or a simulator. Another --seed shows another episode.
 """
 
 import io
@@ -48,7 +48,7 @@ LIDAR_RANGE, NEAR = 50.0, 10.0  # m
 
 
 class Event(NamedTuple):
-    """Something that an observation tells.
+    """Something that can be read off an observation.
 
     Attributes:
       rule: when it happens, in words.
@@ -63,7 +63,7 @@ class Event(NamedTuple):
     happens: Callable[[np.ndarray], np.ndarray]
 
 
-# By the prefix of an environment's name. A turn is told by the road: safe cars turn
+# By the prefix of an environment's name. The road says where a turn is: safe cars turn
 # too slowly, and careless ones twitch too much, for a threshold on the heading's rate.
 EVENTS: dict[str, dict[str, Event]] = {
     "metadrive": {
@@ -112,19 +112,19 @@ def play(
     """Play episodes, and keep every step and the frames of the first episode.
 
     Args:
-      library: its folder.
-      gate: name of a gate of the library.
-      folder: OUT; the raw file is in its subfolder raw, the frames beside it.
-      env: see `psec_jax.envs.make`; default that of the gate's card.
-      episodes: whole episodes.
-      seed: as in `psec_jax.evaluation.evaluate`.
+      library: directory of the skill library.
+      gate: name of a gate; it brings its skills and its level.
+      folder: OUT; the raw file and the frames are in its subdirectory raw.
+      env: simulator, such as bullet:SafetyBallRun-v0; default that of the gate's card.
+      episodes: whole episodes; the first is drawn, all are correlated.
+      seed: of initial states and the policy's noise, as in `evaluate`.
 
     Returns:
-      The raw file; one that is there already is kept.
+      The raw file; an existing one is kept.
 
     Raises:
-      InputError: a gate that is not in the library, no environment, bad numbers, or a
-        raw file of the same name with other content.
+      InputError: an unknown gate, no environment, bad numbers, or a raw file of the
+        same name with other content.
     """
     _, card = SkillLibrary.open(library).load_gate(gate)
     env = env or card.get("env")
@@ -170,12 +170,12 @@ def as_json(trace: Trace, env: str) -> dict[str, Any]:
       env: its name, by whose prefix the events are chosen.
     """
     known = EVENTS.get(env.partition(":")[0], {})
-    told = []
+    episodes = []
     for rows, seed in zip(trace.episodes(), trace.seeds, strict=True):
         cost = trace.cost[rows]
         measured = {e.quantity: e.measure(trace.obs[rows]) for e in known.values()}
         happens = {n: e.happens(measured[e.quantity]) for n, e in known.items()}
-        told.append(
+        episodes.append(
             {
                 "seed": int(seed),
                 "t": list(range(len(cost))),
@@ -193,7 +193,7 @@ def as_json(trace: Trace, env: str) -> dict[str, Any]:
             }
         )
     rules = {"cost": "cost > 0"} | {name: event.rule for name, event in known.items()}
-    return {"rules": rules, "episodes": told}
+    return {"rules": rules, "episodes": episodes}
 
 
 def _numbers(values: np.ndarray) -> list[float]:
@@ -211,8 +211,8 @@ def film_steps(length: int) -> range:
 
 
 def film(trace: Trace, env: str, path: Path) -> None:
-    """Draw frames of the first episode side by side into a .png; where that cannot be
-    done there is no file, and one line on standard error says why."""
+    """Draw frames of the first episode side by side into a .png; where this machine
+    cannot draw there is no file, and one line on standard error says why."""
     from PIL import Image
 
     with reported(f"remove {path}"):
@@ -275,14 +275,14 @@ def correlate(raw: Mapping[str, Any], ahead: int) -> list[Correlation]:
         ]
     for name, rule in raw["rules"].items():
         others[rule] = [np.array(e["events"][name], float) for e in episodes]
-    found = []
+    correlations = []
     for other, values in others.items():
         y = np.concatenate(values)
         for weight in episodes[0]["alpha"]:
             pairs = zip(episodes, values, strict=True)
             x = np.concatenate([e["alpha"][weight][: len(v)] for e, v in pairs])
-            found.append(Correlation(weight, other, len(y), *pearson(x, y)))
-    return found
+            correlations.append(Correlation(weight, other, len(y), *pearson(x, y)))
+    return correlations
 
 
 def _sums_ahead(cost: np.ndarray, ahead: int) -> np.ndarray:
@@ -301,7 +301,7 @@ def pearson(x: np.ndarray, y: np.ndarray) -> tuple[float | None, str | None]:
     return float(np.corrcoef(x, y)[0, 1]), None
 
 
-def markdown(raw: Mapping[str, Any], found: Sequence[Correlation]) -> str:
+def markdown(raw: Mapping[str, Any], correlations: Sequence[Correlation]) -> str:
     """The correlations as a page: a row for each other thing, a column a weight."""
     episodes = raw["episodes"]
     weights = list(episodes[0]["alpha"])
@@ -317,12 +317,12 @@ def markdown(raw: Mapping[str, Any], found: Sequence[Correlation]) -> str:
         f"| | steps | {' | '.join(weights)} |",
         "|" + "---|" * (2 + len(weights)),
     ]
-    for other in dict.fromkeys(c.other for c in found):
-        row = [c for c in found if c.other == other]
-        cells = [_told(c) for c in row]
+    for other in dict.fromkeys(c.other for c in correlations):
+        row = [c for c in correlations if c.other == other]
+        cells = [_number(c) for c in row]
         lines.append(f"| {other} | {row[0].steps} | {' | '.join(cells)} |")
     reasons: dict[tuple[str, str], list[str]] = {}
-    for c in found:
+    for c in correlations:
         if c.undefined:
             reasons.setdefault((c.other, c.undefined), []).append(c.weight)
     lines += [""] if reasons else []
@@ -331,7 +331,7 @@ def markdown(raw: Mapping[str, Any], found: Sequence[Correlation]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _told(c: Correlation) -> str:
+def _number(c: Correlation) -> str:
     return "undefined" if c.r is None else f"{c.r:+.2f}"
 
 
@@ -339,17 +339,17 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def _caption(raw: Mapping[str, Any], found: Sequence[Correlation]) -> str:
+def _caption(raw: Mapping[str, Any], correlations: Sequence[Correlation]) -> str:
     count = len(raw["episodes"])
     shown = f"Episode 1 of {count}" if count > 1 else "One episode"
-    told = [f"{shown}, seed {raw['seed']}; shaded: cost > 0."]
+    sentences = [f"{shown}, seed {raw['seed']}; shaded: cost > 0."]
     # The first two are of the cost.
-    for other in list(dict.fromkeys(c.other for c in found))[:2]:
-        row = [c for c in found if c.other == other]
-        cells = [f"{c.weight} {_told(c)}" for c in row]
+    for other in list(dict.fromkeys(c.other for c in correlations))[:2]:
+        row = [c for c in correlations if c.other == other]
+        cells = [f"{c.weight} {_number(c)}" for c in row]
         steps = _count(row[0].steps, "step")
-        told.append(f"Pearson's r with the {other} ({steps}): {', '.join(cells)}.")
-    return " ".join(told)
+        sentences.append(f"Pearson's r with the {other} ({steps}): {', '.join(cells)}.")
+    return " ".join(sentences)
 
 
 def write(path: Path, folder: str | Path, ahead: int) -> str:
@@ -370,75 +370,53 @@ def write(path: Path, folder: str | Path, ahead: int) -> str:
     folder, raw = Path(folder), read_json(path)
     if "episodes" not in raw or "rules" not in raw:
         raise InputError(f"{path}: not a trace of experiments.tools.gate_trace")
-    found = correlate(raw, ahead)
+    correlations = correlate(raw, ahead)
     frames = _read_film(_film_path(path), len(raw["episodes"][0]["t"]))
-    figure = plots.gate_trace(raw, _caption(raw, found), frames)
+    figure = plots.gate_trace(raw, _caption(raw, correlations), frames)
     plots.save(figure, folder, path.stem)
-    text = markdown(raw, found)
+    text = markdown(raw, correlations)
     write_atomic(folder / f"{path.stem}.md", text)
-    correlations = [c._asdict() for c in found]
-    write_json(folder / f"{path.stem}.json", {"correlations": correlations})
+    table = {"correlations": [c._asdict() for c in correlations]}
+    write_json(folder / f"{path.stem}.json", table)
     return text
 
 
 def main(argv: Sequence[str]) -> None:
     """Play what is missing, then draw from the raw files."""
     no_arguments(argv)
-    given = {name: flag.value for name, flag in FLAGS.items()}
-    folder = Path(given["out"])
-    if given["plot_only"]:
+    given = values_of(FLAGS)
+    folder, ahead = Path(given["folder"]), given.pop("ahead")
+    if given.pop("plot_only"):
         paths = sorted((folder / "raw").glob("*.json"))
         if not paths:
             raise InputError(f"{folder}: no raw/*.json; play an episode first")
     else:
-        library = given["library"]
         if given["gate"] is None:
-            gates = SkillLibrary.open(library).gates()
+            gates = ", ".join(SkillLibrary.open(given["library"]).gates()) or "none"
             raise InputError(
-                f"gate: give the name of one; {library} has "
-                f"{', '.join(gates) or 'none'}"
+                f"gate: give the name of one; {given['library']} has {gates}"
             )
-        options = {name: given[name] for name in ("env", "episodes", "seed")}
-        paths = [play(library, given["gate"], folder, **options)]
+        paths = [play(**given)]
     for path in paths:
-        print(write(path, folder, given["ahead"]))
+        print(write(path, folder, ahead))
         print(f"figure   {folder / path.stem}.png")
 
 
-def _define_flags() -> dict[str, flags.FlagHolder]:
-    return {
-        "library": flags.DEFINE_string(
-            "library", "runs/library", "Folder of the skill library."
-        ),
-        "gate": flags.DEFINE_string(
-            "gate", None, "Name of a gate; it brings its skills and its level."
-        ),
-        "env": flags.DEFINE_string(
-            "env",
-            None,
-            "Simulator, such as bullet:SafetyBallRun-v0 or metadrive:easysparse; "
-            "default that of the gate's card.",
-        ),
-        "episodes": flags.DEFINE_integer(
-            "episodes", 1, "Whole episodes; the first is drawn, all are correlated."
-        ),
-        "seed": flags.DEFINE_integer(
-            "seed", 10_000, "Of initial states and the policy's noise."
+if __name__ == "__main__":
+    from psec_jax.cli import flags_of, no_arguments, run, values_of
+
+    defined = {
+        "folder": flags.DEFINE_string(
+            "out",
+            "results/dsrl/gate_trace",
+            "Directory of raw files, figures and tables.",
         ),
         "ahead": flags.DEFINE_integer(
             "ahead", 10, "N of the next N steps whose cost is also compared.", 1
-        ),
-        "out": flags.DEFINE_string(
-            "out", "results/dsrl/gate_trace", "Folder of raw files, figures and tables."
         ),
         "plot_only": flags.DEFINE_bool(
             "plot_only", False, "Only draw again, from the raw files."
         ),
     }
-
-
-if __name__ == "__main__":
-    from psec_jax.cli import no_arguments, run
-
-    FLAGS = _define_flags()
+    FLAGS = flags_of(play, defined, library="runs/library", gate=None, seed=10_000)
     run(main)

@@ -17,8 +17,8 @@ r"""Film a base, a skill or a composition, with alpha(s) drawn under the frames.
         --gate=walk-support --episodes=3 --seed=10000 --out=gate.mp4
 
 Episode e of seed S is the one that `launch.evaluate --seed=S` counts, apart from the
-rounding of batched products. The video runs at the speed of the simulated time. Beside
-it lies an .npz of the same name: obs, action, reward, cost and alpha of every step.
+rounding of batched products. The video runs at the speed of the simulated time. An .npz
+of the same name has obs, action, reward, cost and alpha of every step.
 Without a screen MuJoCo draws through EGL or OSMesa (`MUJOCO_GL`); where neither works
 only the .npz is written.
 """
@@ -46,7 +46,7 @@ from psec_jax.files import reported, write_atomic
 from psec_jax.policy import Policy
 
 WIDTH, FRAME_HEIGHT, PANEL_HEIGHT = 640, 304, 176  # mp4 wants multiples of 16
-NAMED = 8  # skills with a line and a name of their own; the others are one grey bundle
+NAMED = 8  # skills with a line and a name of their own; the others are grey
 ALPHA_BATCH = 256
 
 
@@ -164,7 +164,7 @@ class Panel:
         lines = reward_axes.plot(time, reward, color=colour, lw=1, label="reward")
         if trace.names:
             lines = [*_plot_alpha(reward_axes, time, alpha, trace.names), *lines]
-        shown = [line for line in lines if not line.get_label().startswith("_")]
+        shown = [line for line in lines if not str(line.get_label()).startswith("_")]
         figure.legend(
             handles=shown, fontsize=8, labelspacing=0.2, loc="outside right upper"
         )
@@ -271,13 +271,14 @@ def _write_mp4(path: Path, fps: float, images: Iterator[np.ndarray]) -> None:
         stderr=subprocess.PIPE,
         bufsize=0,
     ) as encoder:
-        # Its own words follow on stderr where it ends early.
+        assert encoder.stdin is not None and encoder.stderr is not None
+        # Where it ends early, its message follows on stderr.
         with contextlib.suppress(BrokenPipeError), encoder.stdin:
             for image in itertools.chain([first], images):
                 encoder.stdin.write(image.tobytes())
-        told = encoder.stderr.read().decode(errors="replace").strip().splitlines()
+        lines = encoder.stderr.read().decode(errors="replace").strip().splitlines()
     if encoder.returncode:
-        reason = told[-1] if told else f"exit status {encoder.returncode}"
+        reason = lines[-1] if lines else f"exit status {encoder.returncode}"
         raise InputError(f"cannot write {path}: ffmpeg: {reason}")
 
 
@@ -321,7 +322,7 @@ def write_video(path: Path, fps: float, images: Iterator[np.ndarray]) -> None:
     """
     write = lookup(WRITERS, path.suffix, "video suffix")
     check_packages()
-    # ffmpeg tells the format by the suffix, so it stays at the end.
+    # ffmpeg chooses the format by the suffix, so it stays at the end.
     temporary = path.with_name(f"{path.stem}.tmp-{os.getpid()}{path.suffix}")
     with reported(f"write {path}"):
         try:
@@ -375,11 +376,11 @@ def film(
       policy: a base, a skill or a composition.
       env: see `psec_jax.envs.make`.
       out: the video, .mp4 or .gif; the trace has its name and .npz.
-      episodes: whole episodes, one after another.
-      seed: as in `evaluate`.
+      episodes: whole episodes, filmed one after another.
+      seed: of initial states and the policy's noise, as in `evaluate`.
       every: steps from one frame to the next.
       steps: film no more than this many of each episode.
-      title: see `draw`.
+      title: on every frame; default the environment and the skills.
 
     Returns:
       The video's path and the trace.
@@ -410,11 +411,11 @@ def try_video(
     level: str = "parameter",
     **options: Any,
 ) -> Path | None:
-    """The video of what `policy.compose` makes of a library, for whoever can do
-    without: where this machine cannot draw, one line says why and None comes back.
+    """The video of a policy of a library; where this machine cannot draw, None, and a
+    line on standard error that says why.
 
     Args:
-      library: its folder.
+      library: its directory.
       env: see `film`.
       out: see `film`.
       skills: see `psec_jax.policy.compose`, as for the next three.
@@ -435,18 +436,12 @@ def try_video(
 
 
 def main(argv: Sequence[str]) -> None:
-    """Film what the flags ask for, and print one line about it."""
+    """Film as the flags say, and print one line about it."""
     no_arguments(argv)
-    given = {name: flag.value for name, flag in FLAGS.items()}
-    policy = policies.compose(
-        given["library"],
-        given["skills"],
-        alpha=floats("alpha", given["alpha"]),
-        gate=given["gate"],
-        level=given["level"],
-    )
-    options = {name: given[name] for name in ("episodes", "seed", "every", "steps")}
-    path, trace = film(policy, given["env"], given["out"], **options)
+    given = values_of(FLAGS)
+    chosen = {name: given.pop(name) for name in ("library", "skills", "gate", "level")}
+    policy = policies.compose(**chosen, alpha=floats("alpha", given.pop("alpha")))
+    path, trace = film(policy, **given)
     returns = [float(trace.reward[rows].sum()) for rows in trace.episodes()]
     print(
         f"{path}: return {', '.join(f'{r:.1f}' for r in returns)}; trace in "
@@ -454,14 +449,14 @@ def main(argv: Sequence[str]) -> None:
     )
 
 
-def _define_flags() -> dict[str, flags.FlagHolder]:
-    return {
+if __name__ == "__main__":
+    from psec_jax.cli import define_env, flags_of, floats, no_arguments, run, values_of
+
+    chosen = {
         "library": flags.DEFINE_string(
-            "library", "runs/library", "Folder of the skill library."
+            "library", "runs/library", "Directory of the skill library."
         ),
-        "env": flags.DEFINE_string(
-            "env", None, "dm_control:DOMAIN-TASK or gymnasium:ID.", required=True
-        ),
+        "env": define_env(),
         "skills": flags.DEFINE_list(
             "skills", [], "Names of skills; none is the base alone."
         ),
@@ -477,24 +472,6 @@ def _define_flags() -> dict[str, flags.FlagHolder]:
         "level": flags.DEFINE_string(
             "level", "parameter", "Of fixed weights: parameter, noise or action."
         ),
-        "episodes": flags.DEFINE_integer(
-            "episodes", 1, "Episodes, filmed one after another."
-        ),
-        "seed": flags.DEFINE_integer(
-            "seed", 0, "Of initial states and the policy's noise."
-        ),
-        "out": flags.DEFINE_string(
-            "out", None, "The video, .mp4 or .gif.", required=True
-        ),
-        "every": flags.DEFINE_integer("every", 2, "Steps from one frame to the next."),
-        "steps": flags.DEFINE_integer(
-            "steps", None, "Film no more than this many steps of each episode."
-        ),
     }
-
-
-if __name__ == "__main__":
-    from psec_jax.cli import floats, no_arguments, run
-
-    FLAGS = _define_flags()
+    FLAGS = flags_of(film, chosen, omit=["policy"])
     run(main)

@@ -32,6 +32,10 @@ from psec_jax.workflows.collection import Actor, play, streams
 
 PANEL = 480  # pixels, as Gymnasium draws
 COLOURS = 128  # of a picture
+SHIFT_HELP = (
+    "QUANTITY:FACTOR, such as thigh_size:2, several of one panel separated by commas; "
+    f"of {', '.join(QUANTITIES)}"  # absl adds that it may be repeated
+)
 
 
 def draw(
@@ -48,11 +52,11 @@ def draw(
     Args:
       env: one or more, see `psec_jax.envs.make`; a row each.
       shift: see `psec_jax.envs.shifted`; a panel each, after the plain one.
-      out: .png, .mp4 or .gif.
-      policy: see `experiments.tools.collect`; not for a picture.
+      out: picture (.png) or video (.mp4 or .gif) to write.
+      policy: who acts in a video: random, or an expert file (.npz).
       seed: of the initial state and the policy's noise.
       every: steps from one frame to the next.
-      steps: film no more than this many.
+      steps: film no more than this many of the episode.
 
     Raises:
       CannotDraw: no OpenGL library works, or a package is missing.
@@ -132,36 +136,19 @@ def _png(image: np.ndarray) -> bytes:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Draw what the flags ask for, and print where it is."""
+    """Draw as the flags say, and print the file's name."""
     no_arguments(argv)
-    print(draw(**{name: flag.value for name, flag in FLAGS.items()}))
-
-
-def _define_flags() -> dict[str, flags.FlagHolder]:
-    return {
-        "env": flags.DEFINE_multi_string(
-            "env", None, "dm_control:DOMAIN-TASK or gymnasium:ID", required=True
-        ),
-        "shift": flags.DEFINE_multi_string(
-            "shift",
-            [],
-            "QUANTITY:FACTOR, such as thigh_size:2, several of one panel separated by "
-            f"commas; of {', '.join(QUANTITIES)}",  # absl adds that it may be repeated
-        ),
-        "out": flags.DEFINE_string(
-            "out", None, "Picture (.png) or video (.mp4 or .gif).", required=True
-        ),
-        "policy": flags.DEFINE_string(
-            "policy", "random", "Who acts in a video: random, or an expert file (.npz)."
-        ),
-        "seed": flags.DEFINE_integer("seed", 0, "Of the initial state and the noise."),
-        "every": flags.DEFINE_integer("every", 1, "Steps from one frame to the next."),
-        "steps": flags.DEFINE_integer("steps", 200, "Film no more than this many."),
-    }
+    print(draw(**values_of(FLAGS)))
 
 
 if __name__ == "__main__":
-    from psec_jax.cli import no_arguments, run
+    from psec_jax.cli import ENV_HELP, flags_of, no_arguments, run, values_of
 
-    FLAGS = _define_flags()
+    FLAGS = flags_of(
+        draw,
+        {
+            "env": flags.DEFINE_multi_string("env", None, ENV_HELP, required=True),
+            "shift": flags.DEFINE_multi_string("shift", [], SHIFT_HELP),
+        },
+    )
     run(main)

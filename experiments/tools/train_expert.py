@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import flags
 
 from psec_jax import envs, files
 from psec_jax.envs.experts import OBS_CLIP, load_expert
@@ -67,25 +66,25 @@ def train_expert(
     snapshots: bool = False,
     overwrite: bool = False,
 ) -> Path:
-    """Train, keep the best policy, and write its card beside it.
+    """Train, and write the best policy and its card.
 
     Args:
-      env: "dm_control:walker-walk", "gymnasium:ID"; it may be shifted.
+      env: see `psec_jax.envs.make`; it may be shifted.
       steps: environment steps in all.
       seed: of the training.
-      out: the expert file, NAME.npz; the card is NAME.json.
+      out: expert file to write, NAME.npz; the card is NAME.json.
       eval_every: environment steps from one evaluation to the next.
       eval_episodes: deterministic episodes an evaluation plays.
       cost_penalty: reward given up for one unit of cost.
       width: of the two hidden layers of every network.
       snapshots: also keep the policy of every evaluation, as NAME_STEPS.npz.
-      overwrite: replace a file that is there.
+      overwrite: replace an existing file.
 
     Returns:
       The expert file's path.
 
     Raises:
-      InputError: bad arguments, a file that is there or cannot be written, or a package
+      InputError: bad arguments, a file that exists or cannot be written, or a package
         that is missing.
     """
     out, env = Path(out), envs.shifted(env)
@@ -105,7 +104,7 @@ def train_expert(
     if out.suffix != ".npz":
         raise InputError(f"out is {out}, expected a name ending in .npz")
     if out.exists() and not overwrite:
-        raise InputError(f"{out} is there already; give another name, or --overwrite")
+        raise InputError(f"{out} exists already; give another name, or --overwrite")
     try:
         import stable_baselines3 as sb3
         import torch
@@ -190,7 +189,7 @@ def export(
 
 def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     content = io.BytesIO()
-    np.savez(content, **arrays)
+    np.savez(content, **dict[str, Any](arrays))
     files.write_atomic(path, content.getvalue())
 
 
@@ -208,9 +207,9 @@ def _judge(
         rollout(env, lambda obs, generator: expert(obs), EVAL_SEED, e)
         for e in range(episodes)
     ]
-    return tuple(
-        np.array([np.sum(values, dtype=np.float64) for values in column])
-        for column in ([ds.reward for ds in played], [ds.cost for ds in played])
+    returns = [np.sum(ds.reward, dtype=np.float64) for ds in played]
+    return np.array(returns), np.array(
+        [np.sum(ds.cost, dtype=np.float64) for ds in played]
     )
 
 
@@ -270,47 +269,28 @@ def _gymnasium_env(spec: str, cost_penalty: float = 0.0) -> Any:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train what the flags ask for."""
+    """Train as the flags say."""
     no_arguments(argv)
-    given = {name: flag.value for name, flag in FLAGS.items()}
+    given = values_of(FLAGS)
     env = envs.shifted(given.pop("env"), *given.pop("shift"))
     path = train_expert(env, **given)
     print(f"{path} and {path.with_suffix('.json')}")
 
 
-def _define_flags() -> dict[str, flags.FlagHolder]:
-    return {
-        "env": flags.DEFINE_string(
-            "env",
-            None,
-            "dm_control:DOMAIN-TASK, gymnasium:ID, bullet:NAME.",
-            required=True,
-        ),
-        "shift": define_shift(),
-        "steps": flags.DEFINE_integer("steps", 200_000, "Environment steps."),
-        "seed": flags.DEFINE_integer("seed", 0, "Of the training."),
-        "out": flags.DEFINE_string(
-            "out", None, "Expert file to write, NAME.npz.", required=True
-        ),
-        "eval_every": flags.DEFINE_integer(
-            "eval_every", 10_000, "Environment steps between evaluations."
-        ),
-        "eval_episodes": flags.DEFINE_integer(
-            "eval_episodes", 3, "Episodes of an evaluation."
-        ),
-        "cost_penalty": flags.DEFINE_float(
-            "cost_penalty", 0.0, "Reward given up for one unit of cost."
-        ),
-        "width": flags.DEFINE_integer("width", 256, "Of the two hidden layers."),
-        "snapshots": flags.DEFINE_bool(
-            "snapshots", False, "Keep the policy of every evaluation."
-        ),
-        "overwrite": flags.DEFINE_bool("overwrite", False, "Replace a file."),
-    }
-
-
 if __name__ == "__main__":
-    from psec_jax.cli import define_shift, no_arguments, run
+    from psec_jax.cli import (
+        define_env,
+        define_shift,
+        flags_of,
+        no_arguments,
+        run,
+        values_of,
+    )
 
-    FLAGS = _define_flags()
+    FLAGS = flags_of(
+        train_expert,
+        {"env": define_env(), "shift": define_shift()},
+        steps=200_000,
+        seed=0,
+    )
     run(main)

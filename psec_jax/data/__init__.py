@@ -1,29 +1,49 @@
 """Datasets of transitions: one module per source, one `Dataset` of arrays."""
 
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from psec_jax.data import d4rl, d4rl_sets, dataset, dmc, dsrl, minari
+import numpy as np
+
+from psec_jax.data import d4rl, d4rl_sets, dataset, dmc, dsrl, minari, recording
+from psec_jax.data.actions import UNITS, ActionBox, Units, scale
+from psec_jax.data.dataset import ENDS
+from psec_jax.data.recording import Recording, box_of_card, check_box, say
+from psec_jax.data.sets import Source
 from psec_jax.errors import InputError
 from psec_jax.types import Dataset
 
-__all__ = ["CATALOGUES", "environment", "load", "locate", "read"]
+__all__ = [
+    "CATALOGUES",
+    "ENDS",
+    "UNITS",
+    "ActionBox",
+    "Recording",
+    "box_of_card",
+    "check_box",
+    "environment",
+    "load",
+    "locate",
+    "read",
+]
 
-# Sources of sets with names of their own: a module with `names(text)`, whether a text
-# is meant as such a name, `find(name, offline)`, the file it stands for,
-# `task_of(path)`, the name of a file's set if it has one, `load(path, clip_actions,
-# required=)`, and `environment(path)`, the simulator of a file's set if that is known.
-CATALOGUES = {"d4rl": d4rl_sets, "dsrl": dsrl, "minari": minari}
+# Sources of sets with names of their own.
+CATALOGUES: dict[str, Source] = {
+    "d4rl": d4rl_sets.SETS,
+    "dsrl": dsrl.SETS,
+    "minari": minari,
+}
 
 
 def locate(name: str | os.PathLike[str], offline: bool = False) -> Path:
     """The file or folder that a name stands for.
 
     Args:
-      name: a path, or a name of one of CATALOGUES, such as "OfflineBallRun-v0",
-        "halfcheetah-medium-v2" or "minari:mujoco/hopper/medium-v0"; its file is
-        downloaded where none is there.
+      name: a path, which may begin with `~`, or a name of one of CATALOGUES, such as
+        "OfflineBallRun-v0", "halfcheetah-medium-v2" or
+        "minari:mujoco/hopper/medium-v0"; its file is downloaded where none is there.
       offline: never use the network.
 
     Raises:
@@ -32,21 +52,30 @@ def locate(name: str | os.PathLike[str], offline: bool = False) -> Path:
     for source in CATALOGUES.values():
         if source.names(str(name)):
             return source.find(str(name), offline).path
-    return Path(name)
+    return Path(name).expanduser()
 
 
 def environment(data: str | os.PathLike[str]) -> str | None:
-    """The simulator of a set of CATALOGUES, given its name or its file; None for other
-    data."""
-    known = (source.environment(data) for source in CATALOGUES.values())
-    return next(filter(None, known), None)
+    """The simulator that data were recorded in, where their name or file says it."""
+    for source in CATALOGUES.values():
+        if (known := source.environment(data)) is not None:
+            return known
+    path = Path(data).expanduser()
+    if not path.is_file() or path.suffix == ".npz":
+        return None
+    return Recording.of(d4rl.attributes(path), str(path)).environment
 
 
 def read(
     name: str | os.PathLike[str],
     *,
+    actions: str = "auto",
+    ends: str = "check",
+    env: Recording | None = None,
+    box: ActionBox | None = None,
     clip_actions: bool = False,
     with_costs: bool = False,
+    with_rewards: bool = False,
     offline: bool = False,
 ) -> tuple[Dataset, dict[str, Any]]:
     """Read a whole dataset and check it.
@@ -54,33 +83,67 @@ def read(
     Args:
       name: a folder of episode files or one of them (.npz), a HDF5 file in the layout
         of D4RL or DSRL, a folder of Minari, or a name of one of CATALOGUES.
+      actions: units of stored actions, a key of UNITS.
+      ends: what ends a trajectory, a key of ENDS.
+      env: the environment that the data are used for, from `envs.describe`.
+      box: what the policy's actions in [-1, 1] stand for; by default the environment's
+        box, else the one that the data were recorded with.
       clip_actions: clip actions into [-1, 1] instead of refusing them.
-      with_costs: refuse data without costs, which would be taken for zeros.
+      with_costs: refuse data without costs, which would be read as zeros.
+      with_rewards: refuse data without rewards, which would be read as zeros.
       offline: never use the network.
 
     Returns:
-      The dataset and the file's attributes, none for episode files.
+      The dataset and the file's attributes, to which those of `Recording` are added:
+      the actions are scaled, `missing` lists fields that the file lacks.
 
     Raises:
-      InputError: the data cannot be had, read or used, or has negative costs.
+      InputError: the data cannot be had, read or used, contradict themselves or the
+        environment, or have negative costs.
     """
     path = locate(name, offline)
-    required = ("cost",) if with_costs else ()
+    required = ("cost",) * with_costs + ("reward",) * with_rewards
+    source, ds, attrs = _stored(path, required)
+    known = Recording.of(attrs, str(path))
+    if env is not None:
+        recording.check_sizes(ds, env, str(path))
+    units = Units(actions, known.units, known.box, box or (env and env.box))
+
+    def scaled(action: np.ndarray) -> np.ndarray:
+        return scale(action, units, str(path), clip_actions, say)
+
+    ds = dataset.check(ds, str(path), clip_actions, scaled)
+    dataset.check_costs(ds, str(path))
+    if source is not None and ends == "check":  # known sets are not refused for it
+        source.verify(path, ds, attrs)
+        if line := dataset.contradiction(ds, str(path)):
+            say(line)
+    else:
+        ds = dataset.check_ends(ds, str(path), ends, say)
+    recording.check_lengths(ds, known, str(path))
+    if env is not None:
+        recording.compare(ds, known, env, str(path))
+        ds = recording.arrange(ds, known, env, str(path))
+    now = known.now(units.target or units.recorded, env)
+    return ds, dict(attrs) | now.attributes() | {"missing": known.missing}
+
+
+def _stored(
+    path: Path, required: Collection[str]
+) -> tuple[Source | None, Dataset, Mapping[str, Any]]:
+    """The source of a file, if it has one, its arrays as stored and its attributes."""
     for source in CATALOGUES.values():
         if source.task_of(path) is not None:
-            ds, attrs = source.load(path, clip_actions, required=required)
-            dataset.check_costs(ds, str(path))
-            return ds, attrs
+            return source, *source.read(path, required)
     if path.is_dir() or path.suffix == ".npz":
-        if with_costs:
+        if "cost" in required:
             raise InputError(f"{path}: episode files hold no costs")
-        return dmc.load(path, clip_actions=clip_actions), {}
-    ds, attrs = d4rl.load(path, clip_actions, required)
-    for source in (d4rl_sets, dsrl):  # a set of ours under another name
-        if attrs.get("task") in source.TASKS:
-            ds, attrs = source.load(path, clip_actions, required=required)
-    dataset.check_costs(ds, str(path))
-    return ds, attrs
+        return None, dmc.load(path, clip_actions=None), {}
+    ds, attrs = d4rl.read(path, required)
+    for source in (d4rl_sets.SETS, dsrl.SETS):  # a set of ours under another name
+        if attrs.get("task") in source.tasks:
+            return source, *source.read(path, required)
+    return None, ds, attrs
 
 
 def load(
@@ -92,11 +155,14 @@ def load(
     max_cost: float | None = None,
     return_quantile: float | None = None,
     cost_quantile: float | None = None,
+    actions: str = "auto",
+    ends: str = "check",
+    env: Recording | None = None,
     clip_actions: bool = False,
     with_costs: bool = False,
     offline: bool = False,
 ) -> Dataset:
-    """Read a dataset, check it, and keep the trajectories asked for.
+    """Read a dataset, check it, and keep some of its trajectories.
 
     Args:
       path: what `read` reads.
@@ -107,17 +173,26 @@ def load(
       return_quantile: keep trajectories at or above this quantile of the returns of
         those that the cost bounds left.
       cost_quantile: keep trajectories at or below this quantile of all costs.
+      actions: see `read`, as for those that follow.
+      ends: what ends a trajectory.
+      env: the environment that the data are used for.
       clip_actions: clip actions into [-1, 1] instead of refusing them.
-      with_costs: refuse data without costs, which would be taken for zeros; bounds on
-        the cost do so too.
+      with_costs: refuse data without costs, which would be read as zeros; bounds on
+        the cost do so too, and bounds on the return data without rewards.
       offline: never use the network.
 
     Raises:
-      InputError: the data cannot be read or used, or fewer trajectories than asked.
+      InputError: the data cannot be read or used, or have fewer trajectories.
     """
-    with_costs |= max_cost is not None or cost_quantile is not None
     ds, _ = read(
-        path, clip_actions=clip_actions, with_costs=with_costs, offline=offline
+        path,
+        actions=actions,
+        ends=ends,
+        env=env,
+        clip_actions=clip_actions,
+        with_costs=with_costs or max_cost is not None or cost_quantile is not None,
+        with_rewards=any(v is not None for v in (best, min_return, return_quantile)),
+        offline=offline,
     )
     return dataset.select(
         ds,

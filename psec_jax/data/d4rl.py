@@ -11,7 +11,6 @@ marked both is a true end; the customary view leaves it out.
 import contextlib
 import io
 import os
-import sys
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,11 @@ import numpy as np
 
 from psec_jax import files
 from psec_jax.data import dataset
+from psec_jax.data.recording import say
 from psec_jax.errors import InputError
 from psec_jax.types import Dataset
 
+# The name that is written for each field; others that are read are in ALIASES.
 KEYS = {
     "obs": "observations",
     "action": "actions",
@@ -33,40 +34,90 @@ KEYS = {
     "timeout": "timeouts",
     "cost": "costs",
 }
-OPTIONAL = ("next_obs", "timeout", "cost")
+ALIASES = {
+    "obs": ("observation", "obs"),
+    "action": ("action",),
+    "reward": ("reward",),
+    "next_obs": ("next_observation", "next_obs"),
+    "terminal": ("terminations", "termination", "terminated", "terminal"),
+    "timeout": ("truncations", "truncation", "truncated", "timeout"),
+    "cost": ("cost",),
+}
+# Ends of trajectories of either kind; read where terminals or timeouts are missing.
+DONES = ("dones", "done")
+OPTIONAL = ("reward", "next_obs", "terminal", "timeout", "cost")
 
 
 def load(
     path: str | os.PathLike[str],
     clip_actions: bool = False,
     required: Collection[str] = (),
+    ends: str = "check",
 ) -> tuple[Dataset, dict[str, Any]]:
-    """Read one file.
-
-    `next_observations` may be missing (the older D4RL files): each is then the next
-    row's observation, and the last row of an episode that was cut, whose successor the
-    file does not hold, is dropped. `timeouts` may be missing: episodes then end at
-    `terminals` and at the last row. A line on stderr tells either; both cannot be
-    missing, for a row before a cut would be joined with another episode. `costs` may be
-    missing; rewards, costs and flags may have shape [N] or [N, 1].
+    """The checked dataset of one file of scaled actions, and the file's attributes.
 
     Args:
       path: the file.
       clip_actions: clip actions into [-1, 1] instead of refusing them.
       required: fields of OPTIONAL that this file may not lack.
-
-    Returns:
-      The checked dataset and the file's attributes.
+      ends: a key of `dataset.ENDS`.
 
     Raises:
-      InputError: the file is missing, truncated or not HDF5, lacks a key, or holds
-        arrays `dataset.check` refuses.
+      InputError: what `read`, `dataset.check` and `dataset.check_ends` refuse.
+    """
+    ds, attrs = read(path, required)
+    ds = dataset.check(ds, str(path), clip_actions)
+    return dataset.check_ends(ds, str(path), ends, say), attrs
+
+
+def read(
+    path: str | os.PathLike[str], required: Collection[str] = ()
+) -> tuple[Dataset, dict[str, Any]]:
+    """The arrays of one file as stored, and its attributes.
+
+    `next_observations` may be missing (the older D4RL files): each is then the next
+    row's observation, and the last row of an episode that was cut, whose successor the
+    file does not hold, is dropped. `timeouts` may be missing: episodes then end at
+    `terminals` and at the last row. Both cannot be missing, for a row before a cut
+    would be joined with another episode; where next observations do not lead on, a
+    trajectory without `timeouts` is cut. `dones`, the ends of episodes of either kind,
+    may stand for one of the flags, or for both: then no true end is known, and
+    "terminal" is among the attribute `missing`. `rewards` may be missing, which cloning
+    does not need: zeros, and "reward" among `missing`. `costs` may be missing. A line
+    on stderr says each of these but the last. Rewards, costs and flags may have shape
+    [N] or [N, 1]. Other names of keys are in ALIASES.
+
+    Args:
+      path: the file.
+      required: fields of OPTIONAL that this file may not lack.
+
+    Raises:
+      InputError: the file is missing, truncated or not HDF5, lacks a key, has one under
+        two names, or arrays of different lengths.
     """
     path = Path(path)
     with _opened(path) as file:
         attrs = _attributes(file)
-        arrays = _read(file, path, required)
-    return dataset.check(_assemble(arrays, path), str(path), clip_actions), attrs
+        arrays = {
+            name: np.asarray(array[()])
+            for name, array in _arrays(file, path, required).items()
+        }
+    missing = tuple(
+        name
+        for name in ("reward", "terminal")
+        if name not in arrays and (name == "reward" or "timeout" not in arrays)
+    )
+    return _assemble(arrays, path), attrs | ({"missing": missing} if missing else {})
+
+
+def attributes(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The attributes of a file.
+
+    Raises:
+      InputError: the file is missing, truncated or not HDF5.
+    """
+    with _opened(Path(path)) as file:
+        return _attributes(file)
 
 
 def layout(
@@ -114,59 +165,68 @@ def _plain(value: Any) -> Any:
 def _arrays(
     file: h5py.File, path: Path, required: Collection[str]
 ) -> dict[str, h5py.Dataset]:
+    """The arrays of the file by field; those of DONES are "done"."""
+    names = {name: (key, *ALIASES[name]) for name, key in KEYS.items()}
     arrays = {}
+    for name, keys in (names | {"done": DONES}).items():
+        there = [key for key in keys if isinstance(file.get(key), h5py.Dataset)]
+        if len(there) > 1:
+            raise InputError(
+                f"{path}: {' and '.join(map(repr, there))} are names of one field; "
+                "remove all but one"
+            )
+        if there:
+            arrays[name] = file[there[0]]
     for name, key in KEYS.items():
-        if isinstance(file.get(key), h5py.Dataset):
-            arrays[name] = file[key]
-        elif name not in OPTIONAL or name in required:
-            found = ", ".join(sorted(file)) or "nothing"
+        optional = name in OPTIONAL and name not in required
+        if name == "terminal":
+            optional &= "done" in arrays
+        if name not in arrays and not optional:
+            held = ", ".join(sorted(file)) or "nothing"
             older = ", as in D4RL v0" if name in ("next_obs", "timeout") else ""
             raise InputError(
-                f"{path}: no dataset {key!r}{older}; the file holds {found}"
+                f"{path}: no dataset {key!r}{older}; the file holds {held}"
             )
     return arrays
 
 
-def _read(
-    file: h5py.File, path: Path, required: Collection[str]
-) -> dict[str, np.ndarray]:
-    return {
-        name: np.asarray(array[()])
-        for name, array in _arrays(file, path, required).items()
-    }
-
-
 def _assemble(arrays: Mapping[str, np.ndarray], path: Path) -> Dataset:
     arrays = dict(arrays)
-    for name in ("reward", "terminal", "timeout", "cost"):
+    for name in ("reward", "terminal", "timeout", "cost", "done"):
         if name in arrays and arrays[name].ndim == 2 and arrays[name].shape[1] == 1:
             arrays[name] = arrays[name][:, 0]
     n = len(arrays["obs"]) if np.ndim(arrays["obs"]) else 0
     if n == 0:
         raise InputError(f"{path}: holds no transitions")
+    for name, array in arrays.items():
+        if np.ndim(array) == 0 or len(array) != n:
+            raise InputError(
+                f"{path}: {KEYS.get(name, DONES[0])} has shape {np.shape(array)} but "
+                f"observations has {n} rows"
+            )
+    for name in ("terminal", "timeout", "done"):
+        if name in arrays:
+            arrays[name] = _flags(arrays[name], KEYS.get(name, DONES[0]), path)
+    _place_dones(arrays, path)
     untimed = "timeout" not in arrays
     if untimed and "next_obs" not in arrays:
         raise InputError(
             f"{path}: neither timeouts nor next_observations, as in D4RL v0: where "
-            "episodes were cut cannot be told; expected one of them"
+            "episodes were cut is not known; expected one of them"
         )
-    for name in OPTIONAL[1:]:
+    if "reward" not in arrays:
+        say(f"{path}: no rewards: fit for cloning only")
+    for name in ("reward", "cost"):
         arrays.setdefault(name, np.zeros(n))
-    for name in arrays:
-        if np.ndim(arrays[name]) == 0 or len(arrays[name]) != n:
-            raise InputError(
-                f"{path}: {KEYS[name]} has shape {np.shape(arrays[name])} but "
-                f"observations has {n} rows"
-            )
-    for name in ("terminal", "timeout"):
-        array = arrays[name]
-        if array.dtype.kind not in "biuf" or not np.isin(array, (0, 1)).all():
-            raise InputError(f"{path}: {KEYS[name]} holds other values than 0 and 1")
-        arrays[name] = array.astype(bool)
     if untimed:
-        _tell(
+        cuts = dataset.jumps(arrays["obs"], arrays["next_obs"])
+        if 2 * np.count_nonzero(cuts) > n:  # rows in no order
+            cuts = np.zeros(n, bool)
+        arrays["timeout"] = cuts & ~arrays["terminal"]
+        say(
             f"{path}: no timeouts: episodes end at {int(arrays['terminal'].sum())} "
-            "terminals and at the last row"
+            f"terminals, at {int(arrays['timeout'].sum())} rows whose next observation "
+            "does not lead on, and at the last row"
         )
     if "next_obs" in arrays:
         return Dataset(**arrays)
@@ -185,15 +245,44 @@ def _assemble(arrays: Mapping[str, np.ndarray], path: Path) -> Dataset:
         raise InputError(
             f"{path}: no next_observations, and no episode of two rows or more"
         )
-    _tell(
+    say(
         f"{path}: no next_observations, as in D4RL v0: each is the next row's "
         f"observation; {int(cut.sum())} rows at a cut are dropped"
     )
     return Dataset(**{name: array[~cut] for name, array in arrays.items()})
 
 
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _flags(array: np.ndarray, key: str, path: Path) -> np.ndarray:
+    if array.dtype.kind not in "biuf" or not np.isin(array, (0, 1)).all():
+        raise InputError(f"{path}: {key} holds other values than 0 and 1")
+    return array.astype(bool)
+
+
+def _place_dones(arrays: dict[str, np.ndarray], path: Path) -> None:
+    """Put `done`, an end of either kind, in place of the flag that is missing.
+
+    Raises:
+      InputError: an end by a flag that is none by `done`.
+    """
+    done = arrays.pop("done", None)
+    if done is None:
+        return
+    given = [name for name in ("terminal", "timeout") if name in arrays]
+    for name in given:
+        stray = np.flatnonzero(arrays[name] & ~done)
+        if len(stray):
+            raise InputError(
+                f"{path}: row {stray[0]} ends a trajectory by {KEYS[name]} but not by "
+                f"{DONES[0]}"
+            )
+    if "terminal" not in arrays:
+        arrays["terminal"] = done & ~arrays.get("timeout", done)
+    arrays["timeout"] = done & ~arrays["terminal"]
+    if not given:
+        say(
+            f"{path}: {DONES[0]} alone: true ends are not known, all {done.sum()} ends "
+            "count as cuts"
+        )
 
 
 def save(

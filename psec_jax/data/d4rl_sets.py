@@ -5,22 +5,18 @@ Gymnasium's simulator, else the official file downloaded. Source sets, collected
 shifted dynamics, are only made. docs/d4rl_data.md says how the simulators differ.
 """
 
-import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from psec_jax.data import d4rl, dataset, sets
-from psec_jax.data.paths import data_dir
-from psec_jax.data.sets import Found
+from psec_jax.data import sets
 from psec_jax.errors import InputError, lookup
 from psec_jax.types import Dataset
 
 MIRRORS = ("http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/",)
-REQUIRED = ("next_obs", "timeout")  # beyond those every file needs
 
 
 class Robot(NamedTuple):
@@ -122,29 +118,6 @@ def task(name: str) -> Task:
     return lookup(TASKS, name, "D4RL set")
 
 
-def names(text: str) -> bool:
-    """Whether a text can only be meant as a set's name, known or mistyped."""
-    form = rf"[a-z][\w-]*-(v\d+|source)|({'|'.join(ROBOTS)})-[\w-]+"
-    return text in TASKS or (
-        re.fullmatch(form, text) is not None and not Path(text).exists()
-    )
-
-
-def task_of(path: str | os.PathLike[str]) -> str | None:
-    """The name of the set whose official or made file has this file's name."""
-    file = Path(path).name
-    for name, entry in TASKS.items():
-        if file and file in (entry.file, made_name(name)):
-            return name
-    return None
-
-
-def environment(data: str | os.PathLike[str]) -> str | None:
-    """The simulator of a set, given its name or its file; None for anything else."""
-    name = data if data in TASKS else task_of(data)
-    return TASKS[name].spec if name is not None else None
-
-
 def robot_in(spec: str) -> str | None:
     """The robot of a simulator such as "gymnasium:Walker2d-v5@gravity:2": "Walker2d".
 
@@ -156,97 +129,13 @@ def robot_in(spec: str) -> str | None:
     return match[1] if match and match[1] in known else None
 
 
-def cache_dir() -> Path:
-    """`$D4RL_DATASET_DIR`, or `~/.d4rl/datasets`; not created here."""
-    return sets.cache_dir("D4RL_DATASET_DIR", "~/.d4rl/datasets")
-
-
 def made_name(name: str) -> str:
     """File name of a set that this project makes, halfcheetah-medium-made.hdf5."""
     return f"{name.removesuffix('-v2')}-made.hdf5"
 
 
-def find(name: str, offline: bool = False) -> Found:
-    """The file of a set, downloaded if no other is there.
-
-    Args:
-      name: the set's name.
-      offline: never use the network.
-
-    Raises:
-      InputError: an unknown name, or no file; the message says where to put one and
-        what makes one.
-    """
-    file = task(name).file
-    return sets.find(
-        cache_dir() / file if file else None,
-        data_dir() / made_name(name),
-        urls=[mirror + file for mirror in MIRRORS],
-        check=lambda path: sets.check_layout(path, name, task(name), REQUIRED),
-        command=f"python -m experiments.tools.collect_d4rl --set={name}",
-        offline=offline,
-    )
-
-
-def load(
-    source: str | os.PathLike[str],
-    clip_actions: bool = False,
-    offline: bool = False,
-    required: Collection[str] = (),
-) -> tuple[Dataset, dict[str, Any]]:
-    """Read one set.
-
-    Args:
-      source: a set's name, or the path of a file in D4RL's layout. One that says by its
-        name or its attribute `task` which set it is has to be so.
-      clip_actions: clip actions into [-1, 1] instead of refusing them.
-      offline: never use the network.
-      required: further fields that the file may not lack.
-
-    Returns:
-      The checked dataset and the file's attributes.
-
-    Raises:
-      InputError: what `find` and `d4rl.load` refuse, a file of D4RL's first versions,
-        or one that is not what it says: other sizes, another robot, another attribute
-        `task`, a set of this project under the official name.
-    """
-    if names(str(source)):
-        source = find(str(source), offline).path
-    path = Path(source)
-    named = task_of(path)
-    of_set = REQUIRED if named is not None else ()
-    ds, attrs = d4rl.load(path, clip_actions, (*of_set, *required))
-    if named is not None:
-        sets.check_maker(path, made_name(named), attrs)
-    name = named or attrs.get("task")
-    if name is not None:
-        _check(path, name, ds, attrs)
-    return ds, attrs
-
-
-def save(name: str, ds: Dataset, attrs: Mapping[str, Any]) -> Path:
-    """Write a made set where `find` looks for it, whole or not at all.
-
-    Args:
-      name: the set's name.
-      ds: whole trajectories.
-      attrs: how it was made; the set's name, both simulators and the maker are added.
-
-    Raises:
-      InputError: what `load` would refuse, or a file that cannot be written.
-    """
-    path = data_dir() / made_name(name)
-    attrs = sets.made_attributes(name, task(name), attrs)
-    attrs["d4rl_environment"] = task(name).d4rl_environment
-    ds = dataset.check(ds, str(path))
-    _check(path, name, ds, attrs)
-    return d4rl.save(path, ds, attrs)
-
-
-def _check(path: Path, name: str, ds: Dataset, attrs: Mapping[str, Any]) -> None:
-    """Refuse a set that is not what it says."""
-    sets.check(path, name, task(name), ds, attrs)
+def _check(path: Path, name: str, ds: Dataset) -> None:
+    """Refuse a set of another robot of the same sizes."""
     robot = task(name).robot
     low, high = ROBOTS[robot].height
     median = float(np.median(ds.obs[:, 0]))
@@ -255,6 +144,27 @@ def _check(path: Path, name: str, ds: Dataset, attrs: Mapping[str, Any]) -> None
             f"{path}: the torso's height, the first observation, has the median "
             f"{median:.3g}, a {robot}'s is {low:g} to {high:g}: a set of another robot?"
         )
+
+
+SETS = sets.Catalogue(
+    tasks=TASKS,
+    task=task,
+    form=rf"[a-z][\w-]*-(v\d+|source)|({'|'.join(ROBOTS)})-[\w-]+",
+    cache=("D4RL_DATASET_DIR", "~/.d4rl/datasets"),
+    made_name=made_name,
+    required=("reward", "terminal", "next_obs", "timeout"),
+    mirrors=lambda: MIRRORS,
+    command="python -m experiments.tools.collect_d4rl --set=",
+    check=_check,
+)
+names, task_of, environment = SETS.names, SETS.task_of, SETS.environment
+cache_dir, find, load = SETS.cache_dir, SETS.find, SETS.load
+
+
+def save(name: str, ds: Dataset, attrs: Mapping[str, Any]) -> Path:
+    """See `Catalogue.save`; the simulator of the official set is recorded too."""
+    theirs = {"d4rl_environment": task(name).d4rl_environment}
+    return SETS.save(name, ds, dict(attrs) | theirs)
 
 
 def normalised_score(name: str, returns: np.ndarray | float) -> np.ndarray | float:

@@ -1,14 +1,20 @@
 """Whole-dataset checks, trajectories and their selection."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from psec_jax.errors import InputError
+from psec_jax.data import actions
+from psec_jax.errors import InputError, lookup
 from psec_jax.types import Dataset
 
-ACTION_SLACK = 1e-5  # float32 rounding of a tanh or of a rescaled action box
+ENDS = {
+    "check": "as the flags say, refused where next observations contradict them",
+    "flags": "as the flags say",
+    "observations": "where next observations do not lead on, and at true ends",
+}
+LEADS_ON = 1e-3  # of a column's standard deviation: the same observation, rounded
 
 
 def episode_slices(ds: Dataset) -> list[slice]:
@@ -37,13 +43,20 @@ def episode_costs(ds: Dataset) -> np.ndarray:
     return _episode_sums(ds, ds.cost)
 
 
-def check(ds: Dataset, source: str, clip_actions: bool = False) -> Dataset:
-    """Refuse data no stage can learn from; give it back in its final types.
+def check(
+    ds: Dataset,
+    source: str,
+    clip_actions: bool | None = False,
+    scale: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Dataset:
+    """The same data in their final types; refused where no stage can learn from them.
 
     Args:
       ds: arrays of any real type; see `Dataset` for their shapes.
       source: the file or folder, named in every message.
-      clip_actions: clip actions into [-1, 1] instead of refusing them.
+      clip_actions: clip actions into [-1, 1] instead of refusing them; None leaves them
+        as they are.
+      scale: actions as stored -> scaled ones, [N, A] each, before they are checked.
 
     Returns:
       The same rows as float32 and bool; the last row ends a trajectory (it is marked
@@ -51,7 +64,7 @@ def check(ds: Dataset, source: str, clip_actions: bool = False) -> Dataset:
 
     Raises:
       InputError: no rows, lengths or shapes that disagree, NaN or infinity, or
-        actions outside [-1, 1] (their number is told).
+        actions outside [-1, 1] (with their number).
     """
     _check_shapes(ds, source)
     floats = {}
@@ -61,7 +74,9 @@ def check(ds: Dataset, source: str, clip_actions: bool = False) -> Dataset:
             raise InputError(
                 f"{source}: {name} has type {array.dtype}, expected numbers"
             )
-        with np.errstate(over="ignore"):  # told below, as infinity
+        if name == "action" and scale is not None and np.isfinite(array).all():
+            array = scale(array)
+        with np.errstate(over="ignore"):  # reported below, as infinity
             array = array.astype(np.float32)
         bad = array.size - np.count_nonzero(np.isfinite(array))
         if bad:
@@ -70,7 +85,8 @@ def check(ds: Dataset, source: str, clip_actions: bool = False) -> Dataset:
                 "values, expected finite numbers"
             )
         floats[name] = array
-    floats["action"] = _check_actions(floats["action"], source, clip_actions)
+    if clip_actions is not None:
+        floats["action"] = _check_actions(floats["action"], source, clip_actions)
     terminal = np.asarray(ds.terminal, dtype=bool)
     timeout = np.asarray(ds.timeout, dtype=bool) & ~terminal
     if not terminal[-1]:
@@ -82,7 +98,7 @@ def check_costs(ds: Dataset, source: str) -> None:
     """Refuse negative costs.
 
     Raises:
-      InputError: there are some; their number is told.
+      InputError: there are some.
     """
     negative = np.count_nonzero(ds.cost < 0)
     if negative:
@@ -124,14 +140,101 @@ def _check_shapes(ds: Dataset, source: str) -> None:
 
 
 def _check_actions(action: np.ndarray, source: str, clip: bool) -> np.ndarray:
-    outside = np.count_nonzero(np.abs(action) > 1 + ACTION_SLACK)
-    if outside and not clip:
+    outside = np.abs(action) > 1 + actions.SLACK
+    rows = np.asarray(outside.any(1))
+    if outside.any() and not clip:
         raise InputError(
-            f"{source}: {outside} of {action.size} action values lie outside [-1, 1] "
-            f"(largest magnitude {np.abs(action).max():.4g}); rescale them, or ask "
-            "for clipping"
+            f"{source}: {np.count_nonzero(outside)} of {action.size} action values lie "
+            f"outside [-1, 1] (largest magnitude {np.abs(action).max():.4g}), in "
+            f"{actions.share(rows)}: units of the environment? Name the "
+            "environment, or write attributes action_low and action_high; "
+            f"{actions.advice(rows)}"
         )
     return np.clip(action, -1.0, 1.0)
+
+
+def check_ends(
+    ds: Dataset,
+    source: str,
+    ends: str = "check",
+    say: Callable[[str], None] = lambda line: None,
+) -> Dataset:
+    """The dataset with its trajectories ended as `ends` says.
+
+    A row leads on where its next observation is the observation of the next row. Within
+    a trajectory every row does. Data of which most rows do not (transitions in an order
+    drawn at random) have nothing that could contradict the flags.
+
+    Args:
+      ds: a checked dataset.
+      source: the file, named in every message.
+      ends: a key of ENDS.
+      say: called with one line where the flags are not checked, or replaced.
+
+    Raises:
+      InputError: an unknown key, or rows that do not lead on inside a trajectory.
+    """
+    lookup(ENDS, ends, "ends")
+    if ends == "flags":
+        return ds
+    if ends == "observations":
+        timeout = jumps(ds.obs, ds.next_obs) & ~ds.terminal
+        timeout[-1] = not ds.terminal[-1]
+        say(
+            f"{source}: {np.count_nonzero(timeout | ds.terminal)} trajectories, ended "
+            f"where next observations do not lead on; the flags had "
+            f"{len(episode_slices(ds))}"
+        )
+        return ds._replace(timeout=timeout)
+    wrong, inside = _broken(ds)
+    if 2 * len(wrong) > inside:
+        say(
+            f"{source}: next observations are not those of the next rows, in "
+            f"{len(wrong)} of {inside} rows that end no trajectory: ends are those of "
+            "the flags"
+        )
+    elif len(wrong):
+        raise InputError(
+            f"{contradiction(ds, source)}; mend the flags, or choose "
+            "--ends=observations or --ends=flags"
+        )
+    return ds
+
+
+def contradiction(ds: Dataset, source: str) -> str | None:
+    """A line on the first row whose next observation contradicts the flags, if any."""
+    wrong, _ = _broken(ds)
+    if len(wrong) == 0:
+        return None
+    return (
+        f"{source}: row {wrong[0]} ends no trajectory, but its next observation is not "
+        f"the observation of row {wrong[0] + 1} ({len(wrong)} such rows of "
+        f"{len(ds.obs)}, in {len(episode_slices(ds))} trajectories by the flags)"
+    )
+
+
+def _broken(ds: Dataset) -> tuple[np.ndarray, int]:
+    """Rows that end no trajectory and do not lead on, and how many end none."""
+    inside = ~(ds.terminal | ds.timeout)
+    broken = np.flatnonzero(jumps(ds.obs, ds.next_obs) & inside)
+    return broken, int(np.count_nonzero(inside))
+
+
+def jumps(obs: np.ndarray, next_obs: np.ndarray) -> np.ndarray:
+    """Which rows have another next observation than the observation of the next row,
+    [N] bool; the last row has none to compare with.
+
+    Rounding is no difference, and arrays that are not alike are not compared.
+    """
+    result = np.zeros(len(obs), bool)
+    alike = np.shape(obs) == np.shape(next_obs) and np.ndim(obs) == 2
+    if not alike or obs.dtype.kind not in "biuf" or next_obs.dtype.kind not in "biuf":
+        return result
+    with np.errstate(invalid="ignore", over="ignore"):  # infinity is refused elsewhere
+        tolerance = LEADS_ON * obs.std(0) + 1e-6 * np.abs(obs).max(0)
+        apart = np.abs(next_obs[:-1] - obs[1:].astype(float)) > tolerance
+    result[:-1] = apart.any(1)
+    return result
 
 
 def take(ds: Dataset, chosen: Sequence[int] | np.ndarray) -> Dataset:

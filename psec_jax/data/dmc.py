@@ -17,9 +17,9 @@ KEYS = ("observation", "action", "reward", "discount")
 def load(
     source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     first: int | None = None,
-    clip_actions: bool = False,
+    clip_actions: bool | None = False,
 ) -> Dataset:
-    """Read episodes, in the order of the numbers in their file names.
+    """Episodes, in the order of the numbers in their file names.
 
     Each file holds observation [T + 1, S], action [T + 1, A], reward and discount
     [T + 1] or [T + 1, 1]; physics is not read. Row 0 is the reset, so transition i is
@@ -29,11 +29,11 @@ def load(
     Args:
       source: a folder, one file, or a list of files.
       first: read the first N episodes only.
-      clip_actions: clip actions into [-1, 1] instead of refusing them.
+      clip_actions: see `dataset.check`.
 
     Raises:
       InputError: no episode files, fewer than `first`, a file that cannot be read or
-        lacks a key, or arrays `dataset.check` refuses.
+        lacks a key, a true end before the last row, or arrays `dataset.check` refuses.
     """
     if isinstance(source, (str, os.PathLike)):
         root = Path(source)
@@ -64,8 +64,8 @@ def _read(path: Path) -> Dataset:
     arrays = npz.read(path, KEYS)
     lengths = {key: len(np.atleast_1d(array)) for key, array in arrays.items()}
     if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{key} {n}" for key, n in lengths.items())
-        raise InputError(f"{path}: arrays of different lengths: {told}")
+        got = ", ".join(f"{key} {n}" for key, n in lengths.items())
+        raise InputError(f"{path}: arrays of different lengths: {got}")
     n = lengths["observation"] - 1
     if n < 1:
         raise InputError(f"{path}: {n + 1} rows, expected the reset and a step or more")
@@ -77,7 +77,13 @@ def _read(path: Path) -> Dataset:
                 f"({n + 1}, 1)"
             )
     last = np.arange(n) == n - 1
-    ended = last & (scalars["discount"][1:, 0] == 0)
+    ended = scalars["discount"][1:, 0] == 0
+    if (ended & ~last).any():
+        row = int(np.argmax(ended)) + 1
+        raise InputError(
+            f"{path}: row {row} has a discount of 0, a true end, but {n - row} rows "
+            "follow it in the same episode"
+        )
     return Dataset(
         obs=arrays["observation"][:-1],
         action=arrays["action"][1:],

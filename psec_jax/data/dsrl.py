@@ -4,17 +4,12 @@ A task's set is the official file where the cache holds it, else one that this p
 made in the same simulator, else the official file downloaded.
 """
 
-import os
-import re
-from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from psec_jax.data import d4rl, dataset, sets
-from psec_jax.data.paths import data_dir
-from psec_jax.data.sets import Found
+from psec_jax.data import dataset, sets
 from psec_jax.errors import InputError, lookup
 from psec_jax.types import Dataset
 
@@ -23,7 +18,6 @@ MIRRORS = (
     "https://huggingface.co/datasets/YYY-45/DSRL/resolve/main/",
     "http://data.offline-saferl.org/download/",
 )
-REQUIRED = ("next_obs", "timeout", "cost")  # beyond those every file needs
 
 
 class Task(NamedTuple):
@@ -122,28 +116,6 @@ def task(name: str) -> Task:
     return lookup(TASKS, name, "DSRL task")
 
 
-def names(text: str) -> bool:
-    """Whether a text can only be meant as a task's id, known or mistyped."""
-    return text in TASKS or (
-        re.fullmatch(r"Offline[\w-]+", text) is not None and not Path(text).exists()
-    )
-
-
-def task_of(path: str | os.PathLike[str]) -> str | None:
-    """The id of the task whose official or made set has this file's name."""
-    name = Path(path).name
-    for known, entry in TASKS.items():
-        if name in (entry.file, made_name(known)):
-            return known
-    return None
-
-
-def environment(data: str | os.PathLike[str]) -> str | None:
-    """The simulator of a task, given its id or its file; None for anything else."""
-    name = data if data in TASKS else task_of(data)
-    return TASKS[name].spec if name is not None else None
-
-
 def task_in(spec: str) -> str:
     """The id of the task that has this simulator.
 
@@ -157,104 +129,36 @@ def task_in(spec: str) -> str:
     return lookup(by_spec, spec, "simulator of a DSRL task")
 
 
-def cache_dir() -> Path:
-    """`$DSRL_DATASET_DIR`, or `~/.dsrl/datasets`; not created here."""
-    return sets.cache_dir("DSRL_DATASET_DIR", "~/.dsrl/datasets")
-
-
 def made_name(name: str) -> str:
     """File name of the set that this project makes for a task."""
     simulator, _, _ = task(name).file.rsplit("-", 2)
     return f"{simulator}-made.hdf5"
 
 
-def find(name: str, offline: bool = False) -> Found:
-    """The file of a task's set, downloaded if no other is there.
-
-    Args:
-      name: the task's id.
-      offline: never use the network.
-
-    Raises:
-      InputError: an unknown task, or no file; the message says where to put one and
-        what makes one.
-    """
-    official = cache_dir() / task(name).file
-    return sets.find(
-        official,
-        data_dir() / made_name(name),
-        urls=[mirror + official.name for mirror in MIRRORS],
-        check=lambda path: sets.check_layout(path, name, task(name), REQUIRED),
-        command=f"python -m experiments.tools.collect_safe --task={name}",
-        offline=offline,
-    )
-
-
-def load(
-    source: str | os.PathLike[str],
-    clip_actions: bool = False,
-    offline: bool = False,
-    required: Collection[str] = (),
-) -> tuple[Dataset, dict[str, Any]]:
-    """Read one set.
-
-    Args:
-      source: a task's id, or the path of a file with all seven keys of a set. One that
-        says by its name or its attribute `task` of which task it is has to be so.
-      clip_actions: clip actions into [-1, 1] instead of refusing them.
-      offline: never use the network.
-      required: further fields that the file may not lack.
-
-    Returns:
-      The checked dataset and the file's attributes.
-
-    Raises:
-      InputError: what `find` and `d4rl.load` refuse, a missing or negative cost, or a
-        file that is not of its task: other sizes, longer episodes, another attribute
-        `task`, a set of this project under the official name.
-    """
-    if names(str(source)):
-        source = find(str(source), offline).path
-    path = Path(source)
-    ds, attrs = d4rl.load(path, clip_actions, (*REQUIRED, *required))
-    dataset.check_costs(ds, str(path))
-    named = task_of(path)
-    if named is not None:
-        sets.check_maker(path, made_name(named), attrs)
-    name = named or attrs.get("task")
-    if name is not None:
-        _check(path, name, ds, attrs)
-    return ds, attrs
-
-
-def save(name: str, ds: Dataset, attrs: Mapping[str, Any]) -> Path:
-    """Write the set made for a task where `find` looks for it, whole or not at all.
-
-    Args:
-      name: the task's id.
-      ds: whole trajectories.
-      attrs: how it was made; the task, its simulator and the maker are added.
-
-    Raises:
-      InputError: what `load` would refuse, or a file that cannot be written.
-    """
-    path = data_dir() / made_name(name)
-    attrs = sets.made_attributes(name, task(name), attrs)
-    ds = dataset.check(ds, str(path))
-    dataset.check_costs(ds, str(path))
-    _check(path, name, ds, attrs)
-    return d4rl.save(path, ds, attrs, costs=True)
-
-
-def _check(path: Path, name: str, ds: Dataset, attrs: Mapping[str, Any]) -> None:
-    """Refuse a set that is not of its task."""
-    sets.check(path, name, task(name), ds, attrs)
+def _check(path: Path, name: str, ds: Dataset) -> None:
+    """Refuse trajectories longer than the task's episodes."""
     longest = max(rows.stop - rows.start for rows in dataset.episode_slices(ds))
     if longest > task(name).length:
         raise InputError(
             f"{path}: a trajectory has {longest} steps, an episode of {name} at most "
             f"{task(name).length}"
         )
+
+
+SETS = sets.Catalogue(
+    tasks=TASKS,
+    task=task,
+    form=r"Offline[\w-]+",
+    cache=("DSRL_DATASET_DIR", "~/.dsrl/datasets"),
+    made_name=made_name,
+    required=("reward", "terminal", "next_obs", "timeout", "cost"),
+    mirrors=lambda: MIRRORS,
+    command="python -m experiments.tools.collect_safe --task=",
+    check=_check,
+    costs=True,
+)
+names, task_of, environment = SETS.names, SETS.task_of, SETS.environment
+cache_dir, find, load, save = SETS.cache_dir, SETS.find, SETS.load, SETS.save
 
 
 def normalised_return(name: str, returns: np.ndarray) -> np.ndarray:

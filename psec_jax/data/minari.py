@@ -5,13 +5,14 @@ not D4RL v2 and have no reference scores.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +20,9 @@ from typing import Any
 import numpy as np
 
 from psec_jax import files
-from psec_jax.data import dataset
+from psec_jax.data import dataset, keywords, spaces
+from psec_jax.data.actions import ActionBox, Units, scale
+from psec_jax.data.recording import Recording, say
 from psec_jax.data.sets import Found
 from psec_jax.errors import InputError
 from psec_jax.types import Dataset
@@ -42,13 +45,46 @@ def task_of(path: str | os.PathLike[str]) -> str | None:
     return f"{PREFIX}{named}"
 
 
-def environment(path: str | os.PathLike[str]) -> str | None:
-    """The simulator of the dataset in a folder, where its metadata tell it."""
-    if not _metadata(path).is_file():
+def environment(data: str | os.PathLike[str]) -> str | None:
+    """The simulator of the dataset in a folder, where its metadata name it."""
+    return _recording(Path(data)).environment if _metadata(data).is_file() else None
+
+
+def _recording(folder: Path) -> Recording:
+    """What the metadata of a dataset know of its simulator.
+
+    Keyword arguments and a time limit are part of the simulator's name where they are
+    not those of the registered environment.
+    """
+    with _reported(f"{_metadata(folder)}: not of a Minari dataset"):
+        text = files.read_json(_metadata(folder)).get("env_spec")
+        if not text:
+            return Recording()
+        spec = json.loads(text)
+        name, options = spec["id"], dict(spec.get("kwargs") or {})
+        limit = spec.get("max_episode_steps")
+        options.pop("render_mode", None)
+        registered = _registered(name)
+        if registered is not None:
+            same = registered.kwargs.items()
+            options = {k: v for k, v in options.items() if (k, v) not in same}
+            if limit not in (None, registered.max_episode_steps):
+                options["max_episode_steps"] = limit
+        elif isinstance(spec.get("entry_point"), str):
+            name = f"{spec['entry_point'].partition(':')[0]}:{name}"
+        named = keywords.join(f"gymnasium:{name}", options)
+        return Recording(named, max_steps=limit)
+
+
+def _registered(name: str) -> Any:
+    """Gymnasium's entry of an environment; None where it has none."""
+    _package()
+    import gymnasium
+
+    try:
+        return gymnasium.spec(name)
+    except gymnasium.error.Error:
         return None
-    with _reported(f"{_metadata(path)}: not of a Minari dataset"):
-        spec = files.read_json(_metadata(path)).get("env_spec")
-        return f"gymnasium:{json.loads(spec)['id']}" if spec else None
 
 
 def _metadata(path: str | os.PathLike[str]) -> Path:
@@ -79,38 +115,29 @@ def find(name: str, offline: bool = False) -> Found:
     return Found(folder, "official")
 
 
-def load(
-    source: str | os.PathLike[str],
-    clip_actions: bool = False,
-    offline: bool = False,
-    required: Collection[str] = (),
-) -> tuple[Dataset, dict[str, Any]]:
-    """Read one dataset.
+def read(path: Path, required: Collection[str] = ()) -> tuple[Dataset, dict[str, Any]]:
+    """The arrays of one dataset as stored, and what is known of them.
 
-    Observations and actions have to be boxes of one dimension. Actions of another
-    bounded box than [-1, 1] are scaled into it. Costs are those of `infos["cost"]`. The
-    end of an episode that is not a true one is a timeout.
+    Actions have to be a bounded box, and stay in its units. Observations are flattened
+    as `gymnasium.spaces.flatten` does it, the parts of a Dict in the order of its
+    space, which the attribute `observation_order` lists. Costs are those of
+    `infos["cost"]`. The end of an episode that is not a true one is a timeout.
 
     Args:
-      source: "minari:ID", or the folder of a dataset.
-      clip_actions: clip actions into [-1, 1] instead of refusing them.
-      offline: never use the network.
+      path: the folder of a dataset.
       required: "cost" refuses a dataset without costs.
 
-    Returns:
-      The checked dataset, and its name, simulator (where told) and Minari's version.
-
     Raises:
-      InputError: what `find` and `dataset.check` refuse, other spaces, or a folder that
-        Minari cannot read.
+      InputError: other spaces, an end inside an episode, or a folder that Minari cannot
+        read.
     """
-    folder = find(str(source), offline).path if names(str(source)) else Path(source)
+    folder = Path(path)
     name = task_of(folder)
     if name is None:
         raise InputError(f"{folder}: no data/metadata.json, as Minari's datasets have")
     package = _package()
     if name.startswith(f"{PREFIX}mujoco/"):
-        _tell(
+        say(
             f"{name}: Minari's mujoco sets are not D4RL v2: new data from Gymnasium's "
             "v5 simulators, without reference scores"
         )
@@ -119,17 +146,53 @@ def load(
         observation, action = opened.observation_space, opened.action_space
         version = opened.spec.minari_version
         episodes = list(opened.iterate_episodes())
-    _check_boxes(folder, observation, action)
+    _check_spaces(folder, observation, action)
     if not episodes:
         raise InputError(f"{folder}: holds no episodes")
     if "cost" in required and "cost" not in (episodes[0].infos or {}):
         raise InputError(f"{folder}: holds no costs (infos/cost)")
-    parts = [_dataset(e, folder, action) for e in episodes]
+    parts = [_dataset(e, folder, observation) for e in episodes]
+    known = dataclasses.replace(
+        _recording(folder),
+        units="env",
+        box=ActionBox.of(action.low, action.high),
+        observation=spaces.order(observation),
+    )
     attrs = {"dataset_id": name.removeprefix(PREFIX), "minari_version": version}
-    if (spec := environment(folder)) is not None:
-        attrs["environment"] = spec
-    ds = dataset.concatenate(parts)
-    return dataset.check(ds, str(folder), clip_actions), attrs
+    return dataset.concatenate(parts), attrs | known.attributes()
+
+
+def verify(path: Path, ds: Dataset, attrs: Mapping[str, Any]) -> None:
+    """Nothing: a dataset says itself what it is."""
+
+
+def load(
+    source: str | os.PathLike[str],
+    clip_actions: bool = False,
+    offline: bool = False,
+    required: Collection[str] = (),
+) -> tuple[Dataset, dict[str, Any]]:
+    """The checked dataset of "minari:ID" or of a folder, and what is known of it.
+
+    Actions are scaled from the box of the dataset to [-1, 1].
+
+    Args:
+      source: "minari:ID", or the folder of a dataset.
+      clip_actions: clip actions into [-1, 1] instead of refusing them.
+      offline: never use the network.
+      required: "cost" refuses a dataset without costs.
+
+    Raises:
+      InputError: what `find`, `read` and `dataset.check` refuse.
+    """
+    folder = find(str(source), offline).path if names(str(source)) else Path(source)
+    ds, attrs = read(folder, required)
+    units = Units(stored="env", recorded=Recording.of(attrs).box)
+
+    def scaled(action: np.ndarray) -> np.ndarray:
+        return scale(action, units, str(folder), clip_actions)
+
+    return dataset.check(ds, str(folder), clip_actions, scaled), attrs
 
 
 def save(dataset_id: str, ds: Dataset, env: str | None = None) -> Path:
@@ -160,13 +223,14 @@ def save(dataset_id: str, ds: Dataset, env: str | None = None) -> Path:
             "has: Minari holds whole trajectories only"
         )
     import gymnasium
-    from minari.data_collector import EpisodeBuffer
+    from minari import data_collector
     from minari.dataset.minari_storage import MinariStorage
 
-    spaces = [
+    make_buffer: Any = data_collector.EpisodeBuffer
+    observation, action = (
         gymnasium.spaces.Box(low, -low, (size,), np.float32)
         for low, size in ((-np.inf, ds.obs.shape[1]), (-1.0, ds.action.shape[1]))
-    ]
+    )
     spec = None
     if env is not None:
         try:
@@ -174,7 +238,7 @@ def save(dataset_id: str, ds: Dataset, env: str | None = None) -> Path:
         except gymnasium.error.Error as error:
             raise InputError(f"environment {env!r}: {error}") from error
     buffers = [
-        EpisodeBuffer(
+        make_buffer(
             observations=np.concatenate([ds.obs[rows], ds.next_obs[rows][-1:]]),
             actions=ds.action[rows],
             rewards=ds.reward[rows],
@@ -190,7 +254,7 @@ def save(dataset_id: str, ds: Dataset, env: str | None = None) -> Path:
     try:
         with _reported(f"{name}: cannot be written"):
             (temporary / "data").mkdir(parents=True)
-            storage = MinariStorage.new(temporary / "data", *spaces, spec)
+            storage = MinariStorage.new(temporary / "data", observation, action, spec)
             storage.update_metadata(
                 {"dataset_id": dataset_id, "minari_version": _package().__version__}
             )
@@ -204,7 +268,7 @@ def save(dataset_id: str, ds: Dataset, env: str | None = None) -> Path:
 def _download(dataset_id: str) -> None:
     """Let Minari fetch a dataset, in a process of its own: what it downloads with
     prints what it likes and raises errors of many packages."""
-    _tell(f"downloading {PREFIX}{dataset_id}")
+    say(f"downloading {PREFIX}{dataset_id}")
     code = "import sys, minari; minari.download_dataset(sys.argv[1])"
     run = subprocess.run(
         [sys.executable, "-c", code, dataset_id], capture_output=True, text=True
@@ -212,10 +276,6 @@ def _download(dataset_id: str) -> None:
     if run.returncode:
         reason = run.stderr.strip().splitlines()[-1:] or [f"code {run.returncode}"]
         raise InputError(f"{PREFIX}{dataset_id} cannot be downloaded ({reason[0]})")
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -257,38 +317,50 @@ def _folder(dataset_id: str) -> Path:
         return get_dataset_path(dataset_id)
 
 
-def _check_boxes(folder: Path, observation: Any, action: Any) -> None:
+def _check_spaces(folder: Path, observation: Any, action: Any) -> None:
     from gymnasium.spaces import Box
 
-    for what, space in (("observations", observation), ("actions", action)):
-        if not isinstance(space, Box) or len(space.shape) != 1:
-            raise InputError(
-                f"{folder}: {what} are {space}, expected a Box of one dimension"
-            )
-    if not action.is_bounded():
+    if not isinstance(action, Box) or not action.is_bounded():
         raise InputError(f"{folder}: actions are {action}, expected a bounded Box")
+    if not observation.is_np_flattenable:
+        raise InputError(
+            f"{folder}: observations are {observation}, expected a space that flattens "
+            "into one vector"
+        )
 
 
-def _dataset(episode: Any, folder: Path, action_space: Any) -> Dataset:
+def _dataset(episode: Any, folder: Path, observation_space: Any) -> Dataset:
     """One episode, whose observations are one more than its steps."""
     n = len(episode.rewards)
-    obs, action = np.asarray(episode.observations), np.asarray(episode.actions)
-    if n == 0 or obs.shape[:1] != (n + 1,) or action.shape[:1] != (n,):
+    action = np.asarray(episode.actions)
+    with _reported(
+        f"{folder}: observations of episode {episode.id} are not {observation_space}"
+    ):
+        obs = spaces.flatten_rows(observation_space, episode.observations)
+    if n == 0 or len(obs) != n + 1 or action.shape[:1] != (n,):
         raise InputError(
             f"{folder}: episode {episode.id} has {obs.shape[:1]} observations, "
             f"{action.shape[:1]} actions and {n} rewards, expected T + 1, T and T"
         )
-    middle = (action_space.high + action_space.low) / 2
-    half = (action_space.high - action_space.low) / 2
     cost = np.asarray((episode.infos or {}).get("cost", np.zeros(n)), np.float32)
-    terminal = np.arange(n) == n - 1
-    terminal &= np.asarray(episode.terminations, bool)
+    last = np.arange(n) == n - 1
+    ended = np.asarray(episode.terminations, bool)
+    for what, flags in (
+        ("a true end", ended),
+        ("a cut", np.asarray(episode.truncations, bool)),
+    ):
+        early = np.flatnonzero(flags & ~last)
+        if len(early):
+            raise InputError(
+                f"{folder}: episode {episode.id} has {what} in row {early[0]}, but "
+                f"{n - 1 - early[0]} rows follow it"
+            )
     return Dataset(
         obs=obs[:-1],
-        action=(action - middle) / half,
+        action=action.reshape(n, -1),
         reward=episode.rewards,
         cost=cost[-n:],  # Minari's infos may begin with the reset's
         next_obs=obs[1:],
-        terminal=terminal,
-        timeout=(np.arange(n) == n - 1) & ~terminal,
+        terminal=ended & last,
+        timeout=last & ~ended,
     )

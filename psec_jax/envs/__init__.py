@@ -4,53 +4,97 @@ Nothing here imports JAX, and a simulator is imported only when one of its envir
 is made.
 """
 
+import functools
+
+from psec_jax.data import keywords
+from psec_jax.data.recording import Recording
 from psec_jax.envs import bullet, dm_control, gymnasium, metadrive
-from psec_jax.envs.base import Env, Step
+from psec_jax.envs.base import Env, Simulator, Step, recorded_in
 from psec_jax.envs.shifts import shifted, split
 from psec_jax.errors import InputError, lookup
 
-__all__ = ["ENVS", "Env", "Step", "make", "one_per_process", "shifted"]
+__all__ = [
+    "ENVS",
+    "FORMS",
+    "Env",
+    "Step",
+    "describe",
+    "make",
+    "one_per_process",
+    "shifted",
+]
 
 
 def make(spec: str) -> Env:
     """Make one environment.
 
     Args:
-      spec: "dm_control:DOMAIN-TASK", "gymnasium:ID", "bullet:TASK" or "metadrive:TASK";
-        the first two may have a shift (see `psec_jax.envs.shifts`).
+      spec: see FORMS; keyword arguments are those of `psec_jax.data.keywords`, shifts
+        those of `psec_jax.envs.shifts`.
 
     Raises:
       InputError: an unknown prefix, domain, task or ID, an environment without a flat
-        observation or a bounded continuous action, a package that is missing, or a
-        shift that cannot be made.
+        observation or a bounded continuous action, a package that is missing, or
+        keyword arguments or a shift that the environment does not take.
     """
-    plain, shift = split(spec)
-    prefix, colon, name = plain.partition(":")
-    if not colon:
-        raise InputError(
-            f"environment {spec!r}: expected PREFIX:NAME, such as "
-            f"dm_control:walker-walk; prefixes are {', '.join(sorted(ENVS))}"
-        )
-    make_env = lookup(ENVS, prefix, "environment prefix")
-    if not shift:
-        return make_env(name)
-    if prefix not in SHIFTABLE:
-        raise InputError(
-            f"{spec}: {prefix} has no shifts; {' and '.join(SHIFTABLE)} have"
-        )
-    return make_env(name, shift)
+    simulator, name, options, shift = _parsed(spec)
+    return simulator.make(name, shift, options)
+
+
+@functools.lru_cache(maxsize=64)
+def describe(spec: str) -> Recording:
+    """How data collected in an environment are recorded: its sizes, the box of its
+    actions, its time limit and the order of its observations.
+
+    Raises:
+      InputError: see `make`.
+    """
+    simulator, name, _, _ = _parsed(spec)
+    if simulator.recording is not None:
+        return simulator.recording(name)
+    env = make(spec)
+    try:
+        return recorded_in(env)
+    finally:
+        env.close()
 
 
 def one_per_process(spec: str) -> bool:
     """Whether a process can hold one environment of this kind only."""
-    return spec.partition(":")[0] in ONE_PER_PROCESS
+    prefix = spec.partition(":")[0]
+    return prefix in ENVS and ENVS[prefix].alone
+
+
+def _parsed(spec: str) -> tuple[Simulator, str, dict, dict[str, float]]:
+    """The simulator, the name behind its prefix, keyword arguments and shift."""
+    plain, shift = split(spec)
+    plain, options = keywords.split(plain)
+    prefix, colon, name = plain.partition(":")
+    if not colon:
+        raise InputError(f"environment {spec!r}: expected PREFIX:NAME, {FORMS}")
+    simulator = lookup(ENVS, prefix, "environment prefix")
+    for what, given, flags in (
+        ("shifts", shift, {p: s.shifts for p, s in ENVS.items()}),
+        ("keyword arguments", options, {p: s.keywords for p, s in ENVS.items()}),
+    ):
+        if given and not flags[prefix]:
+            having = " and ".join(p for p, has in flags.items() if has)
+            raise InputError(f"{spec}: {prefix} has no {what}; {having} have")
+    return simulator, name, options, shift
 
 
 ENVS = {
-    "bullet": bullet.make,
-    "dm_control": dm_control.make,
-    "gymnasium": gymnasium.make,
-    "metadrive": metadrive.make,
+    "bullet": Simulator(bullet.make, "TASK", recording=bullet.recording),
+    "dm_control": Simulator(dm_control.make, "DOMAIN-TASK", shifts=True, keywords=True),
+    "gymnasium": Simulator(gymnasium.make, "ID", shifts=True, keywords=True),
+    "metadrive": Simulator(
+        metadrive.make, "TASK", alone=True, recording=metadrive.recording
+    ),
 }
-SHIFTABLE = ("dm_control", "gymnasium")
-ONE_PER_PROCESS = frozenset({"metadrive"})
+# How environments are named, for help texts and messages.
+FORMS = " or ".join(
+    f"{prefix}:{simulator.form}"
+    + "[?KEY=VALUE&...]" * simulator.keywords
+    + "[@QUANTITY:FACTOR,...]" * simulator.shifts
+    for prefix, simulator in ENVS.items()
+)

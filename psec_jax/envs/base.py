@@ -1,10 +1,14 @@
 """What every environment offers."""
 
 import importlib.util
-from typing import NamedTuple, Protocol, runtime_checkable
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from psec_jax.data.actions import ActionBox
+from psec_jax.data.recording import Recording
 from psec_jax.errors import InputError
 
 
@@ -13,17 +17,17 @@ class Step(NamedTuple):
 
     Attributes:
       obs: float32 [S].
-      reward: float.
+      reward: float; an array [B] where steps are stacked, as for those that follow.
       cost: float, 0 where the environment has none.
       terminal: bool, the task itself ended (no bootstrap).
       timeout: bool, the episode was cut at its time limit.
     """
 
     obs: np.ndarray
-    reward: float
-    cost: float
-    terminal: bool
-    timeout: bool
+    reward: Any
+    cost: Any
+    terminal: Any
+    timeout: Any
 
 
 @runtime_checkable  # the tests check annotations while they run
@@ -36,6 +40,9 @@ class Env(Protocol):
       action_dim: A.
       max_steps: steps after which an episode is cut.
       step_seconds: simulated time of one control step.
+      box: what actions in [-1, 1] stand for in the simulator.
+      observation: the parts of an observation in their order, "name:size" each; empty
+        where it has one part, or where data know no parts.
     """
 
     spec: str
@@ -43,13 +50,17 @@ class Env(Protocol):
     action_dim: int
     max_steps: int
     step_seconds: float
+    box: ActionBox
+    observation: tuple[str, ...]
 
     def reset(self, seed: int) -> np.ndarray:
         """Start the episode of `seed`, the same one however often the environment has
         been used before; float32 [S]."""
+        ...
 
     def step(self, action: np.ndarray) -> Step:
         """Apply an action [A] in [-1, 1] for one control step."""
+        ...
 
     def render(self, height: int, width: int) -> np.ndarray:
         """The present state as an image, uint8 [height, width, 3].
@@ -57,30 +68,66 @@ class Env(Protocol):
         Raises:
           CannotDraw: no OpenGL library works here.
         """
+        ...
 
     def close(self) -> None:
         """Free the simulator."""
+        ...
 
 
-class ActionBox:
-    """Maps [-1, 1] onto the action bounds of an environment, and the identity exactly
-    onto itself."""
+class Simulator(NamedTuple):
+    """One entry of `envs.ENVS`.
 
-    def __init__(self, low: np.ndarray, high: np.ndarray) -> None:
-        """Take the bounds, [A] each."""
-        low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
-        self.centre, self.half = (high + low) / 2, (high - low) / 2
+    Attributes:
+      make: `(name, shift, keywords) -> Env`, of the name behind the prefix, factors by
+        quantity and keyword arguments; the latter two are empty where the simulator has
+        none.
+      form: how names behind the prefix look, for help texts.
+      shifts: whether its physics may be shifted, see `envs.shifts`.
+      keywords: whether it takes keyword arguments, see `data.keywords`.
+      alone: whether a process can hold one environment only.
+      recording: `name -> Recording` without the simulator; None: one is made.
+    """
 
-    def __call__(self, action: np.ndarray) -> np.ndarray:
-        """Rescale actions [..., A]; float64."""
-        return self.centre + self.half * np.asarray(action, np.float64)
+    make: Callable[[str, Mapping[str, float], Mapping[str, Any]], Any]
+    form: str
+    shifts: bool = False
+    keywords: bool = False
+    alone: bool = False
+    recording: Callable[[str], Recording] | None = None
+
+
+def recorded_in(env: Env) -> Recording:
+    """How data collected in an environment are recorded."""
+    return Recording(
+        environment=env.spec,
+        sizes=(env.obs_dim, env.action_dim),
+        units="scaled",
+        box=env.box,
+        max_steps=env.max_steps,
+        observation=env.observation,
+    )
+
+
+def number(value: Any, what: str, spec: str) -> float:
+    """A reward or cost of one step as a number, also from an array of one element.
+
+    Raises:
+      InputError: no number, several, or one that is not finite.
+    """
+    array = np.asarray(value)
+    if array.size != 1 or array.dtype.kind not in "biuf":
+        raise InputError(f"{spec}: {what} is {value!r}, expected one number")
+    if not math.isfinite(result := float(array.item())):
+        raise InputError(f"{spec}: {what} is {result}, expected a finite number")
+    return result
 
 
 def check_safe_setup(spec: str, packages: tuple[str, ...]) -> None:
     """Check that a safe simulator is there, without importing it.
 
     Args:
-      spec: the environment that was asked for.
+      spec: the environment's name.
       packages: what it imports, by import name.
 
     Raises:

@@ -3,11 +3,13 @@
 import contextlib
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from psec_jax.data.actions import ActionBox
+from psec_jax.data.recording import Recording
 from psec_jax.envs.base import Step, check_safe_setup
 from psec_jax.errors import InputError, lookup
 
@@ -61,7 +63,7 @@ class BulletEnv:
 
             # Gymnasium compares the float32 bounds with those of float64.
             warnings.filterwarnings("ignore", "overflow encountered in cast")
-            registered = gymnasium.spec(name)
+            registered: Any = gymnasium.spec(name)
             self._env: Any = EnvironmentBuilder(**registered.kwargs)
         self.obs_dim = self._env.observation_space.shape[0]
         self.action_dim = self._env.action_space.shape[0]
@@ -73,6 +75,7 @@ class BulletEnv:
                 f"{TASKS[name]} as in DSRL's data; run: make setup-safe"
             )
         self.step_seconds = float(self._env.dt)
+        self.box, self.observation = ActionBox.unit(self.action_dim), ()
         self._steps = 0
         # The first reset saves the state that every later one starts from, so it must
         # not be one of a seed that the caller chose.
@@ -142,8 +145,20 @@ class BulletEnv:
         self._env.close()
 
 
-def make(name: str) -> BulletEnv:
-    """Make a task such as "SafetyBallRun-v0"; see `psec_jax.envs.make`."""
+def recording(name: str) -> Recording:
+    """How data of a task are recorded; see `psec_jax.envs.describe`."""
+    obs_dim, action_dim, steps = lookup(TASKS, name, "bullet task")
+    box = ActionBox.unit(action_dim)
+    return Recording(f"bullet:{name}", (obs_dim, action_dim), "scaled", box, steps)
+
+
+def make(
+    name: str,
+    shift: Mapping[str, float] | None = None,
+    keywords: Mapping[str, Any] | None = None,
+) -> BulletEnv:
+    """Make a task such as "SafetyBallRun-v0", which has neither shifts nor keyword
+    arguments; see `psec_jax.envs.make`."""
     lookup(TASKS, name, "bullet task")
     check_safe_setup(f"bullet:{name}", ("bullet_safety_gym", "pybullet", "gymnasium"))
     return BulletEnv(name)

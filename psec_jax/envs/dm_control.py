@@ -1,14 +1,17 @@
 """DeepMind Control suite (Tassa et al. 2018)."""
 
 import contextlib
+import importlib
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from psec_jax.data import keywords
+from psec_jax.data.actions import ActionBox
 from psec_jax.envs import gl, shifts
-from psec_jax.envs.base import ActionBox, Step
+from psec_jax.envs.base import Step
 from psec_jax.errors import InputError
 
 MAX_POSES = 10_000  # as many as the suite's quadruped tries
@@ -18,26 +21,48 @@ class DmControlEnv:
     """One suite task; observations are the dictionary's values, concatenated in the
     environment's order. Action repeat is 1."""
 
-    def __init__(self, domain: str, task: str, shift: Mapping[str, float]) -> None:
-        """Build the task; `make` checks the names first."""
+    def __init__(
+        self,
+        domain: str,
+        task: str,
+        shift: Mapping[str, float],
+        options: Mapping[str, Any],
+    ) -> None:
+        """Build the task; `make` checks the names first.
+
+        Raises:
+          InputError: options that the task does not take, actions without bounds, or no
+            time limit.
+        """
         from dm_control import suite
 
-        self.spec = shifts.join(f"dm_control:{domain}-{task}", shift)
+        self.spec = shifts.join(
+            keywords.join(f"dm_control:{domain}-{task}", options), shift
+        )
+        if "random" in options:
+            raise InputError(f"{self.spec}: random is the seed of the episode")
         # A fixed seed here, because a few tasks draw their model when they are built.
+        settings: dict[str, Any] = {"random": 0, **options}
         with _shifted_models(shift, self.spec):
-            self._env = suite.load(domain, task, task_kwargs={"random": 0})
+            try:
+                self._env = suite.load(domain, task, task_kwargs=settings)
+            except (TypeError, ValueError) as error:
+                if not options:
+                    raise
+                reason = " ".join(str(error).split())
+                raise InputError(f"{self.spec}: {reason}") from error
         self._poses = 0
         if shift:
             self._env.physics.after_reset = self._after_reset
         # The suite's shadows take a third of the time of drawing without a GPU.
         self._env.physics.model.vis.quality.shadowsize = 1024
         bounds = self._env.action_spec()
-        self._box = ActionBox(
+        self.box = ActionBox.of(
             np.broadcast_to(bounds.minimum, bounds.shape),
             np.broadcast_to(bounds.maximum, bounds.shape),
         )
         if not (
-            np.isfinite(self._box.half).all() and np.isfinite(self._env._step_limit)
+            np.isfinite(self.box.half).all() and np.isfinite(self._env._step_limit)
         ):
             raise InputError(
                 f"{self.spec}: expected bounded actions and a time limit, got bounds "
@@ -48,6 +73,8 @@ class DmControlEnv:
         self.max_steps = math.ceil(self._env._step_limit)
         self.step_seconds = float(self._env.control_timestep())
         self.obs_dim = len(self.reset(0))
+        parts = self._env.task.get_observation(self._env.physics)
+        self.observation = tuple(f"{k}:{np.size(v)}" for k, v in parts.items())
 
     def _after_reset(self) -> None:
         """The simulator's own, but not for ever: the humanoid draws poses until nothing
@@ -76,7 +103,7 @@ class DmControlEnv:
     def step(self, action: np.ndarray) -> Step:
         """See `Env.step`."""
         with self._stable():
-            result = self._env.step(self._box(action))
+            result = self._env.step(self.box.to_env(action))
         terminal = result.last() and result.discount == 0.0
         return Step(
             _flatten(result.observation),
@@ -101,15 +128,15 @@ def _shifted_models(shift: Mapping[str, float], spec: str) -> Iterator[None]:
     """In the body, models are shifted when they are made of XML.
 
     A task keeps neither its XML nor the choices that went into it; this is the one
-    place that every task's XML comes through.
+    function that every task's XML goes through.
     """
     if not shift:
         yield
         return
-    import mujoco
-    from dm_control.mujoco import wrapper
+    mujoco: Any = importlib.import_module("mujoco")
+    wrapper: Any = importlib.import_module("dm_control.mujoco.wrapper")
 
-    def from_xml_string(xml: str | bytes, assets: Any = None) -> wrapper.MjModel:
+    def from_xml_string(xml: str | bytes, assets: Any = None) -> Any:
         text = xml.decode() if isinstance(xml, bytes) else xml
         model = mujoco.MjSpec.from_string(text, include=assets, assets=assets)
         return wrapper.MjModel(shifts.compile_shifted(model, shift, spec))
@@ -127,8 +154,13 @@ def _flatten(observation: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.concatenate(parts).astype(np.float32)
 
 
-def make(name: str, shift: Mapping[str, float] | None = None) -> DmControlEnv:
-    """Make DOMAIN-TASK, such as "walker-walk"; see `psec_jax.envs.make`."""
+def make(
+    name: str,
+    shift: Mapping[str, float] | None = None,
+    keywords: Mapping[str, Any] | None = None,
+) -> DmControlEnv:
+    """Make DOMAIN-TASK, such as "walker-walk"; keyword arguments are those of the
+    suite's task, such as time_limit; see `psec_jax.envs.make`."""
     try:
         gl.import_simulator("dm_control.suite")
     except ImportError as error:
@@ -150,4 +182,4 @@ def make(name: str, shift: Mapping[str, float] | None = None) -> DmControlEnv:
             f"dm_control:{name}: unknown task {task!r} of {domain}; choose from "
             f"{', '.join(f'{domain}-{t}' for t in tasks)}"
         )
-    return DmControlEnv(domain, task, shift or {})
+    return DmControlEnv(domain, task, shift or {}, keywords or {})

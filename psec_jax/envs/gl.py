@@ -21,7 +21,7 @@ class CannotDraw(InputError):
     """This machine lacks what drawing needs; everything else works."""
 
 
-def cannot_draw(error: Exception) -> CannotDraw:
+def cannot_draw(error: BaseException | None) -> CannotDraw:
     """The one line to show for a failure of OpenGL."""
     reason = " ".join(str(error).split())
     return CannotDraw(f"{NO_GL} ({reason})" if reason else NO_GL)
@@ -47,6 +47,7 @@ def import_simulator(module: str) -> None:
     else:
         found = [b for b, lib in LIBRARIES.items() if ctypes.util.find_library(lib)]
         choices = [*found, OFF]
+    failure: BaseException | None = None
     for backend in choices:
         os.environ["MUJOCO_GL"] = backend
         try:

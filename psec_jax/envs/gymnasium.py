@@ -7,13 +7,23 @@ from typing import Any
 
 import numpy as np
 
+from psec_jax.data.actions import ActionBox
+from psec_jax.data.keywords import join
+from psec_jax.data.spaces import order
 from psec_jax.envs import gl, shifts
-from psec_jax.envs.base import ActionBox, Step
+from psec_jax.envs.base import Step, number
 from psec_jax.errors import InputError
+
+FRAMES = 50  # a second, where an environment does not say it
+# What constructors raise for a file that is not there or arguments that do not fit.
+FAILURES = (OSError, ImportError, TypeError, ValueError, AttributeError, LookupError)
 
 
 class GymnasiumEnv:
-    """One Gymnasium environment; `info["cost"]` is its cost where it gives one."""
+    """One Gymnasium environment; `info["cost"]` is its cost where it gives one.
+
+    Observations are flattened as `psec_jax.data.spaces` says.
+    """
 
     def __init__(self, spec: str, env: Any) -> None:
         """Wrap a made environment.
@@ -26,18 +36,12 @@ class GymnasiumEnv:
 
         self.spec, self._env = spec, env
         action_space = env.action_space
-        if (
-            not isinstance(action_space, spaces.Box)
-            or len(action_space.shape) != 1
-            or not action_space.is_bounded()
-        ):
+        if not isinstance(action_space, spaces.Box) or not action_space.is_bounded():
             raise InputError(
-                f"{spec}: actions are {action_space}, expected a bounded Box of one "
-                "dimension"
+                f"{spec}: actions are {action_space}, expected a bounded Box"
             )
         flat = env.observation_space.is_np_flattenable
-        space = spaces.flatten_space(env.observation_space) if flat else None
-        if space is None:
+        if not flat:
             raise InputError(
                 f"{spec}: observations are {env.observation_space}, expected a space "
                 "that flattens into one vector"
@@ -45,34 +49,71 @@ class GymnasiumEnv:
         limit = env.spec.max_episode_steps
         if limit is None:
             raise InputError(
-                f"{spec}: no time limit; register it with max_episode_steps"
+                f"{spec}: no time limit; register it with max_episode_steps, or give "
+                "that as a keyword argument"
             )
-        self._flatten = spaces.flatten
-        self._box = ActionBox(action_space.low, action_space.high)
-        self._action_type = action_space.dtype
-        self.obs_dim, self.action_dim = space.shape[0], action_space.shape[0]
+        self._flatten, self._action = spaces.flatten, action_space
+        self.box = ActionBox.of(action_space.low, action_space.high)
+        self.obs_dim = spaces.flatdim(env.observation_space)
+        self.action_dim = len(self.box.low)
+        self.observation = order(env.observation_space)
         self.max_steps = int(limit)
         # MuJoCo environments know it; others only say how fast they are to be shown.
         seconds = getattr(env.unwrapped, "dt", None)
-        self.step_seconds = float(seconds or 1 / env.metadata.get("render_fps", 50))
+        if not isinstance(seconds, (int, float)) or not seconds > 0:
+            seconds = 1 / ((env.metadata or {}).get("render_fps") or FRAMES)
+        self.step_seconds = float(seconds)
 
     def _vector(self, observation: Any) -> np.ndarray:
-        vector = self._flatten(self._env.observation_space, observation)
-        return np.asarray(vector, dtype=np.float32)
+        try:
+            vector = self._flatten(self._env.observation_space, observation)
+            vector = np.asarray(vector, dtype=np.float32)
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            raise InputError(
+                f"{self.spec}: observation {observation!r:.80} is not of "
+                f"{self._env.observation_space} ({error})"
+            ) from error
+        if vector.shape != (self.obs_dim,) or not np.isfinite(vector).all():
+            raise InputError(
+                f"{self.spec}: observation {vector!r:.80} of shape {vector.shape}, "
+                f"expected {self.obs_dim} finite numbers"
+            )
+        return vector
 
     def reset(self, seed: int) -> np.ndarray:
-        """See `Env.reset`."""
-        observation, _ = self._env.reset(seed=int(seed))
-        return self._vector(observation)
+        """See `Env.reset`.
+
+        Raises:
+          InputError: what the environment returns is not Gymnasium's (observation,
+            info), or an observation that is not of its space, or not finite.
+        """
+        result = self._env.reset(seed=int(seed))
+        pair = isinstance(result, tuple) and len(result) == 2
+        if not pair or not isinstance(result[1], dict):
+            raise InputError(
+                f"{self.spec}: reset returns {type(result).__name__} "
+                f"{result!r:.60}, expected Gymnasium's (observation, info)"
+            )
+        return self._vector(result[0])
 
     def step(self, action: np.ndarray) -> Step:
-        """See `Env.step`."""
-        scaled = self._box(action).astype(self._action_type)
-        observation, reward, terminal, timeout, info = self._env.step(scaled)
+        """See `Env.step`.
+
+        Raises:
+          InputError: an observation that is not of its space, or not finite, or a
+            reward or cost that is not one finite number.
+        """
+        space = self._action
+        raw = self.box.to_env(action).reshape(space.shape)
+        if np.issubdtype(space.dtype, np.integer):
+            raw = np.rint(raw)
+        # Rounding to the type of the space may leave its box by a hair.
+        raw = np.clip(raw.astype(space.dtype), space.low, space.high)
+        observation, reward, terminal, timeout, info = self._env.step(raw)
         return Step(
             self._vector(observation),
-            float(reward),
-            float(info.get("cost", 0.0)),
+            number(reward, "reward", self.spec),
+            number(info.get("cost", 0.0), "cost", self.spec),
             bool(terminal),
             bool(timeout) and not terminal,
         )
@@ -109,10 +150,10 @@ class GymnasiumEnv:
 def _shifted(registered: Any, shift: Mapping[str, float], spec: str) -> Any:
     """A registered MuJoCo environment that loads a shifted model."""
     gl.import_simulator("mujoco")
-    import mujoco
     from gymnasium.envs.mujoco import MujocoEnv
     from gymnasium.envs.registration import load_env_creator
 
+    mujoco: Any = importlib.import_module("mujoco")
     creator: Any = registered.entry_point
     if isinstance(creator, str):
         creator = load_env_creator(creator)
@@ -134,9 +175,22 @@ def _shifted(registered: Any, shift: Mapping[str, float], spec: str) -> Any:
     return dataclasses.replace(registered, entry_point=Shifted)
 
 
-def make(name: str, shift: Mapping[str, float] | None = None) -> GymnasiumEnv:
-    """Make the environment registered as `name`; see `psec_jax.envs.make`."""
-    spec = shifts.join(f"gymnasium:{name}", shift or {})
+def make(
+    name: str,
+    shift: Mapping[str, float] | None = None,
+    keywords: Mapping[str, Any] | None = None,
+) -> GymnasiumEnv:
+    """Make the environment registered as `name`, which may have its package in front,
+    "my_package:MyEnv-v0"; see `psec_jax.envs.make`.
+
+    Keyword arguments are those of the environment, and max_episode_steps.
+    """
+    plain = join(f"gymnasium:{name}", keywords or {})
+    spec = shifts.join(plain, shift or {})
+    given = dict(keywords or {})
+    for reserved in ("render_mode", "disable_env_checker", "vectorization_mode"):
+        if reserved in given:
+            raise InputError(f"{spec}: {reserved} is not for the caller to choose")
     try:
         import gymnasium
     except ModuleNotFoundError as error:
@@ -150,17 +204,28 @@ def make(name: str, shift: Mapping[str, float] | None = None) -> GymnasiumEnv:
         registered = gymnasium.spec(registered_name)
         if "mujoco" in str(registered.entry_point):
             gl.import_simulator("mujoco")
-        if shift:
-            registered = _shifted(registered, shift, spec)
-        options: dict[str, Any] = {"disable_env_checker": True}
-        env = gymnasium.make(registered, **options)
-        if "rgb_array" in env.metadata.get("render_modes", ()):
-            env.close()
-            env = gymnasium.make(registered, render_mode="rgb_array", **options)
     except (gymnasium.error.Error, ImportError) as error:
-        reason = " ".join(str(error).split())
         raise InputError(
-            f"{spec}: {reason}; expected an ID that is registered here, such as "
-            "HalfCheetah-v5 or my_package:MyEnv-v0"
+            f"{spec}: {_reason(error)}; expected an ID that is registered here, such "
+            "as HalfCheetah-v5 or my_package:MyEnv-v0"
         ) from error
+    if shift:
+        registered = _shifted(registered, shift, spec)
+    given["disable_env_checker"] = True
+    try:
+        env = gymnasium.make(registered, **given)
+    except (gymnasium.error.Error, *FAILURES) as error:
+        raise InputError(f"{spec}: cannot be made: {_reason(error)}") from error
+    if "rgb_array" in ((env.metadata or {}).get("render_modes") or ()):
+        try:
+            drawn = gymnasium.make(registered, render_mode="rgb_array", **given)
+        except (gymnasium.error.Error, TypeError):
+            pass  # it has pictures but no such argument: it is not drawn
+        else:
+            env.close()
+            env = drawn
     return GymnasiumEnv(spec, env)
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -6,13 +6,15 @@ own, or is the worker's own.
 """
 
 import atexit
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 
+from psec_jax.data.actions import ActionBox
+from psec_jax.data.recording import Recording
 from psec_jax.envs.base import Step, check_safe_setup
 from psec_jax.envs.gl import CannotDraw
 from psec_jax.envs.remote import RemoteEnv, answer
@@ -56,13 +58,13 @@ def step_cost(base: float, speed: float, rays: np.ndarray) -> float:
 class MetaDriveEnv:
     """One task, in this process; `make` is the door for everyone but a worker.
 
-    Only the traffic differs from one seed to another: the map and the place of the
-    start belong to the task.
+    Only the traffic differs from one seed to another: the map and the start belong to
+    the task.
 
     Attributes:
       simulator: MetaDrive's own environment.
-      info: what it told of the last step, such as "velocity" in km/h, "raw_action" (the
-        action of its own controller, where one drives) and the reason of the end.
+      info: what it reported of the last step, such as "velocity" in km/h, "raw_action"
+        (the action of its own controller, where one drives) and the reason of the end.
       drivers: the simulator's own policies by name, each `(obs, generator) -> action
         [2]`; they look at the simulator, not at their arguments. "expert" is a trained
         network, "idm-SPEED" keeps its lane and its distance at up to SPEED km/h, and
@@ -106,7 +108,7 @@ class MetaDriveEnv:
                 )
                 return config
 
-        self.simulator = Task(
+        self.simulator: Any = Task(
             {
                 "start_seed": self._seed,
                 "environment_num": 1,
@@ -127,6 +129,7 @@ class MetaDriveEnv:
         atexit.register(self.close)
         self.obs_dim, self.action_dim = OBS_DIM, ACTION_DIM
         self.max_steps = MAX_STEPS
+        self.box, self.observation = ActionBox.unit(ACTION_DIM), ()
         config = self.simulator.config
         self.step_seconds = (
             config["decision_repeat"] * config["physics_world_step_size"]
@@ -186,7 +189,7 @@ class MetaDriveEnv:
         from metadrive.policy.idm_policy import IDMPolicy
 
         if speed not in self._idm:
-            driver = IDMPolicy(self.simulator.vehicle, random_seed=0)
+            driver: Any = IDMPolicy(self.simulator.vehicle, random_seed=0)
             driver.NORMAL_SPEED = driver.target_speed = speed
             driver.enable_lane_change = overtake
             self._idm[speed] = driver
@@ -220,7 +223,7 @@ class MetaDriveEnv:
         self.simulator.close()
 
 
-def _action(raw: Sequence[float]) -> np.ndarray:
+def _action(raw: Any) -> np.ndarray:
     return np.clip(raw, -1, 1).astype(np.float32)
 
 
@@ -232,8 +235,20 @@ def serve(pipe: Connection, name: str) -> None:
 _here: list[MetaDriveEnv] = []
 
 
-def make(name: str) -> MetaDriveEnv | RemoteEnv:
-    """Make a task such as "easysparse"; see `psec_jax.envs.make`."""
+def recording(name: str) -> Recording:
+    """How data of a task are recorded; see `psec_jax.envs.describe`."""
+    lookup(TASKS, name, "metadrive task")
+    sizes, box = (OBS_DIM, ACTION_DIM), ActionBox.unit(ACTION_DIM)
+    return Recording(f"metadrive:{name}", sizes, "scaled", box, MAX_STEPS)
+
+
+def make(
+    name: str,
+    shift: Mapping[str, float] | None = None,
+    keywords: Mapping[str, Any] | None = None,
+) -> MetaDriveEnv | RemoteEnv:
+    """Make a task such as "easysparse", which has neither shifts nor keyword arguments;
+    see `psec_jax.envs.make`."""
     spec = f"metadrive:{name}"
     lookup(TASKS, name, "metadrive task")
     check_safe_setup(spec, PACKAGES)

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -23,11 +24,13 @@ def install() -> None:
       MetaDrive does without them unless such data is read.
     - `seaborn` is one function here: ten colours, matplotlib's. Their number matters
       to the simulator, the colours only to pictures. `cv2`, used for nothing that is
-      asked of it here, is empty.
+      needed here, is empty.
     - pygame opens no window and says no greeting, panda3d does not look for joysticks,
       and messages below errors are not logged.
     """
-    np.float, np.int = float, int
+    for alias, kind in (("float", float), ("int", int)):
+        setattr(np, alias, kind)
+    modules: dict[str, Any] = sys.modules
     import gymnasium
     from matplotlib import colormaps
     from panda3d.core import loadPrcFileData
@@ -36,9 +39,10 @@ def install() -> None:
     sys.modules["gym.spaces"] = importlib.import_module("gymnasium.spaces")
     for name in ("metadrive.register", "cv2", "seaborn"):
         sys.modules[name] = ModuleType(name)
-    sys.modules["seaborn"].color_palette = lambda name: list(colormaps["tab10"].colors)
+    colours: Any = colormaps["tab10"]
+    modules["seaborn"].color_palette = lambda name: list(colours.colors)
     for name in ("scenario_pb2", "map_pb2"):
-        sys.modules[f"metadrive.utils.waymo_utils.protos.{name}"] = None
+        modules[f"metadrive.utils.waymo_utils.protos.{name}"] = None
     os.environ["SDL_VIDEODRIVER"] = "dummy"
     os.environ["PYGAME_HIDE_SUPPORT_PROMPT"] = "1"
     loadPrcFileData("", "notify-level-device fatal")

@@ -5,13 +5,23 @@ from typing import Any
 
 import numpy as np
 
+from psec_jax.data.actions import ActionBox
 from psec_jax.envs.base import Env, Step
 from psec_jax.envs.gl import CannotDraw
 from psec_jax.envs.workers import Worker
 
+FACTS = ("obs_dim", "action_dim", "max_steps", "step_seconds", "box", "observation")
+
 
 class RemoteEnv:
     """Passes every call on to the worker."""
+
+    obs_dim: int
+    action_dim: int
+    max_steps: int
+    step_seconds: float
+    box: ActionBox
+    observation: tuple[str, ...]
 
     def __init__(self, spec: str, serve: str, *args: Any) -> None:
         """Start the worker.
@@ -28,11 +38,12 @@ class RemoteEnv:
         self.spec = spec
         self._worker = Worker(serve, *args, name=f"environment process ({spec})")
         try:
-            sizes = self._worker.recv()
+            facts = self._worker.recv()
         except BaseException:
             self.close()
             raise
-        self.obs_dim, self.action_dim, self.max_steps, self.step_seconds = sizes
+        for name, value in zip(FACTS, facts, strict=True):
+            setattr(self, name, value)
 
     def _ask(self, method: str, *args: Any) -> Any:
         self._worker.send((method, args))
@@ -56,9 +67,9 @@ class RemoteEnv:
 
 
 def answer(pipe: Connection, env: Env) -> None:
-    """The worker's side: tell the sizes, then answer calls until the pipe closes."""
+    """The worker's side: send the facts, then answer calls until the pipe closes."""
     calls = {"reset": env.reset, "step": env.step, "render": env.render}
-    pipe.send((env.obs_dim, env.action_dim, env.max_steps, env.step_seconds))
+    pipe.send([getattr(env, name) for name in FACTS])
     while True:
         method, args = pipe.recv()
         try:

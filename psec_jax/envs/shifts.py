@@ -6,6 +6,7 @@ model's XML text, which is read, changed in memory and compiled again, so that a
 MuJoCo derives from them follows (masses from sizes, for one). No file is written.
 """
 
+import importlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from psec_jax.data import keywords
 from psec_jax.errors import InputError, lookup
 
 MARK = "@"
@@ -26,15 +28,17 @@ Numbers = tuple[Any, str, int | None]
 
 
 def split(spec: str, *texts: str) -> tuple[str, dict[str, float]]:
-    """The plain environment's name, and the factors of its shift sorted by quantity.
+    """The environment's name without its shift, and the shift's factors sorted by
+    quantity.
 
     Args:
-      spec: an environment's name, which may have a shift already.
+      spec: an environment's name, which may have keyword arguments, brought into their
+        canonical form, and a shift already.
       texts: more of them, such as "friction:0.25,gravity:2".
 
     Raises:
-      InputError: an unknown quantity, one that is named twice, or a factor that is not
-        a finite number above 0.
+      InputError: an unknown quantity, one that is named twice, a factor that is not a
+        finite number above 0, or malformed keyword arguments.
     """
     plain, mark, tail = spec.partition(MARK)
     shift: dict[str, float] = {}
@@ -52,7 +56,7 @@ def split(spec: str, *texts: str) -> tuple[str, dict[str, float]]:
                     f"shift of {spec}: {name} is {number!r}, expected a finite number "
                     "above 0"
                 )
-    return plain, dict(sorted(shift.items()))
+    return keywords.canonical(plain), dict(sorted(shift.items()))
 
 
 def _factor(text: str) -> float:
@@ -134,8 +138,7 @@ def _multiply(numbers: Numbers, factor: float) -> None:
 def _actuator_strength(model: Any) -> Iterable[Numbers]:
     """Gains, biases and limits, in which the force is linear: not so for muscles and
     the like, and where a ratio (a third bias above 0) stands for the damping."""
-    import mujoco
-
+    mujoco: Any = importlib.import_module("mujoco")
     gains = (mujoco.mjtGain.mjGAIN_FIXED, mujoco.mjtGain.mjGAIN_AFFINE)
     biases = (mujoco.mjtBias.mjBIAS_NONE, mujoco.mjtBias.mjBIAS_AFFINE)
     for actuator in model.actuators:

@@ -77,11 +77,11 @@ def collect(
     Args:
       env: "dm_control:walker-walk", "gymnasium:ID"; it may be shifted.
       policy: "expert", "medium", "random" or the path of an expert file.
-      episodes: how many.
-      seed: with the episode's number it sets the initial state and the noise.
+      episodes: whole episodes to collect.
+      seed: of initial states and noise, with the episode's number.
       action_noise: standard deviation of Gaussian noise on every action.
-      workers: processes; by default one for every core.
-      out: the file to write; by default a name made of the arguments, in `data_dir()`.
+      workers: processes; default one for every core.
+      out: file to write; default a name made of the arguments, in $PSEC_DATA_DIR.
       overwrite: collect again, and replace the file.
 
     Returns:
