@@ -241,7 +241,7 @@ def test_compositions(library, stand, walk, quick_starts, level, head, support):
 def test_demonstrations_a_support_are_collected_again(library, walk, monkeypatch):
     asked = []
 
-    def collected(config, env, episodes, path, selection, with_costs):
+    def collected(config, env, episodes, path, selection, with_costs=False):
         asked.append((env, episodes, path, selection))
         return load_demos(config, env, episodes, path or walk, selection, with_costs)
 
