@@ -37,10 +37,10 @@ from experiments import plots, results, table2
 from experiments.configs.dmc_walker import get_config
 from experiments.table2 import ENV, SETTINGS, Place
 from experiments.tools.rollout import make_trace
+from psec_jax.composition import network_of
 from psec_jax.errors import InputError, lookup
 from psec_jax.files import read_json
 from psec_jax.library import SkillLibrary
-from psec_jax.networks.denoiser import make_network
 from psec_jax.policy import Policy, load_base
 from psec_jax.policy import compose as load_composition
 from psec_jax.process import corrupt
@@ -388,7 +388,7 @@ def embed(count: int, space: str, place: Place) -> dict[str, Any]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _inside(config: Any, params: Any, keys: Any, obs: Any, action: Any) -> Any:
-    net = make_network(config.network, config.action_dim)
+    net = network_of(config)
     t = jnp.asarray(config.process.steps // 2)
     layer = (LAYER[0].format(config.network.blocks - 1), LAYER[1])
 

@@ -122,12 +122,12 @@ class PolicyConfig:
     """Everything static about a policy.
 
     Attributes:
-      network: the denoiser's sizes.
-      process: the generative process and its sampler.
-      action_dim: A.
+      network: the denoiser's kind and sizes.
+      process: the generative process, its sampler and its chunks.
+      action_dim: A, of a single action.
       level: a key of `LEVELS`.
       gate: the gate's form; None is the base alone.
-      candidates: actions sampled, of which the one of least Q_h is taken; 1 needs no
+      candidates: actions sampled, of which the one of least Q_h is used; 1 needs no
         critic.
     """
 
@@ -142,11 +142,22 @@ class PolicyConfig:
         lookup(LEVELS, self.level, "level")
         if self.candidates < 1:
             raise InputError(f"candidates: got {self.candidates}, expected 1 or more")
+        if self.candidates > 1 and self.process.horizon > 1:
+            raise InputError(
+                f"candidates: got {self.candidates} with chunks of "
+                f"{self.process.horizon} actions, expected 1: critics judge one action"
+            )
         if self.gate and self.gate.base_member and self.level == "parameter":
             raise InputError(
                 "gate.base_member: the base is always part of the parameter level; "
-                "it is a member of the noise and action levels only"
+                "the noise and action levels alone weigh it"
             )
+
+
+def network_of(config: PolicyConfig) -> Denoiser:
+    """The policy's network, which predicts chunks of H actions as H * A numbers."""
+    horizon = config.process.horizon
+    return make_network(config.network, horizon * config.action_dim, horizon)
 
 
 class PolicyParams(NamedTuple):
@@ -193,8 +204,12 @@ def act(
     params: PolicyParams,
     key: Key[Array, ""],
     obs: Float[Array, " S"],
-) -> Float[Array, " A"]:
-    """One action from one raw observation; alpha(s) is computed once per action.
+) -> Float[Array, " A"] | Float[Array, "h A"]:
+    """The actions to execute from one raw observation; alpha(s) is computed once.
+
+    Returns:
+      One action [A], or [h, A] where h = `process.execute` is above 1: the first ones
+      of the chunk.
 
     Raises:
       InputError: several candidates, and no critic to choose among them.
@@ -202,7 +217,10 @@ def act(
     obs = params.normaliser(obs)
     draw = _sampler(config, params, obs)
     if config.candidates == 1:
-        return draw(key)
+        chunk = draw(key).reshape(-1, config.action_dim)
+        return (
+            chunk[0] if config.process.execute == 1 else chunk[: config.process.execute]
+        )
     if params.q_h is None:
         raise InputError(f"{config.candidates} candidates need a critic of safety")
     actions = jax.vmap(draw)(jax.random.split(key, config.candidates))
@@ -212,7 +230,7 @@ def act(
 def safest(
     q_h: Params, obs: Float[Array, " S"], actions: Float[Array, "N A"]
 ) -> Int[Array, ""]:
-    """Which action has the least Q_h, by the larger of the twins."""
+    """The number of the action of least Q_h, by the larger of the twins."""
     twins = jax.vmap(twin_q, (None, None, 0))(q_h, obs, actions)
     return jnp.argmin(jnp.max(twins, axis=1))
 
@@ -220,11 +238,11 @@ def safest(
 def _sampler(
     config: PolicyConfig, params: PolicyParams, obs: Float[Array, " S"]
 ) -> Callable[[Key[Array, ""]], Array]:
-    """Key -> action of one normalised observation."""
-    net = make_network(config.network, config.action_dim)
+    """Key -> action, or chunk, [H * A] of one normalised observation."""
+    net = network_of(config)
     if config.gate is None:
         denoise = make_denoise(net, params.base)
-        return lambda key: sample(denoise, config.process, key, obs, config.action_dim)
+        return lambda key: sample(denoise, config.process, key, obs, net.action_dim)
     alpha = gate_alpha(config.gate, params.gate, obs)
     library, strength = members(config, params)
     level = LEVELS[config.level]

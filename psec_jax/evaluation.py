@@ -21,7 +21,7 @@ MAX_PROCESSES = 8
 
 
 class Episodes(NamedTuple):
-    """What E episodes gave.
+    """Results of E episodes.
 
     Attributes:
       returns: [E] float64, undiscounted.
@@ -68,9 +68,12 @@ def evaluate(
     batched products. The policy always sees the same batch size B. A worker process
     that dies is replaced, see `VectorEnv`.
 
+    A policy that gives chunks of h actions is called where a chunk is used up or an
+    episode starts, and the h actions are executed without looking.
+
     Args:
-      act: jitted `(keys [B], obs [B, S]) -> actions [B, A]`; actions are clipped to
-        [-1, 1] here.
+      act: jitted `(keys [B], obs [B, S]) -> actions [B, A]` or chunks [B, h, A];
+        actions are clipped to [-1, 1] here.
       env_spec: see `psec_jax.envs.make`.
       episodes: E.
       seed: of initial states and policy.
@@ -96,9 +99,10 @@ def evaluate_together(
     Each plays the same episodes from the same states and keys as it would alone.
 
     Args:
-      act: jitted `(keys [R, B], obs [R, B, S]) -> actions [R, B, A]` of all policies,
-        such as `policy.act_together`; B is min(E, 64 / R), or min(E, 8 / R) with a
-        process for each environment, and at least 1.
+      act: jitted `(keys [R, B], obs [R, B, S]) -> actions [R, B, A]`, or chunks
+        [R, B, h, A], of all policies, such as `policy.act_together`; B is
+        min(E, 64 / R), or min(E, 8 / R) with a process for each environment, and at
+        least 1.
       count: R.
       env_spec: see `psec_jax.envs.make`.
       episodes: E of each policy.
@@ -114,7 +118,7 @@ def evaluate_together(
     def flat(keys: jax.Array, obs: np.ndarray) -> np.ndarray:
         rows = obs.reshape(count, -1, obs.shape[-1])
         action = np.asarray(act(keys.reshape(rows.shape[:2]), rows))
-        return action.reshape(len(obs), -1)
+        return action.reshape(len(obs), *action.shape[2:])
 
     return _roll_out(flat, count, env_spec, episodes, seed, None, None)
 
@@ -171,6 +175,18 @@ def _roll_out(
     return _play(act, count, vector_env, episodes, seed, rows)
 
 
+def _chunks(actions: Any, env: VectorEnv, width: int) -> np.ndarray:
+    """The policy's actions as chunks [B, h, A]; single ones are chunks of one."""
+    actions = np.asarray(actions, dtype=np.float32)
+    chunks = actions[:, None] if actions.ndim == 2 else actions
+    if chunks.ndim != 3 or chunks.shape[::2] != (width, env.action_dim):
+        raise InputError(
+            f"the policy gave actions {actions.shape}, {env.spec} expects "
+            f"{(width, env.action_dim)}"
+        )
+    return chunks
+
+
 def _play(
     act: Act,
     count: int,
@@ -195,15 +211,19 @@ def _play(
     last = np.arange(1, count + 1) * episodes
     obs = np.zeros((width, env.obs_dim), np.float32)
     obs[slots] = env.reset(slots, seeds[running[slots]])
+    # Slot b executes chunk[b, used[b]] next; chunk[b] is used up where used[b] = h.
+    chunk = np.zeros((width, 1, env.action_dim), np.float32)
+    used = np.ones(width, dtype=np.int64)
     while len(slots):
-        keys = _policy_keys(np.uint32(seed), running % episodes, lengths[running])
-        action = np.asarray(act(keys, obs), dtype=np.float32)
-        if action.shape != (width, env.action_dim):
-            raise InputError(
-                f"the policy gave actions {action.shape}, {env.spec} expects "
-                f"{(width, env.action_dim)}"
-            )
-        action, current = np.clip(action[slots], -1, 1), running[slots]
+        fresh = slots[used[slots] == chunk.shape[1]]
+        if len(fresh):
+            keys = _policy_keys(np.uint32(seed), running % episodes, lengths[running])
+            drawn = _chunks(act(keys, obs), env, width)
+            if drawn.shape != chunk.shape:  # the first call
+                chunk = np.zeros_like(drawn)
+            chunk[fresh], used[fresh] = drawn[fresh], 0
+        action, current = np.clip(chunk[slots, used[slots]], -1, 1), running[slots]
+        used[slots] += 1
         if not np.isfinite(action).all():
             bad = current[~np.isfinite(action).all(1)][0]
             which = f" of policy {bad // episodes + 1} of {count}" if count > 1 else ""
@@ -223,14 +243,15 @@ def _play(
         lengths[current] += 1
         obs[slots] = step.obs
         ended = step.terminal | step.timeout
-        taken = []
+        used[slots[ended]] = chunk.shape[1]
+        refilled = []
         for slot in slots[ended]:
             policy = owner[slot]
             if waiting[policy] < last[policy]:
                 running[slot] = waiting[policy]
                 waiting[policy] += 1
-                taken.append(slot)
-        free = np.array(taken, dtype=np.int64)
+                refilled.append(slot)
+        free = np.array(refilled, dtype=np.int64)
         if len(free):
             obs[free] = env.reset(free, seeds[running[free]])
         slots = slots[~ended | np.isin(slots, free)]

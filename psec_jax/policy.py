@@ -42,8 +42,11 @@ class Policy:
 
     def act(
         self, keys: Key[Array, "*B"], obs: Float[Array | np.ndarray, "*B S"]
-    ) -> Float[Array, "*B A"]:
+    ) -> Float[Array, "*B A"] | Float[Array, "*B h A"]:
         """Actions in [-1, 1] for raw observations; one key for each observation.
+
+        Where `process.execute` is above 1, the h actions to execute one after the other
+        before the next call.
 
         Raises:
           InputError: observations of another size than the base's.
@@ -101,7 +104,7 @@ def alike(left: Policy, right: Policy) -> bool:
 def act_together(
     policies: Sequence[Policy],
 ) -> Callable[[Key[Array, "R B"], Float[Array | np.ndarray, "R B S"]], jax.Array]:
-    """The actions [R, B, A] of R policies that are `alike`, as one jitted call."""
+    """`act` of R policies that are `alike`, as one jitted call with R in front."""
     params = tree.stack([policy.params for policy in policies])
     return functools.partial(_act_together, policies[0].config, params)
 

@@ -45,48 +45,48 @@ def mild(params, sampler):
 
 
 @functools.cache
-def batched(level, sampler="ddpm"):
+def batched(level, sampler="ddpm", kind="mlp"):
     """(library, strength, alpha [B, K], keys [B], obs [B, S]) -> actions [B, A]."""
     process = tiny.SAMPLERS[sampler]
 
     def one(library, strength, alpha, key, obs):
-        base, library = mild(tiny.base(), sampler), mild(library, sampler)
-        return LEVELS[level](
-            tiny.NET, process, base, library, strength, alpha, key, obs
-        )
+        base, library = mild(tiny.base(kind), sampler), mild(library, sampler)
+        net = tiny.net(kind)
+        return LEVELS[level](net, process, base, library, strength, alpha, key, obs)
 
     return jax.jit(jax.vmap(one, (None, None, 0, 0, 0)))
 
 
-def actions(level, alpha, library=None, strength=ONES, sampler="ddpm"):
-    library = library or tiny.library()
-    got = np.asarray(batched(level, sampler)(library, strength, alpha, KEYS, OBS))
+def actions(level, alpha, library=None, strength=ONES, sampler="ddpm", kind="mlp"):
+    library = library or tiny.library(kind=kind)
+    run = batched(level, sampler, kind)
+    got = np.asarray(run(library, strength, alpha, KEYS, OBS))
     assert got.shape == (B, tiny.ACTION_DIM)
     assert np.mean(np.abs(got) < 1) > 0.5, "saturated: the test would see little"
     return got
 
 
 @functools.cache
-def unmixed(sampler):
+def unmixed(sampler, kind="mlp"):
     """(library or None, alpha [1] or None) -> actions [B, A] of OBS."""
     process = tiny.SAMPLERS[sampler]
 
     def one(library, alpha, key, obs):
-        base = mild(tiny.base(), sampler)
+        base = mild(tiny.base(kind), sampler)
         library = None if library is None else mild(library, sampler)
-        denoise = make_denoise(tiny.NET, base, library, alpha)
+        denoise = make_denoise(tiny.net(kind), base, library, alpha)
         return sample(denoise, process, key, obs, tiny.ACTION_DIM)
 
     run = jax.jit(jax.vmap(one, (None, None, 0, 0)))
     return lambda library, alpha: np.asarray(run(library, alpha, KEYS, OBS))
 
 
-def alone(k, strength=1.0, sampler="ddpm", adapter="lora"):
-    """Actions of one skill by itself; those of the base for k = None."""
+def alone(k, strength=1.0, sampler="ddpm", adapter="lora", kind="mlp"):
+    """Actions of one skill by itself; of the base for k = None."""
     if k is None:
-        return unmixed(sampler)(None, None)
-    library = tiny.stack([tiny.skill(k, adapter=adapter)])
-    return unmixed(sampler)(library, np.full(1, strength, np.float32))
+        return unmixed(sampler, kind)(None, None)
+    library = tiny.stack([tiny.skill(k, adapter=adapter, kind=kind)])
+    return unmixed(sampler, kind)(library, np.full(1, strength, np.float32))
 
 
 def close(got, expected, atol=2e-5):
@@ -102,18 +102,20 @@ def unchecked():
 
 
 @pytest.mark.parametrize(
-    ("sampler", "adapter"),
-    [(sampler, "lora") for sampler in tiny.SAMPLERS]
-    + [("ddpm", adapter) for adapter in ADAPTERS if adapter != "lora"],
+    ("sampler", "adapter", "kind"),
+    [(sampler, "lora", "mlp") for sampler in tiny.SAMPLERS]
+    + [("ddpm", adapter, "mlp") for adapter in ADAPTERS if adapter != "lora"]
+    + [(sampler, "lora", "transformer") for sampler in ("ddpm", "euler")],
 )
 @pytest.mark.parametrize("level", LEVELS)
-def test_one_hot_alpha_is_the_skill_alone(level, sampler, adapter):
+def test_one_hot_alpha_is_the_skill_alone(level, sampler, adapter, kind):
     """And so all levels give the same action from the same key."""
-    got = actions(level, ONE_HOT, tiny.library(adapter=adapter), sampler=sampler)
+    library = tiny.library(adapter=adapter, kind=kind)
+    got = actions(level, ONE_HOT, library, sampler=sampler, kind=kind)
     for k in range(K):
-        expected = alone(k, sampler=sampler, adapter=adapter)
+        expected = alone(k, 1.0, sampler, adapter, kind)
         close(got[k::K], expected[k::K])
-        assert np.abs(expected - alone(None, sampler=sampler)).max() > 0.05
+        assert np.abs(expected - alone(None, 1.0, sampler, kind=kind)).max() > 0.05
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -190,18 +192,21 @@ def test_weights_of_width_one_raise(level, unchecked):
 
 
 @functools.cache
-def policy(level, head="linear", start=None):
+def policy(level, head="linear", start=None, kind="mlp"):
     """A policy and its parameters; the gate weighs the base too where it can."""
     gate = GateConfig(head=head, widths=(8,), base_member=level != "parameter")
-    config = PolicyConfig(tiny.NETWORK, tiny.PROCESS, tiny.ACTION_DIM, level, gate)
+    horizon = tiny.HORIZON.get(kind, 1)
+    process = dataclasses.replace(tiny.PROCESS, horizon=horizon, execute=horizon)
+    action_dim = tiny.ACTION_DIM // horizon
+    config = PolicyConfig(tiny.network(kind), process, action_dim, level, gate)
     weighed = K + gate.base_member
     start = jnp.asarray(start or (1 / weighed,) * weighed)
     init = jax.jit(functools.partial(init_gate, gate, obs_dim=tiny.OBS_DIM))
     normaliser = Normaliser(jnp.array([0.5, -1.0, 2.0]), jnp.array([2.0, 0.5, 1.0]))
     return config, PolicyParams(
-        tiny.base(),
+        tiny.base(kind),
         normaliser,
-        tiny.library(),
+        tiny.library(kind=kind),
         ONES,
         init(jax.random.key(0), start=start),
     )
@@ -250,6 +255,31 @@ def test_a_policy_without_a_gate_is_the_base():
     close(acting(config)(params, KEYS, raw(params)), alone(None))
 
 
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("execute", [1, 2])
+def test_the_first_actions_of_a_chunk_are_executed(kind, execute):
+    config, params = policy("parameter")
+    chunks = dataclasses.replace(tiny.PROCESS, horizon=2, execute=execute)
+    config = PolicyConfig(tiny.network(kind), chunks, tiny.ACTION_DIM // 2)
+    params = PolicyParams(tiny.base(kind), params.normaliser)
+    got = acting(config)(params, KEYS, raw(params))
+    expected = alone(None, kind=kind)
+    close(got, expected[..., None] if execute == 2 else expected[:, :1])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_chunks_are_composed_with_one_alpha(level):
+    config, params = policy(level, kind="transformer")
+    alpha = jax.jit(jax.vmap(functools.partial(weights, config), (None, 0)))
+    library, strength = members(config, params)
+    got = acting(config)(params, KEYS, raw(params))
+    assert got.shape == (B, 2, 1)
+    expected = actions(
+        level, alpha(params, raw(params)), library, strength, kind="transformer"
+    )
+    close(got.reshape(B, 2), expected)
+
+
 def test_constant_weights_may_be_merged_into_the_base():
     start = (0.5, -0.3, 0.8)
     config, params = policy("parameter", "constant", start)
@@ -290,3 +320,6 @@ def test_refusals():
         dataclasses.replace(config, level="weight")
     with pytest.raises(InputError, match="the base is always part of the parameter"):
         dataclasses.replace(config, level="parameter")
+    chunks = dataclasses.replace(tiny.PROCESS, horizon=2)
+    with pytest.raises(InputError, match="candidates: got 4 with chunks of 2 actions"):
+        dataclasses.replace(config, process=chunks, candidates=4)

@@ -376,3 +376,15 @@ def test_data_dir(monkeypatch, tmp_path):
     monkeypatch.delenv("PSEC_DATA_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert data_dir() == tmp_path / "psec_jax" / "data"
+
+
+def test_windows_stay_within_their_trajectory():
+    n = 5
+    ends = np.array([False, False, True, False, True])
+    action = np.arange(2 * n, dtype=np.float32).reshape(n, 2) / 10
+    zeros = np.zeros(n, np.float32)
+    obs = np.zeros((n, 3), np.float32)
+    ds = Dataset(obs, action, zeros, zeros, obs, ends, np.zeros(n, bool))
+    np.testing.assert_array_equal(dataset.windows(ds, 1), action)
+    rows = [[0, 1, 2], [1, 2, 2], [2, 2, 2], [3, 4, 4], [4, 4, 4]]
+    np.testing.assert_array_equal(dataset.windows(ds, 3), action[rows].reshape(n, 6))

@@ -4,6 +4,7 @@ import os
 import signal
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ from psec_jax import envs, evaluation
 from psec_jax.data import dataset
 from psec_jax.envs.vector import VectorEnv
 from psec_jax.errors import InputError
-from psec_jax.evaluation import episode_seeds, evaluate, record
+from psec_jax.evaluation import episode_seeds, evaluate, evaluate_together, record
 
 EPISODES = 7
 
@@ -31,36 +32,50 @@ def noisy(keys, obs):
     return 0.5 * noise + 0.25 * jnp.tanh(obs)
 
 
-@pytest.fixture(scope="module")
-def one_by_one():
-    """The same episodes, played plainly."""
+@jax.jit
+def chunky(keys, obs):
+    """Chunks of two actions."""
+    noise = jax.vmap(lambda key: jax.random.uniform(key, (2, 2), minval=-1.0))(keys)
+    return 0.5 * noise + 0.25 * jnp.tanh(obs)[:, None]
+
+
+def played_plainly(act, horizon):
+    """The rewards of the same episodes, one environment after the other."""
     env, key = envs.make(SPEC), jax.random.key(3)
     result = []
     for e, seed in enumerate(episode_seeds(3, EPISODES)):
         obs, rewards, ended = env.reset(int(seed)), [], False
         while not ended:
-            step_key = jax.random.fold_in(jax.random.fold_in(key, e), len(rewards))
-            action = np.asarray(noisy(step_key[None], obs[None]))[0]
-            step = env.step(action)
+            if len(rewards) % horizon == 0:
+                step_key = jax.random.fold_in(jax.random.fold_in(key, e), len(rewards))
+                chunk = np.asarray(act(step_key[None], obs[None])).reshape(-1, 2)
+            step = env.step(chunk[len(rewards) % horizon])
             obs, ended = step.obs, step.terminal or step.timeout
             rewards.append(step.reward)
         result.append(rewards)
     return result
 
 
+@pytest.fixture(scope="module", params=[(noisy, 1), (chunky, 2)], ids=["h=1", "h=2"])
+def one_by_one(request):
+    """A policy, and the rewards of its episodes played one by one."""
+    return request.param[0], played_plainly(*request.param)
+
+
 @pytest.mark.parametrize(("width", "workers"), [(None, 2), (3, 1), (3, 2), (9, 2)])
 def test_batching_changes_nothing(one_by_one, width, workers):
+    act, rewards_of = one_by_one
     if width is None:
-        episodes = evaluate(noisy, SPEC, EPISODES, 3, workers)
+        episodes = evaluate(act, SPEC, EPISODES, 3, workers)
     else:
         with VectorEnv(SPEC, width, workers) as vector:
-            episodes = evaluate(noisy, SPEC, EPISODES, 3, vector_env=vector)
-    lengths = [len(rewards) for rewards in one_by_one]
+            episodes = evaluate(act, SPEC, EPISODES, 3, vector_env=vector)
+    lengths = [len(rewards) for rewards in rewards_of]
     assert {3, LIMIT} == set(lengths)
     np.testing.assert_array_equal(episodes.lengths, lengths)
     np.testing.assert_array_equal(episodes.costs, 2.0 * np.array(lengths))
     np.testing.assert_array_equal(episodes.seeds, episode_seeds(3, EPISODES))
-    expected = [sum(rewards) for rewards in one_by_one]
+    expected = [sum(rewards) for rewards in rewards_of]
     np.testing.assert_allclose(episodes.returns, expected, rtol=1e-6)
 
 
@@ -68,6 +83,20 @@ def test_more_episodes_keep_the_first_ones():
     few = evaluate(noisy, SPEC, 2, 3, workers=1)
     np.testing.assert_array_equal(few.seeds, episode_seeds(3, EPISODES)[:2])
     assert not np.intersect1d(few.seeds, evaluate(noisy, SPEC, 2, 4, 1).seeds).size
+
+
+@pytest.mark.parametrize("act", [noisy, chunky])
+def test_several_policies_play_as_each_alone(act):
+    """They end at different steps, so that their chunks fall out of step."""
+
+    def both(keys, obs):
+        return jnp.stack([act(keys[0], obs[0]), -act(keys[1], obs[1])])
+
+    alone = evaluate(act, SPEC, EPISODES, 3, 1)
+    opposite = evaluate(lambda *x: -act(*x), SPEC, EPISODES, 3, 1)
+    got = evaluate_together(both, 2, SPEC, EPISODES, 3)
+    for episodes, expected in zip(got, (alone, opposite), strict=True):
+        chex.assert_trees_all_close(episodes, expected, rtol=1e-6)
 
 
 def test_record_gives_every_transition():

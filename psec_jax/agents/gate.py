@@ -16,16 +16,16 @@ from psec_jax.agents.common import (
     init_state,
     row_count,
 )
-from psec_jax.composition import DENOISERS, LEVELS, PolicyConfig, members
+from psec_jax.composition import DENOISERS, LEVELS, PolicyConfig, members, network_of
 from psec_jax.errors import InputError, lookup
 from psec_jax.gating import gate_alpha
 from psec_jax.losses import cloning_loss, diffusion_loss, released_regulariser
-from psec_jax.networks.denoiser import COMPATS, make_network
+from psec_jax.networks.denoiser import COMPATS
 from psec_jax.types import Params, TrainState
 
 
 def _diffusion(config: PolicyConfig, params, alpha, key, obs, action):
-    net = make_network(config.network, config.action_dim)
+    net = network_of(config)
     library, strength = members(config, params)
     compose = lookup(DENOISERS, config.level, "level for the gate loss 'diffusion'")
     denoise = compose(net, params.base, library, strength, alpha)
@@ -33,7 +33,7 @@ def _diffusion(config: PolicyConfig, params, alpha, key, obs, action):
 
 
 def _cloning(config: PolicyConfig, params, alpha, key, obs, action):
-    net = make_network(config.network, config.action_dim)
+    net = network_of(config)
     library, strength = members(config, params)
     sampled = LEVELS[config.level](
         net, config.process, params.base, library, strength, alpha, key, obs

@@ -358,6 +358,20 @@ def _unsafe(costs: np.ndarray, max_cost: float | None) -> str:
     )
 
 
+def windows(ds: Dataset, horizon: int) -> np.ndarray:
+    """The chunks of H actions that start at each row, [N, H * A].
+
+    They stay within their trajectory: its last action is repeated behind its end. With
+    H = 1 these are the actions themselves.
+    """
+    chunks = []
+    for rows in episode_slices(ds):
+        start = np.arange(rows.start, rows.stop)
+        index = np.minimum(start[:, None] + np.arange(horizon), rows.stop - 1)
+        chunks.append(ds.action[index].reshape(len(start), -1))
+    return np.concatenate(chunks)
+
+
 def concatenate(datasets: Sequence[Dataset]) -> Dataset:
     """The rows of several datasets, one after the other.
 
