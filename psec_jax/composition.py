@@ -218,9 +218,8 @@ def act(
     draw = _sampler(config, params, obs)
     if config.candidates == 1:
         chunk = draw(key).reshape(-1, config.action_dim)
-        return (
-            chunk[0] if config.process.execute == 1 else chunk[: config.process.execute]
-        )
+        execute = config.process.execute
+        return chunk[0] if execute == 1 else chunk[:execute]
     if params.q_h is None:
         raise InputError(f"{config.candidates} candidates need a critic of safety")
     actions = jax.vmap(draw)(jax.random.split(key, config.candidates))
