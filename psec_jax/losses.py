@@ -1,12 +1,13 @@
 """Losses and weights of one example: pure, scalar, vmapped by the caller.
 
-Critics are learned offline from transitions (s, a, r, h, s'): reward by IQL (Kostrikov
-et al. 2022), safety by feasibility in the sense of Hamilton-Jacobi reachability (Zheng
-et al. 2024, FISOR). `OBJECTIVES` turns what they say of a transition into the weight of
-its diffusion loss.
+Critics are learned offline from transitions (s, a, r, c, h, s'): reward by IQL
+(Kostrikov et al. 2022), safety by feasibility in the sense of Hamilton-Jacobi
+reachability (Zheng et al. 2024, FISOR), cost as a discounted sum. `OBJECTIVES` says how
+they guide a policy: by the weight of a transition's error, or by what they say of an
+action that the policy samples.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,9 +18,6 @@ from psec_jax import process
 from psec_jax.errors import InputError
 from psec_jax.networks.denoiser import Denoise
 from psec_jax.process import ProcessConfig
-
-# What a critic may judge; a critic of safety needs costs in the data.
-CRITICS = ("reward", "safety")
 
 
 def prediction_error(
@@ -82,18 +80,18 @@ def expectile_loss(diff: Float[Array, ""], expectile: float) -> Float[Array, ""]
 def reversed_expectile_loss(
     diff: Float[Array, ""], expectile: float
 ) -> Float[Array, ""]:
-    """The same with the sign turned: V_h leans to the smaller Q_h (FISOR)."""
+    """The same with the sign turned: V leans to the smaller Q, of harm (FISOR)."""
     return expectile_loss(-diff, expectile)
 
 
 def td_target(
-    reward: Float[Array, ""],
+    signal: Float[Array, ""],
     mask: Float[Array, ""],
     next_v: Float[Array, ""],
     discount: float,
 ) -> Float[Array, ""]:
-    """r + gamma mask V(s'); the mask is 0 where the task ended."""
-    return reward + discount * mask * next_v
+    """r + gamma mask V(s'), of rewards or costs; the mask is 0 where the task ended."""
+    return signal + discount * mask * next_v
 
 
 def feasibility_target(
@@ -110,25 +108,38 @@ def feasibility_target(
     return mask * ongoing + (1 - mask) * h
 
 
-class Values(NamedTuple):
-    """What the critics say of one transition (s, a); fields may have batch axes.
+class Value(NamedTuple):
+    """What a critic of one kind says of (s, a); fields may have batch axes.
 
     Attributes:
-      q: Q(s, a), the smaller of the twins.
+      q: Q(s, a), the more pessimistic of the twins.
       v: V(s).
-      q_h: Q_h(s, a), the larger of the twins; None without a critic of safety.
-      v_h: V_h(s); None without a critic of safety.
     """
 
     q: Float[Array, "*B"]
     v: Float[Array, "*B"]
-    q_h: Float[Array, "*B"] | None = None
-    v_h: Float[Array, "*B"] | None = None
+
+
+Values = Mapping[str, Value]  # by the kind of critic
+
+
+class Sampled(NamedTuple):
+    """An action of the policy in training, and what critics say of it.
+
+    Attributes:
+      action: [A], sampled in the state of the example.
+      values: at that action.
+      size: mean |Q| over the batch of data by the kind of critic; a constant.
+    """
+
+    action: Float[Array, " A"]
+    values: Values
+    size: Mapping[str, Float[Array, ""]]
 
 
 @dataclass(frozen=True)
 class WeightConfig:
-    """How advantages become weights.
+    """How critics guide the policy: weights of errors, and terms on sampled actions.
 
     Attributes:
       reward_temperature: tau_r, a factor of the reward advantage.
@@ -136,23 +147,29 @@ class WeightConfig:
       clip: the largest weight.
       infeasible_floor: the least weight of "fisor" in infeasible states; FISOR's
         formula has 0, its released code 1.
+      eta: the strength of the term of "dql".
     """
 
     reward_temperature: float = 1.0
     safety_temperature: float = 1.0
     clip: float = 100.0
     infeasible_floor: float = 0.0
+    eta: float = 1.0
 
     def __post_init__(self) -> None:
-        for field in ("reward_temperature", "safety_temperature", "infeasible_floor"):
-            if getattr(self, field) < 0:
+        for field in (
+            "reward_temperature",
+            "safety_temperature",
+            "infeasible_floor",
+            "eta",
+        ):
+            if not getattr(self, field) >= 0:
                 raise InputError(
-                    f"weights.{field}: got {getattr(self, field)}, expected 0 or more"
+                    f"{field}: got {getattr(self, field)}, expected 0 or more"
                 )
-        if self.clip <= self.infeasible_floor:
+        if not self.clip > self.infeasible_floor:
             raise InputError(
-                f"weights.clip: got {self.clip}, expected above "
-                f"{self.infeasible_floor:g}"
+                f"clip: got {self.clip}, expected above {self.infeasible_floor:g}"
             )
 
 
@@ -165,17 +182,19 @@ def advantage_weight(
 
 def bc_weight(config: WeightConfig, values: Values) -> Float[Array, ""]:
     """1: plain cloning."""
-    return jnp.ones_like(values.q)
+    return jnp.ones(())
 
 
 def reward_weight(config: WeightConfig, values: Values) -> Float[Array, ""]:
     """clip(exp(tau_r (Q - V)), 0, c)."""
-    return advantage_weight(values.q - values.v, config.reward_temperature, config.clip)
+    q, v = values["reward"]
+    return advantage_weight(q - v, config.reward_temperature, config.clip)
 
 
 def safety_weight(config: WeightConfig, values: Values) -> Float[Array, ""]:
     """1[Q_h < V_h] clip(exp(tau_h (V_h - Q_h)), 0, c)."""
-    advantage = values.v_h - values.q_h
+    q_h, v_h = values["safety"]
+    advantage = v_h - q_h
     weight = advantage_weight(advantage, config.safety_temperature, config.clip)
     return jnp.where(advantage > 0, weight, 0.0)
 
@@ -186,21 +205,32 @@ def fisor_weight(config: WeightConfig, values: Values) -> Float[Array, ""]:
     In the feasible region V_h <= 0: 1[Q_h <= 0] clip(exp(tau_r (Q - V)), 0, c);
     outside it: clip(exp(tau_h (V_h - Q_h)), floor, c) (Zheng et al. 2024).
     """
-    feasible = jnp.where(values.q_h <= 0, reward_weight(config, values), 0.0)
+    q_h, v_h = values["safety"]
+    feasible = jnp.where(q_h <= 0, reward_weight(config, values), 0.0)
     infeasible = advantage_weight(
-        values.v_h - values.q_h,
-        config.safety_temperature,
-        config.clip,
-        config.infeasible_floor,
+        v_h - q_h, config.safety_temperature, config.clip, config.infeasible_floor
     )
-    return jnp.where(values.v_h <= 0, feasible, infeasible)
+    return jnp.where(v_h <= 0, feasible, infeasible)
+
+
+def dql_term(config: WeightConfig, sampled: Sampled) -> Float[Array, ""]:
+    """-eta Q(s, pi(s)) / mean |Q| (Wang et al. 2023, eq. 3), of the smaller twin."""
+    return -config.eta * sampled.values["reward"].q / sampled.size["reward"]
 
 
 class Objective(NamedTuple):
-    """`weight(config, values)` of one transition, and the critics it reads."""
+    """What a policy is trained on: weighted errors, and a term on its own actions.
+
+    Attributes:
+      weight: `(config, values) -> scalar`, the weight of a transition's error.
+      critics: kinds of critics that it reads, keys of `agents.critics.CRITICS`.
+      term: `(config, sampled) -> scalar`, added to the weighted error of every example;
+        its gradient goes through the sampler. None samples no action.
+    """
 
     weight: Callable[[WeightConfig, Values], Array]
     critics: tuple[str, ...]
+    term: Callable[[WeightConfig, Sampled], Array] | None = None
 
 
 OBJECTIVES = {
@@ -208,4 +238,5 @@ OBJECTIVES = {
     "reward": Objective(reward_weight, ("reward",)),
     "safety": Objective(safety_weight, ("safety",)),
     "fisor": Objective(fisor_weight, ("reward", "safety")),
+    "dql": Objective(bc_weight, ("reward",), dql_term),
 }

@@ -14,12 +14,12 @@ from jaxtyping import Array, Float, Key
 from psec_jax import tree
 from psec_jax.agents import critic_file
 from psec_jax.agents.critic_file import Finished
+from psec_jax.agents.critics import of_kind
 from psec_jax.composition import LEVELS, PolicyConfig, PolicyParams, act, weights
 from psec_jax.errors import InputError, lookup
 from psec_jax.gating import GateConfig
 from psec_jax.library import SkillLibrary
 from psec_jax.lora import stack_skills
-from psec_jax.losses import CRITICS
 from psec_jax.networks.denoiser import NetworkConfig
 from psec_jax.process import ProcessConfig
 from psec_jax.types import Normaliser, Params
@@ -216,8 +216,8 @@ def with_critics(policy: Policy, critics: str | Path) -> Policy:
             f"{critics}: these critics judge {', '.join(finished.card['kinds'])} "
             "alone, the choice among candidates needs safety"
         )
-    place = CRITICS.index("safety")
-    q_h = jax.tree.map(lambda leaf: jnp.asarray(leaf[place]), finished.params.q)
+    q_h = of_kind(finished.params, finished.card["kinds"], "safety").q
+    q_h = jax.tree.map(jnp.asarray, q_h)
     return dataclasses.replace(policy, params=policy.params._replace(q_h=q_h))
 
 

@@ -1,4 +1,4 @@
-"""What the agents share: data, drawing of batches, optimiser, averaged weights."""
+"""What the agents share: batches, noise, optimiser, averaged weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,74 +8,76 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, Key, Real
+from jaxtyping import Array, Float, Key, Real
 
+from psec_jax import process
 from psec_jax.data import dataset
 from psec_jax.errors import InputError
 from psec_jax.process import ProcessConfig
-from psec_jax.process import draw as draw_noise
-from psec_jax.runtime import sharding
 from psec_jax.types import Dataset, Normaliser, Params, TrainState
 
 Metrics = dict[str, Array]
-Rows = Array | np.ndarray  # on the host, until training puts them on a device
-# The `count` of data whose rows are one batch already: a pytree without leaves, so that
-# compiled updates tell it from a number.
-DRAWN = ()
-_NO_ROWS = ("frozen", "count")
+Rows = Any  # NumPy arrays on the host, until training puts them on a device
 
 
-class TrainData(NamedTuple):
-    """Demonstrations, and what stays frozen while training.
+class Demonstrations(NamedTuple):
+    """What is cloned: a dataset of N rows, or a batch of B of them.
 
     Attributes:
       obs: [N, S], normalised.
-      action: [N, A].
-      frozen: parameters the update reads and never changes.
-      count: rows to draw from, the others being padding; None is all of them, `DRAWN`
-        says that the rows are the batch.
+      action: [N, A], or [N, H * A] with chunks of H actions.
     """
 
     obs: Float[Rows, "N S"]
     action: Float[Rows, "N A"]
-    frozen: Any = None
-    count: Int[Array, ""] | tuple[()] | None = None
 
 
 class Transitions(NamedTuple):
-    """Transitions, for critics.
+    """What critics learn from: a dataset of N rows, or a batch of B of them.
 
     Attributes:
-      obs: [*B, S], normalised.
-      action: [*B, A].
-      reward: [*B], scaled.
-      h: [*B], above 0 where the constraint is violated; see `make_transitions`.
-      next_obs: [*B, S], normalised.
-      mask: [*B], 0 where nothing is bootstrapped.
-      count: as of `TrainData`.
+      obs: [N, S], normalised.
+      action: [N, A].
+      reward: [N], scaled.
+      cost: [N], 0 or more.
+      h: [N], above 0 where the constraint is violated; see `make_transitions`.
+      next_obs: [N, S], normalised.
+      mask: [N], 0 where nothing is bootstrapped.
     """
 
-    obs: Float[Rows, "*B S"]
-    action: Float[Rows, "*B A"]
-    reward: Float[Rows, "*B"]
-    h: Float[Rows, "*B"]
-    next_obs: Float[Rows, "*B S"]
-    mask: Float[Rows, "*B"]
-    count: Int[Array, ""] | tuple[()] | None = None
+    obs: Float[Rows, "N S"]
+    action: Float[Rows, "N A"]
+    reward: Float[Rows, " N"]
+    cost: Float[Rows, " N"]
+    h: Float[Rows, " N"]
+    next_obs: Float[Rows, "N S"]
+    mask: Float[Rows, " N"]
 
 
 class Noise(NamedTuple):
-    """The random numbers of one step on the diffusion loss.
+    """The random numbers of one step.
 
     Attributes:
       t: [*B] times of the process.
       eps: [*B, A].
       dropout: [*B] keys.
+      sample: [*B] keys of the sampler, for objectives that read the sampled action.
     """
 
     t: Real[Array, "*B"]
     eps: Float[Array, "*B A"]
     dropout: Key[Array, "*B"]
+    sample: Key[Array, "*B"]
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuse a batch of nothing.
+
+    Raises:
+      InputError: below 1.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size: got {batch_size}, expected 1 or more")
 
 
 @dataclass(frozen=True)
@@ -95,24 +97,24 @@ class OptimiserConfig:
     ema: float = 1e-3
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
+        if not self.learning_rate > 0:
             raise InputError(
-                f"optimiser.learning_rate: got {self.learning_rate}, expected above 0"
+                f"learning_rate: got {self.learning_rate}, expected above 0"
             )
         if not 0 < self.ema <= 1:
-            raise InputError(f"optimiser.ema: got {self.ema}, expected 0 < rate <= 1")
+            raise InputError(f"ema: got {self.ema}, expected 0 < rate <= 1")
         for field in ("decay_steps", "weight_decay"):
-            if getattr(self, field) < 0:
+            if not getattr(self, field) >= 0:
                 raise InputError(
-                    f"optimiser.{field}: got {getattr(self, field)}, expected 0 or more"
+                    f"{field}: got {getattr(self, field)}, expected 0 or more"
                 )
 
 
 def make_optimiser(config: OptimiserConfig) -> optax.GradientTransformation:
-    """The optimiser of one stage."""
-    rate = config.learning_rate
+    """The optimiser of one training."""
+    rate: float | optax.Schedule = config.learning_rate
     if config.decay_steps:
-        rate = optax.cosine_decay_schedule(rate, config.decay_steps)
+        rate = optax.cosine_decay_schedule(config.learning_rate, config.decay_steps)
     return optax.adamw(rate, weight_decay=config.weight_decay)
 
 
@@ -142,60 +144,15 @@ def descend(
     return TrainState(params, ema, opt_state, state.step + 1), metrics
 
 
-def rows_of(data: TrainData | Transitions) -> dict[str, Rows]:
-    """The arrays with a row for each transition, by name."""
-    return {k: x for k, x in data._asdict().items() if k not in _NO_ROWS}
-
-
-def pad_rows(data: TrainData | Transitions, length: int) -> TrainData | Transitions:
-    """The same data with rows of zeros behind, which are never drawn."""
-
-    def padded(rows: Rows) -> np.ndarray:
-        return np.pad(rows, [(0, length - len(rows))] + [(0, 0)] * (rows.ndim - 1))
-
-    rows = {name: padded(x) for name, x in rows_of(data).items()}
-    return data._replace(count=jnp.asarray(len(data.obs), jnp.int32), **rows)
-
-
-def row_count(data: TrainData | Transitions) -> int | Int[Array, ""]:
-    """How many rows batches are drawn from."""
-    if data.count is None or isinstance(data.count, tuple):
-        return data.obs.shape[0]
-    return data.count
-
-
-def draw_index(
-    key: Key[Array, ""], batch_size: int, count: int | Int[Array, ""]
-) -> Int[Array, " B"]:
-    """Rows of a batch, uniformly with replacement.
-
-    Raises:
-      InputError: a batch below 1.
-    """
-    if batch_size < 1:
-        raise InputError(f"batch_size: got {batch_size}, expected 1 or more")
-    return jax.random.randint(key, (batch_size,), 0, count)
-
-
-def draw(
-    index: Int[Array, " B"], data: TrainData | Transitions
-) -> TrainData | Transitions:
-    """The batch of these rows, without `frozen`; `DRAWN` data are one already."""
-    rows = rows_of(data)
-    if not isinstance(data.count, tuple):
-        rows = {name: x[index] for name, x in rows.items()}
-    return type(data)(**sharding.rows(rows))
-
-
 def batch_noise(
-    process: ProcessConfig, key: Key[Array, ""], batch_size: int, action_dim: int
+    config: ProcessConfig, key: Key[Array, ""], batch_size: int, action_dim: int
 ) -> Noise:
-    """Step, noise and dropout key of every example of a batch."""
+    """Time, noise and keys of every example of a batch."""
 
     def one(key: Array) -> Noise:
         dropout_key, noise_key = jax.random.split(key)
-        t, eps = draw_noise(process, noise_key, action_dim)
-        return Noise(t, eps, dropout_key)
+        t, eps = process.draw(config, noise_key, action_dim)
+        return Noise(t, eps, dropout_key, jax.random.fold_in(key, 2))
 
     return jax.vmap(one)(jax.random.split(key, batch_size))
 
@@ -224,10 +181,10 @@ def make_transitions(
     scale: float = 1.0,
     violation: float = 25.0,
     bootstrap_timeouts: bool = True,
-    safety: bool = True,
+    costs: bool = True,
     source: str = "the dataset",
 ) -> Transitions:
-    """A dataset as critics read it.
+    """The transitions of a dataset, as critics read them.
 
     Args:
       ds: whole trajectories.
@@ -236,23 +193,24 @@ def make_transitions(
       violation: h where the cost is above 0; elsewhere h is -1.
       bootstrap_timeouts: a cut episode went on unseen; False ends it there, as the
         authors' code does.
-      safety: whether costs will be learned from.
+      costs: whether a critic learns from costs; see `critics.reads_costs`.
       source: named in messages.
 
     Raises:
-      InputError: a negative cost, or no cost at all where safety is to be learned.
+      InputError: a negative cost, or no cost at all where a critic learns from costs.
     """
     dataset.check_costs(ds, source)
-    if safety and not np.any(ds.cost):
+    if costs and not np.any(ds.cost):
         raise InputError(
-            f"{source}: no transition has a cost above 0, a critic of safety has "
-            "nothing to learn from; critics.safety=False leaves it out"
+            f"{source}: no transition has a cost above 0, critics of safety and cost "
+            "have nothing to learn from; critics.kinds=('reward',) leaves them out"
         )
     ended = ds.terminal if bootstrap_timeouts else ds.terminal | ds.timeout
     columns = (
         normaliser(ds.obs),
         ds.action,
         scale * ds.reward,
+        ds.cost,
         np.where(ds.cost > 0, violation, -1.0),
         normaliser(ds.next_obs),
         ~ended,

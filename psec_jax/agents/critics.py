@@ -1,31 +1,30 @@
-"""Critics of reward and safety, learned offline from transitions: no policy is needed.
+"""Critics learned offline from transitions: no policy is needed.
 
-With C = 1 (reward) or C = 2 (reward, then safety) critics, every Q lies in one tree,
-leaves [C, 2, ...], and every V in one, leaves [C, ...].
+`CRITICS` says what each kind learns. C critics of different kinds train in one program:
+every Q is in one tree, leaves [C, 2, ...], and every V in one, leaves [C, ...], in the
+order of `CriticConfig.kinds`.
 """
 
-import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from psec_jax.agents.common import (
     Metrics,
     OptimiserConfig,
     Transitions,
+    check_batch_size,
     descend,
-    draw,
-    draw_index,
     init_state,
-    row_count,
 )
-from psec_jax.errors import InputError
+from psec_jax.errors import InputError, lookup
 from psec_jax.losses import (
-    CRITICS,
-    Values,
+    Value,
     expectile_loss,
     feasibility_target,
     reversed_expectile_loss,
@@ -35,52 +34,87 @@ from psec_jax.networks.critics import init_q, init_v, twin_q, v_value
 from psec_jax.types import Params, TrainState
 
 
-@dataclass(frozen=True)
-class CriticConfig:
-    """Sizes, targets and optimiser of the critics.
+class Critic(NamedTuple):
+    """What a critic of one kind learns.
 
     Attributes:
-      safety: learn Q_h and V_h beside Q and V.
+      signal: the column of `Transitions` that it predicts.
+      target: `(signal, mask, next_v, discount) -> scalar`, what Q is drawn to.
+      loss: `(Q' - V, expectile) -> scalar`, of V.
+      expectile: the field of `CriticConfig` that holds the expectile.
+      pessimism: min or max, the one of the twins that counts.
+    """
+
+    signal: str
+    target: Callable[..., Array]
+    loss: Callable[..., Array]
+    expectile: str
+    pessimism: Callable[..., Array]
+
+
+# reward: IQL. safety: feasibility (Hamilton-Jacobi). cost: the discounted sum of costs,
+# called qc in the authors' code.
+CRITICS = {
+    "reward": Critic("reward", td_target, expectile_loss, "expectile", jnp.min),
+    "safety": Critic(
+        "h", feasibility_target, reversed_expectile_loss, "safety_expectile", jnp.max
+    ),
+    "cost": Critic(
+        "cost", td_target, reversed_expectile_loss, "cost_expectile", jnp.max
+    ),
+}
+
+
+def reads_costs(kinds: Sequence[str]) -> bool:
+    """Whether a critic of these kinds learns from the costs of transitions."""
+    return any(CRITICS[kind].signal in ("cost", "h") for kind in kinds)
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    """Kinds, sizes, targets and optimiser of the critics.
+
+    Attributes:
+      kinds: keys of `CRITICS`, all different.
       widths: hidden widths of every network.
       discount: gamma.
-      expectile: of V.
+      expectile: of the reward's V.
       safety_expectile: of V_h, reversed.
+      cost_expectile: of the cost's V, reversed; the authors' code has that of V_h, and
+        0.5 is the mean over the actions of the data.
       learning_rate: of Adam, constant.
       target_rate: of the target networks' moving average.
       batch_size: transitions a step.
     """
 
-    safety: bool = True
+    kinds: tuple[str, ...] = ("reward", "safety")
     widths: tuple[int, ...] = (256, 256)
     discount: float = 0.99
     expectile: float = 0.7
     safety_expectile: float = 0.9
+    cost_expectile: float = 0.9
     learning_rate: float = 3e-4
     target_rate: float = 0.005
     batch_size: int = 2048
 
     def __post_init__(self) -> None:
-        for field in ("discount", "expectile", "safety_expectile"):
+        check_kinds(self.kinds)
+        for field in ("discount", "expectile", "safety_expectile", "cost_expectile"):
             if not 0 < getattr(self, field) < 1:
                 raise InputError(
-                    f"critics.{field}: got {getattr(self, field)}, expected between 0 "
-                    "and 1"
+                    f"{field}: got {getattr(self, field)}, expected between 0 and 1"
                 )
         if not 0 < self.target_rate <= 1:
             raise InputError(
-                f"critics.target_rate: got {self.target_rate}, expected 0 < rate <= 1"
+                f"target_rate: got {self.target_rate}, expected 0 < rate <= 1"
             )
-        if self.learning_rate <= 0:
+        if not self.learning_rate > 0:
             raise InputError(
-                f"critics.learning_rate: got {self.learning_rate}, expected above 0"
+                f"learning_rate: got {self.learning_rate}, expected above 0"
             )
         if min(self.widths, default=1) < 1:
-            raise InputError(f"critics.widths: got {self.widths}, expected 1 or more")
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """What each of the C critics judges."""
-        return CRITICS if self.safety else CRITICS[:1]
+            raise InputError(f"widths: got {self.widths}, expected 1 or more")
+        check_batch_size(self.batch_size)
 
     @property
     def q_optimiser(self) -> OptimiserConfig:
@@ -95,8 +129,22 @@ class CriticConfig:
         return OptimiserConfig(self.learning_rate, weight_decay=0.0, ema=1.0)
 
 
+def check_kinds(kinds: tuple[str, ...]) -> None:
+    """Refuse kinds of critics that cannot be trained.
+
+    Raises:
+      InputError: none, an unknown one, or one twice.
+    """
+    if not kinds:
+        raise InputError(f"kinds: got none, expected some of {', '.join(CRITICS)}")
+    for kind in kinds:
+        lookup(CRITICS, kind, "kind of critic")
+    if len(set(kinds)) < len(kinds):
+        raise InputError(f"kinds: got {', '.join(kinds)}, expected different ones")
+
+
 class CriticParams(NamedTuple):
-    """What is left of the critics when their training is over.
+    """The networks of finished critics.
 
     Attributes:
       q: target networks, leaves [C, 2, ...].
@@ -138,16 +186,33 @@ def init(
     )
 
 
+def of_kind(params: CriticParams, kinds: Sequence[str], kind: str) -> CriticParams:
+    """The critic of one kind among critics of `kinds`: leaves q [2, ...] and v [...].
+
+    Raises:
+      InputError: no critic of that kind.
+    """
+    if kind not in kinds:
+        raise InputError(f"critics of {' and '.join(kinds)}: none of {kind}")
+    index = list(kinds).index(kind)
+    return jax.tree.map(lambda leaf: leaf[index], params)
+
+
 def values(
-    params: CriticParams, obs: Float[Array, "B S"], action: Float[Array, "B A"]
-) -> Values:
-    """What the critics say of a batch."""
-    return _values(_chosen(params.q, obs, action), v_values(params.v, obs))
+    params: CriticParams,
+    kinds: Sequence[str],
+    obs: Float[Array, "B S"],
+    action: Float[Array, "B A"],
+) -> dict[str, Value]:
+    """What critics of these kinds say of a batch, by kind."""
+    q = _pessimistic(kinds, twins(params.q, obs, action))
+    return _by_kind(kinds, q, v_values(params.v, obs))
 
 
-def _values(q: Float[Array, "C B"], v: Float[Array, "C B"]) -> Values:
-    pairs = [x for pair in zip(q, v, strict=True) for x in pair]
-    return Values(*pairs)
+def _by_kind(
+    kinds: Sequence[str], q: Float[Array, "C B"], v: Float[Array, "C B"]
+) -> dict[str, Value]:
+    return {kind: Value(*pair) for kind, *pair in zip(kinds, q, v, strict=True)}
 
 
 def v_values(params: Params, obs: Float[Array, "B S"]) -> Float[Array, "C B"]:
@@ -162,43 +227,38 @@ def twins(
     return jax.vmap(twin_q, (0, None, None))(params, obs, action)
 
 
-def _chosen(
-    params: Params, obs: Float[Array, "B S"], action: Float[Array, "B A"]
-) -> Float[Array, "C B"]:
-    """The cautious one of each pair: the smaller Q, the larger Q_h."""
-    q = twins(params, obs, action)
-    return jnp.stack([jnp.min(q[0], 0), *jnp.max(q[1:], 1)])
-
-
-def index(
-    config: CriticConfig, key: Key[Array, ""], count: int | Int[Array, ""]
-) -> Int[Array, " B"]:
-    """The rows that a step with this key draws from `count`."""
-    return draw_index(key, config.batch_size, count)
+def _pessimistic(kinds: Sequence[str], q: Float[Array, "C 2 B"]) -> Float[Array, "C B"]:
+    """Of each pair the Q that counts: the smaller reward, the larger harm."""
+    rows = [CRITICS[k].pessimism(x, axis=0) for k, x in zip(kinds, q, strict=True)]
+    return jnp.stack(rows)
 
 
 def update(
-    config: CriticConfig, state: CriticState, data: Transitions, key: Key[Array, ""]
+    config: CriticConfig,
+    state: CriticState,
+    batch: Transitions,
+    frozen: None = None,
+    key: Key[Array, ""] | None = None,
 ) -> tuple[CriticState, Metrics]:
-    """One step on a fresh batch."""
-    batch = draw(index(config, key, row_count(data)), data)
+    """One step; nothing is frozen, and nothing random but the batch."""
+    del frozen, key
     state, _, metrics = step(config, state, batch)
     return state, metrics
 
 
 def step(
     config: CriticConfig, state: CriticState, batch: Transitions
-) -> tuple[CriticState, Values, Metrics]:
+) -> tuple[CriticState, dict[str, Value], Metrics]:
     """V towards the target networks' Q, then Q towards the new V, then the targets.
 
     Returns:
       The state, what the critics said of the batch before the step, and metrics.
     """
-    q = _chosen(state.q.ema, batch.obs, batch.action)
+    q = _pessimistic(config.kinds, twins(state.q.ema, batch.obs, batch.action))
 
     def v_loss(params: Params) -> tuple[Array, Metrics]:
         v = v_values(params, batch.obs)
-        losses = jnp.mean(_expectiles(config, q - v), axis=1)
+        losses = jnp.mean(_value_losses(config, q - v), axis=1)
         return jnp.sum(losses), {"v": v} | _named(config, "loss/value_", losses)
 
     v_state, metrics = descend(config.v_optimiser, state.v, v_loss)
@@ -216,19 +276,18 @@ def step(
     metrics["grad/critic"] = metrics.pop("grad/norm")
     metrics |= _named(config, "q/", jnp.mean(q, axis=1))
     metrics |= _named(config, "v/", jnp.mean(v, axis=1))
-    return CriticState(q_state, v_state), _values(q, v), metrics
+    return CriticState(q_state, v_state), _by_kind(config.kinds, q, v), metrics
 
 
-def _expectiles(config: CriticConfig, diff: Float[Array, "C B"]) -> Float[Array, "C B"]:
+def _value_losses(
+    config: CriticConfig, diff: Float[Array, "C B"]
+) -> Float[Array, "C B"]:
     """The loss of every V, given d = Q' - V."""
-    losses = {
-        "reward": (expectile_loss, config.expectile),
-        "safety": (reversed_expectile_loss, config.safety_expectile),
-    }
     rows = []
     for kind, row in zip(config.kinds, diff, strict=True):
-        loss, expectile = losses[kind]
-        rows.append(jax.vmap(functools.partial(loss, expectile=expectile))(row))
+        critic = CRITICS[kind]
+        expectile = getattr(config, critic.expectile)
+        rows.append(jax.vmap(partial(critic.loss, expectile=expectile))(row))
     return jnp.stack(rows)
 
 
@@ -236,15 +295,11 @@ def targets(
     config: CriticConfig, batch: Transitions, next_v: Float[Array, "C B"]
 ) -> Float[Array, "C B"]:
     """What every Q is drawn to, given V at the next states."""
-    signals = {
-        "reward": (td_target, batch.reward),
-        "safety": (feasibility_target, batch.h),
-    }
     rows = []
     for kind, row in zip(config.kinds, next_v, strict=True):
-        target, signal = signals[kind]
-        of = functools.partial(target, discount=config.discount)
-        rows.append(jax.vmap(of)(signal, batch.mask, row))
+        critic = CRITICS[kind]
+        one = partial(critic.target, discount=config.discount)
+        rows.append(jax.vmap(one)(getattr(batch, critic.signal), batch.mask, row))
     return jnp.stack(rows)
 
 

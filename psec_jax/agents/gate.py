@@ -1,22 +1,28 @@
 """The gate's head, trained through the composed policy; base and skills frozen."""
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Key
 
 from psec_jax.agents.common import (
+    Demonstrations,
     Metrics,
     OptimiserConfig,
-    TrainData,
+    check_batch_size,
     descend,
-    draw,
-    draw_index,
     init_state,
-    row_count,
 )
-from psec_jax.composition import DENOISERS, LEVELS, PolicyConfig, members, network_of
+from psec_jax.composition import (
+    DENOISERS,
+    LEVELS,
+    PolicyConfig,
+    PolicyParams,
+    members,
+    network_of,
+)
 from psec_jax.errors import InputError, lookup
 from psec_jax.gating import gate_alpha
 from psec_jax.losses import cloning_loss, diffusion_loss, released_regulariser
@@ -24,7 +30,7 @@ from psec_jax.networks.denoiser import COMPATS
 from psec_jax.types import Params, TrainState
 
 
-def _diffusion(config: PolicyConfig, params, alpha, key, obs, action):
+def _diffusion(config: PolicyConfig, params: PolicyParams, alpha, key, obs, action):
     net = network_of(config)
     library, strength = members(config, params)
     compose = lookup(DENOISERS, config.level, "level for the gate loss 'diffusion'")
@@ -32,7 +38,7 @@ def _diffusion(config: PolicyConfig, params, alpha, key, obs, action):
     return diffusion_loss(denoise, config.process, key, obs, action)
 
 
-def _cloning(config: PolicyConfig, params, alpha, key, obs, action):
+def _cloning(config: PolicyConfig, params: PolicyParams, alpha, key, obs, action):
     net = network_of(config)
     library, strength = members(config, params)
     sampled = LEVELS[config.level](
@@ -70,13 +76,14 @@ class GateTrainConfig:
     strength: float = 16.0
 
     def __post_init__(self) -> None:
-        lookup(GATE_LOSSES, self.loss, "gate.loss")
+        lookup(GATE_LOSSES, self.loss, "loss")
         if self.policy.gate is None:
             raise InputError("a policy without a gate has no gate to train")
         if self.compat not in COMPATS:
-            raise InputError(f"gate.compat: got {self.compat!r}, expected {COMPATS}")
+            raise InputError(f"compat: got {self.compat!r}, expected {COMPATS}")
         if self.loss == "diffusion":
             lookup(DENOISERS, self.policy.level, "level for the gate loss 'diffusion'")
+        check_batch_size(self.batch_size)
 
 
 def init(config: GateTrainConfig, gate: Params) -> TrainState:
@@ -84,36 +91,31 @@ def init(config: GateTrainConfig, gate: Params) -> TrainState:
     return init_state(config.optimiser, gate["head"])
 
 
-def index(
-    config: GateTrainConfig, key: Key[Array, ""], count: int | Int[Array, ""]
-) -> Int[Array, " B"]:
-    """The rows that a step with this key draws from `count`."""
-    return draw_index(jax.random.split(key)[0], config.batch_size, count)
-
-
 def update(
-    config: GateTrainConfig, state: TrainState, data: TrainData, key: Key[Array, ""]
+    config: GateTrainConfig,
+    state: TrainState,
+    batch: Demonstrations,
+    frozen: PolicyParams,
+    key: Key[Array, ""],
 ) -> tuple[TrainState, Metrics]:
-    """One step; `data.frozen` is a `PolicyParams` whose gate holds the support, if any.
+    """One step on the gate's loss.
 
-    The observations of `data` are normalised already.
+    Args:
+      config: what the gate weighs and how its head is trained.
+      state: training state of the head.
+      batch: B demonstrations, with normalised observations.
+      frozen: the policy around the head; its gate holds the support, if any.
+      key: of the loss; not used by "released", whose noise is always the same.
     """
-    _, loss_key = jax.random.split(key)
-    if config.compat == "released":
-        loss_key = jax.random.key(0)
-    batch = draw(index(config, key, row_count(data)), data)
     obs, action = batch.obs, batch.action
-    policy, frozen = config.policy, data.frozen
-
-    def example_loss(gate: Params, key: Array, obs: Array, action: Array):
-        alpha = gate_alpha(policy.gate, gate, obs)
-        loss = GATE_LOSSES[config.loss](policy, frozen, alpha, key, obs, action)
-        return loss, alpha
+    if config.compat == "released":
+        key = jax.random.key(0)
 
     def loss_fn(head: Params) -> tuple[Array, Metrics]:
-        gate = frozen.gate | {"head": head}
-        keys = jax.random.split(loss_key, config.batch_size)
-        losses, alpha = jax.vmap(example_loss, (None, 0, 0, 0))(gate, keys, obs, action)
+        keys = jax.random.split(key, len(obs))
+        losses, alpha = jax.vmap(partial(_example, config, frozen, head))(
+            keys, obs, action
+        )
         loss = jnp.mean(losses)
         metrics = {
             "loss/gate": loss,
@@ -126,3 +128,18 @@ def update(
         return loss, metrics
 
     return descend(config.optimiser, state, loss_fn)
+
+
+def _example(
+    config: GateTrainConfig,
+    frozen: PolicyParams,
+    head: Params,
+    key: Key[Array, ""],
+    obs: Float[Array, " S"],
+    action: Float[Array, " A"],
+) -> tuple[Float[Array, ""], Float[Array, " K"]]:
+    """Loss and alpha(s) of one example."""
+    policy = config.policy
+    assert policy.gate is not None and frozen.gate is not None
+    alpha = gate_alpha(policy.gate, {**frozen.gate, "head": head}, obs)
+    return GATE_LOSSES[config.loss](policy, frozen, alpha, key, obs, action), alpha

@@ -6,25 +6,23 @@ standard deviations are parameters that do not depend on the state. With the obj
 critics learn in the same program; with "bc" it is cloned, and there are none.
 """
 
-import functools
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from psec_jax.agents import critics as critic_agent
 from psec_jax.agents.common import (
     Metrics,
     OptimiserConfig,
     Transitions,
+    check_batch_size,
     descend,
-    draw,
-    draw_index,
     init_state,
-    row_count,
 )
 from psec_jax.agents.critics import CriticConfig, CriticState
 from psec_jax.errors import InputError, lookup
@@ -54,18 +52,21 @@ class GaussianConfig:
     optimiser: OptimiserConfig = field(
         default_factory=lambda: OptimiserConfig(weight_decay=0.0, ema=1.0)
     )
-    critics: CriticConfig = field(default_factory=lambda: CriticConfig(safety=False))
+    critics: CriticConfig = field(
+        default_factory=lambda: CriticConfig(kinds=("reward",))
+    )
     weights: WeightConfig = field(
         default_factory=lambda: WeightConfig(reward_temperature=3.0)
     )
     batch_size: int = 256
 
     def __post_init__(self) -> None:
-        needed = lookup(OBJECTIVES, self.objective, "objective").critics
-        if "safety" in needed:
+        objective = lookup(OBJECTIVES, self.objective, "objective")
+        if objective.term is not None or not set(objective.critics) <= {"reward"}:
             raise InputError(
                 f"objective {self.objective!r}: a Gaussian policy has bc and reward"
             )
+        check_batch_size(self.batch_size)
 
 
 class GaussianState(NamedTuple):
@@ -97,28 +98,25 @@ def init(
     return GaussianState(state, critics)
 
 
-def index(
-    config: GaussianConfig, key: Key[Array, ""], count: int | Int[Array, ""]
-) -> Int[Array, " B"]:
-    """The rows that a step with this key draws from `count`."""
-    return draw_index(key, config.batch_size, count)
-
-
 def update(
-    config: GaussianConfig, state: GaussianState, data: Transitions, key: Key[Array, ""]
+    config: GaussianConfig,
+    state: GaussianState,
+    batch: Transitions,
+    frozen: None = None,
+    key: Key[Array, ""] | None = None,
 ) -> tuple[GaussianState, Metrics]:
-    """One step on a fresh batch, shared by actor and critics."""
-    batch = draw(index(config, key, row_count(data)), data)
-    critics, weight, metrics = None, jnp.ones(config.batch_size), {}
+    """One step on a batch that actor and critics share; nothing else is random."""
+    del frozen, key
+    critics, weight, metrics = None, jnp.ones(len(batch.obs)), {}
     if state.critics is not None:
         critics, values, metrics = critic_agent.step(
             config.critics, state.critics, batch
         )
-        of = functools.partial(OBJECTIVES[config.objective].weight, config.weights)
-        weight = jax.vmap(of)(values)
+        one = partial(OBJECTIVES[config.objective].weight, config.weights)
+        weight = jax.vmap(one)(values)
 
     def loss_fn(params: Params) -> tuple[Array, Metrics]:
-        likelihood = jax.vmap(functools.partial(log_prob, config, params))
+        likelihood = jax.vmap(partial(log_prob, config, params))
         loss = -jnp.mean(weight * likelihood(batch.obs, batch.action))
         return loss, {f"loss/{config.objective}": loss}
 
@@ -132,7 +130,7 @@ def mean(
     """The action that is played in evaluation; obs are normalised."""
     action_dim = params["log_std"].shape[-1]
     net = MLP(config.widths, action_dim)
-    return jnp.tanh(net.apply({"params": params["mean"]}, obs))
+    return jnp.tanh(cast(Array, net.apply({"params": params["mean"]}, obs)))
 
 
 def log_prob(

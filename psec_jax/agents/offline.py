@@ -1,37 +1,28 @@
-"""Skills, or a whole policy, cloned with weights that critics give: offline RL.
+"""Skills, or a base, guided by critics: offline RL.
 
-K skills are trained together, each on its own objective, with or without the critics
-they read. The actor is a stack of skills, leaves [K, ...], or a base (K = 1).
+K skills train in one program, each on its own objective, with or without the critics
+that they read. The actor is a stack of skills, leaves [K, ...], or a base (K = 1).
 """
 
-import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
+from psec_jax import process
+from psec_jax.agents import cloning
 from psec_jax.agents import critics as critic_agent
-from psec_jax.agents import pretrain as pretrain_agent
-from psec_jax.agents import skill as skill_agent
-from psec_jax.agents.common import (
-    Metrics,
-    Noise,
-    Transitions,
-    batch_noise,
-    descend,
-    draw,
-    draw_index,
-    init_state,
-    row_count,
-)
+from psec_jax.agents.cloning import CloningConfig
+from psec_jax.agents.common import Metrics, Noise, Transitions, batch_noise, descend
+from psec_jax.agents.common import init_state as init_actor
 from psec_jax.agents.critics import CriticConfig, CriticParams, CriticState
-from psec_jax.agents.pretrain import PretrainConfig
-from psec_jax.agents.skill import SkillConfig
 from psec_jax.errors import InputError, lookup
-from psec_jax.lora import init_skill
-from psec_jax.losses import OBJECTIVES, Values, WeightConfig
+from psec_jax.losses import OBJECTIVES, Sampled, Values, WeightConfig
+from psec_jax.runtime import platform
 from psec_jax.types import Params, TrainState
 
 
@@ -42,15 +33,17 @@ class OfflineConfig:
     Attributes:
       actor: of the skills, or of the base.
       objectives: keys of `OBJECTIVES`, one for each skill, all different.
-      critics: trained in the same program; None reads those of `data.frozen`. They
-        learn from the actor's batch, and their own batch size is not used.
-      weights: how advantages become weights.
+      critics: trained in the same program; None reads the finished ones of `Frozen`.
+        They learn from the actor's batch, and their own batch size is not used.
+      weights: how critics guide the actor.
+      finished: kinds of the finished critics, in their order, where none are trained.
     """
 
-    actor: SkillConfig | PretrainConfig
+    actor: CloningConfig
     objectives: tuple[str, ...]
     critics: CriticConfig | None = field(default_factory=CriticConfig)
     weights: WeightConfig = field(default_factory=WeightConfig)
+    finished: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.objectives:
@@ -59,20 +52,37 @@ class OfflineConfig:
             raise InputError(
                 f"objectives: got {', '.join(self.objectives)}, expected different ones"
             )
-        if isinstance(self.actor, PretrainConfig) and len(self.objectives) > 1:
+        if self.actor.skill is None and len(self.objectives) > 1:
             raise InputError(
                 f"objectives: got {len(self.objectives)}, a base has one objective"
             )
         for name in self.objectives:
             needed = lookup(OBJECTIVES, name, "objective").critics
-            if "safety" in needed and self.critics and not self.critics.safety:
+            for kind in needed:
+                if kind not in self.kinds:
+                    raise InputError(
+                        f"objective {name!r} needs a critic of {kind}, which is not "
+                        f"among critics.kinds ({', '.join(self.kinds) or 'none'})"
+                    )
+            if needed and self.actor.process.horizon > 1:
                 raise InputError(
-                    f"objective {name!r} needs a critic of safety; set critics.safety"
+                    f"horizon: got {self.actor.process.horizon}, expected 1: objective "
+                    f"{name!r} reads critics, which judge single actions"
                 )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of the critics that are read."""
+        return self.finished if self.critics is None else self.critics.kinds
+
+    @property
+    def batch_size(self) -> int:
+        """Transitions a step."""
+        return self.actor.batch_size
 
 
 class Frozen(NamedTuple):
-    """What stays as it is.
+    """What training reads and never changes.
 
     Attributes:
       base: under the skills; None where the actor is a base.
@@ -81,13 +91,6 @@ class Frozen(NamedTuple):
 
     base: Params | None = None
     critics: CriticParams | None = None
-
-
-class OfflineData(NamedTuple):
-    """Transitions on the device, and what stays frozen."""
-
-    transitions: Transitions
-    frozen: Frozen
 
 
 class OfflineState(NamedTuple):
@@ -121,78 +124,87 @@ def init(
       start: of a base that is trained on; None starts afresh.
     """
     actor_key, critic_key = jax.random.split(key)
-    actor: Any = config.actor
-    if isinstance(actor, PretrainConfig):
-        state = pretrain_agent.init(actor, actor_key, obs_dim, action_dim, start)
+    actor = config.actor
+    if actor.skill is None:
+        state = cloning.init(actor, actor_key, obs_dim, action_dim, start=start)
     else:
         keys = jax.random.split(actor_key, len(config.objectives))
-        make = functools.partial(
-            init_skill, base=base, rank=actor.rank, adapter=actor.adapter
+        make = partial(
+            cloning.init_params,
+            actor,
+            obs_dim=obs_dim,
+            action_dim=action_dim,
+            base=base,
         )
-        state = init_state(actor.optimiser, jax.vmap(make)(keys))
+        state = init_actor(actor.optimiser, jax.vmap(make)(keys))
     if config.critics is None:
         return OfflineState(state, None)
     critics = critic_agent.init(config.critics, critic_key, obs_dim, action_dim)
     return OfflineState(state, critics)
 
 
-def index(
-    config: OfflineConfig, key: Key[Array, ""], count: int | Int[Array, ""]
-) -> Int[Array, " B"]:
-    """The rows that a step with this key draws from `count`."""
-    return draw_index(jax.random.split(key)[0], config.actor.batch_size, count)
-
-
 def update(
-    config: OfflineConfig, state: OfflineState, data: OfflineData, key: Key[Array, ""]
+    config: OfflineConfig,
+    state: OfflineState,
+    batch: Transitions,
+    frozen: Frozen,
+    key: Key[Array, ""],
 ) -> tuple[OfflineState, Metrics]:
-    """One step on a fresh batch, shared by skills and critics."""
-    _, noise_key = jax.random.split(key)
-    rows = data.transitions
-    batch = draw(index(config, key, row_count(rows)), rows)
-    draw_noise = functools.partial(
+    """One step on a batch that skills and critics share."""
+    draw = partial(
         batch_noise,
         config.actor.process,
-        batch_size=config.actor.batch_size,
+        batch_size=len(batch.obs),
         action_dim=batch.action.shape[-1],
     )
-    noise = jax.vmap(draw_noise)(jax.random.split(noise_key, len(config.objectives)))
-    return step(config, state, data.frozen, batch, noise)
+    noise = jax.vmap(draw)(jax.random.split(key, len(config.objectives)))
+    return step(config, state, batch, frozen, noise)
 
 
 def step(
     config: OfflineConfig,
     state: OfflineState,
-    frozen: Frozen,
     batch: Transitions,
+    frozen: Frozen,
     noise: Noise,
 ) -> tuple[OfflineState, Metrics]:
-    """One step on a given batch.
+    """One step with given noise.
 
-    The weights are those of the critics before their own step, as in the authors' code.
+    The actor reads the critics before their own step, as in the authors' code.
 
     Args:
       config: what is trained.
       state: actor and critics.
-      frozen: base and finished critics.
       batch: B transitions.
+      frozen: base and finished critics.
       noise: of every skill, leaves [K, B, ...].
     """
     metrics: Metrics = {}
+    critics, values = None, {}
     if config.critics is None:
-        critics = None
-        values = critic_agent.values(frozen.critics, batch.obs, batch.action)
+        read = frozen.critics
+        if read is not None:
+            values = critic_agent.values(read, config.kinds, batch.obs, batch.action)
     else:
+        assert state.critics is not None
+        read = state.critics.trained
         critics, values, metrics = critic_agent.step(
             config.critics, state.critics, batch
         )
-    weight = weights(config, values)
+    weight = weights(config, values, len(batch.obs))
 
     def loss_fn(params: Params) -> tuple[Array, Metrics]:
         errors = _errors(config.actor, params, frozen.base, batch, noise)
         losses = jnp.mean(weight * errors, axis=1)
-        named = dict(zip(config.objectives, losses, strict=True))
-        return jnp.sum(losses), {f"loss/{name}": x for name, x in named.items()}
+        named: Metrics = {}
+        parts = _parts(config.actor, params, noise)
+        for k, (name, part) in enumerate(zip(config.objectives, parts, strict=True)):
+            if term := OBJECTIVES[name].term:
+                said = _term(config, term, *part, frozen.base, batch, read, values)
+                losses = losses.at[k].add(said)
+                named[f"term/{name}"] = said
+            named[f"loss/{name}"] = losses[k]
+        return jnp.sum(losses), named
 
     actor, actor_metrics = descend(config.actor.optimiser, state.actor, loss_fn)
     for name, row in zip(config.objectives, weight, strict=True):
@@ -200,33 +212,72 @@ def step(
     return OfflineState(actor, critics), metrics | actor_metrics
 
 
-def weights(config: OfflineConfig, values: Values) -> Float[Array, "K B"]:
-    """Of every skill and transition."""
+def weights(
+    config: OfflineConfig, values: Values, batch_size: int
+) -> Float[Array, "K B"]:
+    """The weight of every skill and transition, given what critics say of them."""
 
     def of(name: str) -> Array:
-        weight = functools.partial(OBJECTIVES[name].weight, config.weights)
-        return jax.vmap(weight)(values)
+        one = partial(OBJECTIVES[name].weight, config.weights)
+        return jax.vmap(one, axis_size=batch_size)(values)
 
     return jnp.stack([of(name) for name in config.objectives])
 
 
+def _parts(
+    config: CloningConfig, params: Params, noise: Noise
+) -> list[tuple[Params, Noise]]:
+    """Parameters and noise of each skill, or of the base."""
+
+    def at(k: int, stacked: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf[k], stacked)
+
+    alone = config.skill is None
+    count = len(noise.t)
+    return [(params if alone else at(k, params), at(k, noise)) for k in range(count)]
+
+
 def _errors(
-    config: SkillConfig | PretrainConfig,
+    config: CloningConfig,
     params: Params,
     base: Params | None,
     batch: Transitions,
     noise: Noise,
 ) -> Float[Array, "K B"]:
-    """The diffusion loss of every skill and transition."""
-    if isinstance(config, PretrainConfig):
-        alone = jax.tree.map(lambda leaf: leaf[0], noise)
-        error = pretrain_agent.errors(config, params, batch.obs, batch.action, alone)
-        return error[None]
+    """The process's loss of every skill and transition."""
 
-    def one(k: int) -> Array:
-        skill, own = jax.tree.map(lambda leaf: leaf[k], (params, noise))
-        return skill_agent.errors(config, skill, base, batch.obs, batch.action, own)
+    def one(params: Params, noise: Noise) -> Array:
+        return cloning.errors(config, params, base, batch.obs, batch.action, noise)
 
-    # One after the other in the program, not vmapped: a CPU runs the products of two
-    # skills side by side, and not the halves of a batched one.
-    return jnp.stack([one(k) for k in range(len(noise.t))])
+    if config.skill is None or platform.current().unroll_skills:
+        return jnp.stack([one(*part) for part in _parts(config, params, noise)])
+    return jax.vmap(one)(params, noise)
+
+
+def _term(
+    config: OfflineConfig,
+    term: Callable[[WeightConfig, Sampled], Array],
+    params: Params,
+    noise: Noise,
+    base: Params | None,
+    batch: Transitions,
+    critics: CriticParams | None,
+    values: Values,
+) -> Float[Array, ""]:
+    """The mean of an objective's term over actions that the actor samples."""
+    action_dim = batch.action.shape[-1]
+    denoise = cloning.denoiser(config.actor, params, base, action_dim)
+
+    def act(obs: Array, key: Array) -> Array:
+        return process.sample(denoise, config.actor.process, key, obs, action_dim)
+
+    action = jax.vmap(act)(batch.obs, noise.sample)
+    said, size = {}, {}
+    if critics is not None:
+        said = critic_agent.values(critics, config.kinds, batch.obs, action)
+        size = {kind: jnp.mean(jnp.abs(value.q)) for kind, value in values.items()}
+
+    def one(action: Array, said: Values) -> Array:
+        return term(config.weights, Sampled(action, said, size))
+
+    return jnp.mean(jax.vmap(one)(action, said))

@@ -1,6 +1,7 @@
 """Critics: Q(s, a) in twins and V(s), ensembles by vmap over stacked parameters."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -39,12 +40,13 @@ def q_value(
 ) -> Float[Array, "*b"]:
     """Q(s, a) of one network; its widths are read off the parameters."""
     x = jnp.concatenate([obs, action], axis=-1)
-    return MLP(_widths(params), 1).apply({"params": params}, x)[..., 0]
+    return cast(Array, MLP(_widths(params), 1).apply({"params": params}, x))[..., 0]
 
 
 def v_value(params: Params, obs: Float[Array, "*b s"]) -> Float[Array, "*b"]:
     """V(s) of one network."""
-    return ValueNet(_widths(params["mlp"])).apply({"params": params}, obs)
+    net = ValueNet(_widths(params["mlp"]))
+    return cast(Array, net.apply({"params": params}, obs))
 
 
 def twin_q(
