@@ -38,8 +38,8 @@ from psec_jax.errors import InputError
 from psec_jax.gating import GateConfig, init_gate
 from psec_jax.lora import ADAPTERS
 from psec_jax.losses import released_regulariser
-from psec_jax.networks.denoiser import NetworkConfig
-from psec_jax.process import ProcessConfig
+from psec_jax.networks.denoiser import NetworkConfig, make_denoise, make_network
+from psec_jax.process import ProcessConfig, make_schedule, q_sample
 from psec_jax.types import Normaliser
 
 N, BATCH, STRENGTH = 512, 64, 2.0
