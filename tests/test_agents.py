@@ -11,15 +11,20 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from psec_jax.agents.pretrain import PretrainConfig
-from psec_jax.agents.skill import SkillConfig
 
 from psec_jax import tree
-from psec_jax.agents import gate, pretrain, skill
-from psec_jax.agents.common import OptimiserConfig, TrainData, descend, init_state
+from psec_jax.agents import cloning, gate
+from psec_jax.agents.cloning import AdapterConfig, CloningConfig
+from psec_jax.agents.common import (
+    Demonstrations,
+    OptimiserConfig,
+    descend,
+    init_state,
+)
 from psec_jax.agents.gate import GATE_LOSSES, GateTrainConfig
 from psec_jax.composition import (
     DENOISERS,
@@ -33,22 +38,24 @@ from psec_jax.errors import InputError
 from psec_jax.gating import GateConfig, init_gate
 from psec_jax.lora import ADAPTERS
 from psec_jax.losses import released_regulariser
-from psec_jax.networks.denoiser import NetworkConfig
-from psec_jax.process import ProcessConfig
+from psec_jax.networks.denoiser import NetworkConfig, make_denoise, make_network
+from psec_jax.process import ProcessConfig, make_schedule, q_sample
 from psec_jax.types import Normaliser
 
 N, BATCH, STRENGTH = 512, 64, 2.0
 NETWORK = NetworkConfig(width=32, blocks=1, expansion=2, time_features=8, time_width=16)
-DIFFUSION = ProcessConfig()
+PROCESS = ProcessConfig()
 OPTIMISER = OptimiserConfig(learning_rate=3e-3, weight_decay=0.0, ema=1.0)
 BASE_STEPS = 1500
-BASE = PretrainConfig(
+BASE = CloningConfig(
     NETWORK,
-    DIFFUSION,
+    PROCESS,
     dataclasses.replace(OPTIMISER, learning_rate=5e-3, decay_steps=BASE_STEPS),
     BATCH,
 )
-SKILL = SkillConfig(NETWORK, DIFFUSION, OPTIMISER, BATCH, rank=4, alpha=STRENGTH)
+SKILL = CloningConfig(
+    NETWORK, PROCESS, OPTIMISER, BATCH, AdapterConfig(rank=4, alpha=STRENGTH)
+)
 SIDE = 0.6  # how far the skills push
 OBS = tiny.normal(N, 2)
 LEARNABLE = [
@@ -59,10 +66,10 @@ LEARNABLE = [
 ]
 
 
-def demonstrations(actions, frozen=None):
+def demonstrations(actions):
     """Actions [2] or [N, 2] with a little noise."""
     noise = 0.05 * tiny.normal(N, 2, seed=1)
-    return TrainData(OBS, jnp.asarray(actions, jnp.float32) + noise, frozen)
+    return Demonstrations(OBS, jnp.asarray(actions, jnp.float32) + noise)
 
 
 def sides():
@@ -71,56 +78,65 @@ def sides():
 
 @functools.cache
 def compiled(module, config):
-    return jax.jit(functools.partial(module.update, config))
+    return jax.jit(drawing(module, config))
 
 
-def run(update, state, data, steps, seed=0):
+def drawing(module, config):
+    """(state, data, frozen, key) -> `update` on rows drawn from the data."""
+    update = functools.partial(module.update, config)
+    return tiny.drawing(update, config.batch_size)
+
+
+def run(update, state, data, frozen, steps, seed=0):
     """`steps` updates; the state and the last metrics."""
     keys = jax.random.split(jax.random.key(seed), steps)
     for step in range(steps):
-        state, metrics = update(state, data, keys[step])
+        state, metrics = update(state, data, frozen, keys[step])
     return state, metrics
 
 
 def gate_config(loss, level, **fields):
     policy = PolicyConfig(
-        NETWORK, DIFFUSION, 2, level, GateConfig(widths=(16,), base_member=False)
+        NETWORK, PROCESS, 2, level, GateConfig(widths=(16,), base_member=False)
     )
     return GateTrainConfig(policy, loss, OPTIMISER, BATCH, **fields)
 
 
 @functools.cache
 def init_base():
-    init = jax.jit(functools.partial(pretrain.init, BASE), static_argnums=(1, 2))
+    init = jax.jit(functools.partial(cloning.init, BASE), static_argnums=(1, 2))
     return init(jax.random.key(0), 2, 2)
 
 
 @functools.cache
 def trained_base():
     data = demonstrations(sides())
-    return run(compiled(pretrain, BASE), init_base(), data, BASE_STEPS)[0].params
+    return run(compiled(cloning, BASE), init_base(), data, None, BASE_STEPS)[0].params
 
 
 @functools.cache
 def init_skills(adapter="lora"):
     """States of two skills, leaves [2, ...]."""
-    config = dataclasses.replace(SKILL, adapter=adapter)
-    init = jax.vmap(functools.partial(skill.init, config), (0, None))
-    return jax.jit(init)(jax.random.split(jax.random.key(1), 2), trained_base())
+    config = skill_config(adapter)
+    base = trained_base()
+    init = jax.vmap(lambda key: cloning.init(config, key, 2, 2, base))
+    return jax.jit(init)(jax.random.split(jax.random.key(1), 2))
+
+
+def skill_config(adapter):
+    form = dataclasses.replace(SKILL.skill, adapter=adapter)
+    return dataclasses.replace(SKILL, skill=form)
 
 
 def skill_data():
-    """Data of the skills +x and +y, leaves [2, ...] but for the base."""
-    x, y = demonstrations([SIDE, 0]), demonstrations([0, SIDE])
-    both = tree.stack([x, y])
-    return both._replace(frozen=trained_base())
+    """Data of the skills +x and +y, leaves [2, ...]."""
+    return tree.stack([demonstrations([SIDE, 0]), demonstrations([0, SIDE])])
 
 
 @functools.cache
 def two_skills():
     """`update` over both skills at once."""
-    update = functools.partial(skill.update, SKILL)
-    return jax.jit(jax.vmap(update, (0, TrainData(0, 0, None), 0)))
+    return jax.jit(jax.vmap(drawing(cloning, SKILL), (0, 0, None, 0)))
 
 
 @functools.cache
@@ -129,7 +145,8 @@ def trained_library():
     state, data = init_skills(), skill_data()
     keys = jax.random.split(jax.random.key(2), 800)
     for step in range(800):
-        state, _ = two_skills()(state, data, jnp.stack([keys[step]] * 2))
+        both = jnp.stack([keys[step]] * 2)
+        state, _ = two_skills()(state, data, trained_base(), both)
     return state.params
 
 
@@ -163,45 +180,43 @@ def moved(before, after):
     return {p for p, x in tree.flatten(before).items() if np.any(x != after[p])}
 
 
-def assert_trains_only(state, update, data, others):
-    """Three updates move every leaf of the state and nothing of the data."""
-    before = jax.tree.map(np.array, (state, data))
-    got, metrics = run(update, state, data, 3)
-    tiny.assert_trees_equal((state, data), before)
+def assert_trains_only(state, update, data, frozen):
+    """Three updates move every leaf of the state and nothing else."""
+    before = jax.tree.map(np.array, (state, data, frozen))
+    got, metrics = run(update, state, data, frozen, 3)
+    tiny.assert_trees_equal((state, data, frozen), before)
     assert got.step == state.step + 3
-    assert moved(state.params, got.params) == set(tree.flatten(state.params)) - others
+    assert moved(state.params, got.params) == set(tree.flatten(state.params))
     tiny.assert_trees_equal(got.ema, got.params)
     assert all(np.isfinite(value) for value in metrics.values())
     assert metrics["grad/norm"] > 0
 
 
 def test_base_training_reaches_the_whole_base():
-    assert_trains_only(
-        init_base(), compiled(pretrain, BASE), demonstrations(sides()), set()
-    )
+    update = compiled(cloning, BASE)
+    assert_trains_only(init_base(), update, demonstrations(sides()), None)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_skill_training_reaches_the_whole_skill_and_nothing_else(adapter):
-    config = dataclasses.replace(SKILL, adapter=adapter)
     state = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), init_skills(adapter))
-    data = demonstrations([SIDE, 0], trained_base())
-    assert_trains_only(state, compiled(skill, config), data, set())
+    update = compiled(cloning, skill_config(adapter))
+    assert_trains_only(state, update, demonstrations([SIDE, 0]), trained_base())
 
 
 @pytest.mark.parametrize(("loss", "level"), LEARNABLE)
 def test_gate_training_reaches_the_whole_head_and_nothing_else(loss, level):
     config = gate_config(loss, level)
-    data = demonstrations([SIDE / 2, SIDE / 2], frozen())
+    data = demonstrations([SIDE / 2, SIDE / 2])
     state = gate.init(config, init_gate_params())
     assert set(tree.flatten(state.params)) == set(
         tree.flatten(init_gate_params()["head"])
     )
-    assert_trains_only(state, compiled(gate, config), data, set())
+    assert_trains_only(state, compiled(gate, config), data, frozen())
 
 
 def test_base_learns_two_modes():
-    config = PolicyConfig(NETWORK, DIFFUSION, 2)
+    config = PolicyConfig(NETWORK, PROCESS, 2)
     params = PolicyParams(trained_base(), Normaliser(jnp.zeros(2), jnp.ones(2)))
     got = actions_of(config, params)
     mode = np.array([SIDE, -SIDE])
@@ -227,9 +242,9 @@ def test_skills_push_to_their_sides():
 def test_gate_reaches_the_diagonal(loss, level):
     config = gate_config(loss, level)
     target = np.array([SIDE / 2, SIDE / 2])
-    data = demonstrations(target, frozen())
+    data = demonstrations(target)
     state = gate.init(config, init_gate_params())
-    state, _ = run(compiled(gate, config), state, data, 400)
+    state, _ = run(compiled(gate, config), state, data, frozen(), 400)
     params = frozen()._replace(gate={"head": state.params})
     got = actions_of(config.policy, params)
     np.testing.assert_allclose(got.mean(0), target, atol=0.1)
@@ -242,63 +257,104 @@ def test_gate_follows_the_state():
     """Left of the origin the demonstrations are skill +x's, right of it skill +y's."""
     config = gate_config("cloning", "action")
     left = np.asarray(OBS)[:, :1] < 0
-    data = demonstrations(np.where(left, [SIDE, 0], [0, SIDE]), frozen())
+    data = demonstrations(np.where(left, [SIDE, 0], [0, SIDE]))
     state = gate.init(config, init_gate_params())
-    state, _ = run(compiled(gate, config), state, data, 400)
+    state, _ = run(compiled(gate, config), state, data, frozen(), 400)
     got = actions_of(config.policy, frozen()._replace(gate={"head": state.params}))
     clear = np.abs(np.asarray(OBS)[:, 0]) > 0.5
     for side, where in (([SIDE, 0], left[:, 0]), ([0, SIDE], ~left[:, 0])):
         np.testing.assert_allclose(got[where & clear].mean(0), side, atol=0.12)
 
 
+@pytest.mark.parametrize("config", [BASE, SKILL], ids=["base", "skill"])
+def test_an_update_by_hand(config):
+    """The key of a step gives each example its time, noise and dropout, in this way."""
+    network = dataclasses.replace(NETWORK, dropout=0.5)
+    config = dataclasses.replace(config, network=network, optimiser=OptimiserConfig())
+    base = trained_base() if config.skill else None
+    batch = jax.tree.map(lambda x: x[:8], demonstrations([SIDE, 0]))
+    state = cloning.init(config, jax.random.key(1), 2, 2, base)
+    merged = config.skill is not None
+
+    def loss(params):
+        def one(key, obs, action):
+            dropout_key, noise_key = jax.random.split(key)
+            t_key, eps_key = jax.random.split(noise_key)
+            t = jax.random.randint(t_key, (), 0, PROCESS.steps)
+            eps = jax.random.normal(eps_key, (2,))
+            a_t = q_sample(make_schedule(PROCESS), action, t, eps)
+            net = make_network(network, 2, merged=merged)
+            given = (base, tree.stack([params]), jnp.full(1, STRENGTH))
+            given = given if config.skill else (params, None, None)
+            denoise = make_denoise(net, *given, dropout_key)
+            return jnp.sum((denoise(obs, a_t, t.astype(jnp.float32)) - eps) ** 2)
+
+        keys = jax.random.split(jax.random.key(5), 8)
+        return jnp.mean(jax.vmap(one)(keys, *batch))
+
+    def by_hand(state):
+        grads = jax.grad(loss)(state.params)
+        optimiser = optax.adamw(3e-4, weight_decay=1e-4)
+        updates, _ = optimiser.update(grads, state.opt_state, state.params)
+        return optax.apply_updates(state.params, updates), loss(state.params)
+
+    params, expected = jax.jit(by_hand)(state)
+    update = jax.jit(functools.partial(cloning.update, config))
+    got, metrics = update(state, batch, base, jax.random.key(5))
+    tiny.assert_trees_equal(got.params, params)
+    (name,) = [name for name in metrics if name.startswith("loss/")]
+    np.testing.assert_array_equal(metrics[name], expected)
+
+
 def test_vmap_over_seeds_is_the_single_runs():
-    update = compiled(pretrain, BASE)
+    update = compiled(cloning, BASE)
     data = demonstrations(sides())
     state = init_base()
     many = tree.stack([state, state])
-    vmapped = jax.jit(jax.vmap(functools.partial(pretrain.update, BASE), (0, None, 0)))
+    vmapped = jax.jit(jax.vmap(drawing(cloning, BASE), (0, None, None, 0)))
     keys = jax.random.split(jax.random.key(5), (2, 3))
     singles = []
     for seed in range(2):
         single = state
         for step in range(3):
-            single, _ = update(single, data, keys[seed, step])
+            single, _ = update(single, data, None, keys[seed, step])
         singles.append(single)
     for step in range(3):
-        many, _ = vmapped(many, data, keys[:, step])
+        many, _ = vmapped(many, data, None, keys[:, step])
     tiny.assert_trees_close(many, tree.stack(singles), atol=1e-4)
 
 
 def test_a_library_trained_at_once_is_its_skills_trained_alone():
     data, keys = skill_data(), jax.random.split(jax.random.key(6), 2)
-    together, _ = two_skills()(init_skills(), data, keys)
+    both, _ = two_skills()(init_skills(), data, trained_base(), keys)
     for k in range(2):
         state = jax.tree.map(lambda leaf, k=k: jnp.asarray(leaf[k]), init_skills())
-        one = TrainData(data.obs[k], data.action[k], data.frozen)
-        single, _ = compiled(skill, SKILL)(state, one, keys[k])
-        got = jax.tree.map(lambda leaf, k=k: leaf[k], together)
+        one = Demonstrations(data.obs[k], data.action[k])
+        single, _ = compiled(cloning, SKILL)(state, one, trained_base(), keys[k])
+        got = jax.tree.map(lambda leaf, k=k: leaf[k], both)
         tiny.assert_trees_close(got, single, atol=1e-4)
 
 
 def test_jit_on_and_off_agree():
     config = dataclasses.replace(gate_config("diffusion", "parameter"), batch_size=16)
     update = functools.partial(gate.update, config)
-    data = demonstrations([SIDE / 2, SIDE / 2], frozen())
+    data = demonstrations([SIDE / 2, SIDE / 2])
+    batch = jax.tree.map(lambda x: x[:16], data)
     state = gate.init(config, init_gate_params())
-    expected, metrics = jax.jit(update)(state, data, jax.random.key(7))
-    got, plain = update(state, data, jax.random.key(7))
+    expected, metrics = jax.jit(update)(state, batch, frozen(), jax.random.key(7))
+    got, plain = update(state, batch, frozen(), jax.random.key(7))
     tiny.assert_trees_close(got.params, expected.params, atol=1e-4)
     tiny.assert_trees_close(plain, metrics, atol=1e-4, rtol=1e-3)
 
 
 def test_data_sharded_over_eight_devices():
-    update, state, data = compiled(pretrain, BASE), init_base(), demonstrations(sides())
+    update, state, data = compiled(cloning, BASE), init_base(), demonstrations(sides())
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
     rows = NamedSharding(mesh, PartitionSpec("batch"))
     whole = NamedSharding(mesh, PartitionSpec())
-    sharded = jax.device_put(data, TrainData(rows, rows, whole))
-    expected, metrics = run(update, state, data, 2)
-    got, on_eight = run(update, jax.device_put(state, whole), sharded, 2)
+    sharded = jax.device_put(data, rows)
+    expected, metrics = run(update, state, data, None, 2)
+    got, on_eight = run(update, jax.device_put(state, whole), sharded, None, 2)
     tiny.assert_trees_close(got.params, expected.params, atol=1e-4)
     tiny.assert_trees_close(on_eight, metrics, atol=1e-4, rtol=1e-3)
 
@@ -307,14 +363,15 @@ def test_released_gate_training_repeats_its_noise_and_regularises():
     """With one transition only the noise could differ between two updates."""
     paper = gate_config("diffusion", "parameter")
     released = dataclasses.replace(paper, compat="released", strength=3.0)
-    data = demonstrations([0, 0], frozen())
-    same = data._replace(
+    data = demonstrations([0, 0])
+    same = Demonstrations(
         obs=jnp.tile(data.obs[:1], (N, 1)), action=jnp.tile(data.action[:1], (N, 1))
     )
     state = gate.init(paper, init_gate_params())
     metrics = {
         config.compat: [
-            compiled(gate, config)(state, same, key)[1] for key in tiny.keys(2)
+            compiled(gate, config)(state, same, frozen(), key)[1]
+            for key in tiny.keys(2)
         ]
         for config in (paper, released)
     }
@@ -350,22 +407,31 @@ def test_optimiser_by_hand():
 def test_refusals():
     policy = gate_config("cloning", "action").policy
     losses = ", ".join(sorted(GATE_LOSSES))
-    with pytest.raises(InputError, match=f"gate.loss 'bc'; choose from {losses}"):
+    with pytest.raises(InputError, match=f"unknown loss 'bc'; choose from {losses}"):
         GateTrainConfig(policy, loss="bc")
     levels = ", ".join(sorted(DENOISERS))
     with pytest.raises(InputError, match=f"'action'; choose from {levels}"):
         GateTrainConfig(policy, loss="diffusion")
     with pytest.raises(InputError, match="no gate to train"):
         GateTrainConfig(dataclasses.replace(policy, gate=None), loss="cloning")
-    with pytest.raises(InputError, match="gate.compat: got 'code'"):
+    with pytest.raises(InputError, match="compat: got 'code'"):
         GateTrainConfig(policy, loss="cloning", compat="code")
-    with pytest.raises(InputError, match="skill.alpha: got 0"):
-        SkillConfig(alpha=0.0)
+    for fields, message in (
+        ({"alpha": 0.0}, "alpha: got 0"),
+        ({"rank": 0}, "rank: got 0, expected 1 or more"),
+        ({"adapter": "x"}, "unknown adapter 'x'; choose from lora, mlp"),
+    ):
+        with pytest.raises(InputError, match=f"^{message}"):
+            AdapterConfig(**fields)
+    gates = functools.partial(GateTrainConfig, policy, "cloning")
+    for config in (CloningConfig, gates):
+        with pytest.raises(InputError, match="^batch_size: got 0, expected 1 or more"):
+            config(batch_size=0)
     for fields in (
         {"learning_rate": 0.0},
         {"ema": 0.0},
         {"decay_steps": -1},
         {"weight_decay": -1.0},
     ):
-        with pytest.raises(InputError, match=f"optimiser.{next(iter(fields))}"):
+        with pytest.raises(InputError, match=f"^{next(iter(fields))}"):
             OptimiserConfig(**fields)

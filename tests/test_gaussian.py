@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from psec_jax.agents import gaussian
 from psec_jax.agents.common import OptimiserConfig, Transitions
@@ -18,7 +19,7 @@ from psec_jax.losses import WeightConfig
 TINY = {
     "widths": (16,),
     "optimiser": OptimiserConfig(learning_rate=1e-2, weight_decay=0.0, ema=1.0),
-    "critics": CriticConfig(safety=False, widths=(16,), learning_rate=1e-2),
+    "critics": CriticConfig(("reward",), widths=(16,), learning_rate=1e-2),
     "weights": WeightConfig(reward_temperature=3.0),
     "batch_size": 128,
 }
@@ -48,14 +49,16 @@ def test_bandit(objective):
     generator = np.random.default_rng(0)
     obs = generator.choice([-1.0, 1.0], (512, 1))
     action = generator.choice([-0.5, 0.5], (512, 1))
-    columns = (obs, action, 4 * (obs * action)[:, 0], np.zeros(512), obs, np.zeros(512))
+    zeros = np.zeros(512)
+    columns = (obs, action, 4 * (obs * action)[:, 0], zeros, zeros, obs, zeros)
     data = Transitions(*(jnp.asarray(c, jnp.float32) for c in columns))
     config = GaussianConfig(objective, **TINY)
     state = gaussian.init(config, jax.random.key(0), 1, 1)
     assert (state.critics is None) == (objective == "bc")
-    update = jax.jit(functools.partial(gaussian.update, config))
+    update = functools.partial(gaussian.update, config)
+    update = jax.jit(tiny.drawing(update, config.batch_size))
     for step in range(300):
-        state, metrics = update(state, data, jax.random.key(step))
+        state, metrics = update(state, data, None, jax.random.key(step))
     assert np.isfinite(metrics[f"loss/{objective}"]) and state.step == 300
     states = jnp.array([[-1.0], [1.0]])
     got = gaussian.mean(config, state.actor.params, states)
@@ -66,5 +69,6 @@ def test_bandit(objective):
 def test_refusals():
     with pytest.raises(InputError, match="unknown objective 'luck'"):
         GaussianConfig("luck")
-    with pytest.raises(InputError, match="has bc and reward"):
-        GaussianConfig("safety")
+    for objective in ("safety", "dql"):
+        with pytest.raises(InputError, match="has bc and reward"):
+            GaussianConfig(objective)

@@ -1,245 +1,28 @@
-"""Skills from rewards and costs: what is trained, and a two-armed problem.
+"""Skills, bases and gates from rewards and costs, by the commands and stages."""
 
-Both arms, +SIDE and -SIDE, are in the data equally often. The first is rewarded and has
-a cost, the second neither: the reward skill must take the first, the safety skill the
-second.
-"""
-
-import dataclasses
-import functools
 import json
 import os
 import signal
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import stages
 import tiny
-from psec_jax.agents.pretrain import PretrainConfig
-from psec_jax.agents.skill import SkillConfig
 from shell import call
 
 from experiments.configs import dsrl
-from psec_jax import tree
-from psec_jax.agents import critic_file, critics, offline, skill
-from psec_jax.agents.common import (
-    OptimiserConfig,
-    Transitions,
-    batch_noise,
-)
-from psec_jax.agents.critics import CriticConfig
-from psec_jax.agents.offline import Frozen, OfflineConfig, OfflineData
-from psec_jax.composition import PolicyConfig, PolicyParams, act, safest
+from psec_jax.agents import critic_file
 from psec_jax.data import d4rl, dataset
 from psec_jax.errors import InputError, Stopped
-from psec_jax.gating import GateConfig
 from psec_jax.library import SkillLibrary
-from psec_jax.losses import OBJECTIVES
-from psec_jax.networks.critics import init_q, q_value
 from psec_jax.policy import compose, load_base
 from psec_jax.runtime import loop
 from psec_jax.runtime.loop import train
-from psec_jax.types import Dataset, Normaliser
+from psec_jax.types import Dataset
 from psec_jax.workflows.demonstrations import FIRST, Selection
 
-N, BATCH, SIDE = 256, 64, 0.6
-S, A = tiny.OBS_DIM, tiny.ACTION_DIM
 ROOT = Path(__file__).parents[1]
-ACTOR = SkillConfig(
-    tiny.NETWORK,
-    optimiser=OptimiserConfig(learning_rate=1e-2, weight_decay=0.0, ema=1.0),
-    batch_size=BATCH,
-    rank=4,
-    alpha=2.0,
-)
-CRITICS = CriticConfig(
-    widths=(16,), learning_rate=1e-2, target_rate=0.1, batch_size=BATCH
-)
-BOTH = OfflineConfig(ACTOR, ("reward", "safety"), CRITICS)
-
-
-@functools.cache
-def arms():
-    arm = np.where(np.arange(N) % 2, 1.0, -1.0).astype(np.float32)
-    noise = 0.05 * tiny.normal(N, A, seed=1)
-    return Transitions(
-        obs=tiny.normal(N, S),
-        action=SIDE * arm[:, None] + noise,
-        reward=jnp.asarray(10 * (arm > 0), jnp.float32),
-        h=jnp.asarray(np.where(arm > 0, 25, -1), jnp.float32),
-        next_obs=tiny.normal(N, S, seed=2),
-        mask=jnp.zeros(N),
-    )
-
-
-@functools.cache
-def compiled(config):
-    return jax.jit(functools.partial(offline.update, config))
-
-
-def init(config, base=None):
-    return offline.init(config, jax.random.key(0), S, A, base)
-
-
-def run(config, state, data, steps):
-    for key in tiny.keys(steps):
-        state, metrics = compiled(config)(state, data, key)
-    return state, metrics
-
-
-@functools.cache
-def one_step():
-    """Noise of every skill, and where one step on all rows leads from `init`."""
-    noise = noise_of(jax.random.key(1), 2)
-    step = jax.jit(functools.partial(offline.step, BOTH))
-    got, _ = step(init(BOTH, tiny.base()), Frozen(tiny.base()), arms(), noise)
-    return noise, got
-
-
-@functools.cache
-def trained():
-    data = OfflineData(arms(), Frozen(tiny.base()))
-    return run(BOTH, init(BOTH, tiny.base()), data, 800)[0]
-
-
-def noise_of(key, count):
-    draw = functools.partial(batch_noise, ACTOR.process, batch_size=N, action_dim=A)
-    return jax.vmap(draw)(jax.random.split(key, count))
-
-
-def test_each_skill_takes_its_arm():
-    gate = GateConfig(head="constant")
-    config = PolicyConfig(tiny.NETWORK, ACTOR.process, A, "parameter", gate)
-    policy = jax.jit(jax.vmap(functools.partial(act, config), (None, 0, 0)))
-    for k, side in enumerate((SIDE, -SIDE)):
-        params = PolicyParams(
-            tiny.base(),
-            Normaliser(jnp.zeros(S), jnp.ones(S)),
-            trained().actor.params,
-            jnp.full(2, ACTOR.alpha),
-            {"head": {"alpha": ACTOR.alpha * jnp.eye(2)[k]}},
-        )
-        got = policy(params, tiny.keys(N), arms().obs)
-        assert np.mean(np.sign(side) * got > 0.2) > 0.9, BOTH.objectives[k]
-
-
-def test_training_reaches_skills_and_critics_and_nothing_else():
-    data = OfflineData(arms(), Frozen(tiny.base()))
-    state = init(BOTH, tiny.base())
-    before = jax.tree.map(np.array, (state, data))
-    got, metrics = run(BOTH, state, data, 3)
-    tiny.assert_trees_equal((state, data), before)
-    assert got.step == 3 and got.critics.step == 3
-    for old, new in (
-        (state.actor.params, got.actor.params),
-        (state.critics.q.params, got.critics.q.params),
-        (state.critics.v.params, got.critics.v.params),
-    ):
-        old = tree.flatten(old)
-        for path, leaf in tree.flatten(new).items():
-            # Every member of a stack, not only the first.
-            changed = np.any(
-                np.asarray(leaf != old[path]), axis=tuple(range(1, leaf.ndim))
-            )
-            assert changed.all(), path
-    assert all(np.isfinite(value) for value in metrics.values())
-    assert {"loss/reward", "loss/safety", "weight/reward", "weight/safety"} <= set(
-        metrics
-    )
-
-
-def test_critics_beside_skills_are_critics_alone():
-    """No gradient of a skill's loss reaches them."""
-    state, (_, got) = init(BOTH, tiny.base()), one_step()
-    alone = jax.jit(functools.partial(critics.step, CRITICS))
-    expected, _, _ = alone(state.critics, arms())
-    tiny.assert_trees_close(got.critics, expected, atol=1e-5, rtol=1e-4)
-
-
-def test_skills_together_are_skills_alone_with_finished_critics():
-    state, (noise, together) = init(BOTH, tiny.base()), one_step()
-    frozen = Frozen(tiny.base(), state.critics.trained)
-    for k, name in enumerate(BOTH.objectives):
-        config = OfflineConfig(ACTOR, (name,), None)
-        one = functools.partial(
-            jax.tree.map, lambda x, k=k: x[k : k + 1] if x.ndim else x
-        )
-        single, _ = jax.jit(functools.partial(offline.step, config))(
-            offline.OfflineState(one(state.actor), None), frozen, arms(), one(noise)
-        )
-        expected = one(together.actor.params)
-        tiny.assert_trees_close(single.actor.params, expected, atol=1e-4)
-        assert single.critics is None
-
-
-def test_weight_one_is_the_cloning_skill():
-    config = OfflineConfig(ACTOR, ("bc",), None)
-    state = init(config, tiny.base())
-    noise = noise_of(jax.random.key(1), 1)
-    frozen = Frozen(tiny.base(), critics.init(CRITICS, jax.random.key(0), S, A).trained)
-    _, metrics = jax.jit(functools.partial(offline.step, config))(
-        state, frozen, arms(), noise
-    )
-    one = jax.tree.map(lambda x: x[0], (state.actor.params, noise))
-    given = (one[0], tiny.base(), arms().obs, arms().action, one[1])
-    errors = jax.jit(functools.partial(skill.errors, ACTOR))(*given)
-    np.testing.assert_allclose(metrics["loss/bc"], jnp.mean(errors), rtol=1e-4)
-    assert metrics["weight/bc"] == 1
-
-
-def test_a_whole_policy_with_weights():
-    config = OfflineConfig(
-        PretrainConfig(tiny.NETWORK, optimiser=ACTOR.optimiser, batch_size=BATCH),
-        ("fisor",),
-        CRITICS,
-    )
-    data = OfflineData(arms(), Frozen())
-    state, metrics = run(config, init(config), data, 2)
-    assert state.step == 2 and np.isfinite(metrics["loss/fisor"])
-    assert jax.tree.structure(state.actor.params) == jax.tree.structure(tiny.base())
-
-
-def test_config_refusals():
-    with pytest.raises(
-        InputError, match=f"choose from {', '.join(sorted(OBJECTIVES))}"
-    ):
-        OfflineConfig(ACTOR, ("magic",))
-    with pytest.raises(InputError, match="expected different ones"):
-        OfflineConfig(ACTOR, ("reward", "reward"))
-    with pytest.raises(InputError, match="got none"):
-        OfflineConfig(ACTOR, ())
-    with pytest.raises(InputError, match="'safety' needs a critic of safety"):
-        OfflineConfig(ACTOR, ("safety",), CriticConfig(safety=False))
-    with pytest.raises(InputError, match="a base has one objective"):
-        OfflineConfig(PretrainConfig(), ("reward", "safety"))
-
-
-def test_the_safest_of_several_candidates():
-    make = functools.partial(init_q, (16,), obs_dim=S, action_dim=A)
-    q_h = tiny.randomised(lambda: jax.vmap(make)(tiny.keys(2)), 5)
-    normaliser = Normaliser(jnp.ones(S), jnp.full(S, 2.0))
-    params = PolicyParams(tiny.base(), normaliser, q_h=q_h)
-    config = PolicyConfig(tiny.NETWORK, tiny.PROCESS, A)
-    several = dataclasses.replace(config, candidates=8)
-    obs, key = tiny.normal(S), jax.random.key(3)
-    one = jax.jit(functools.partial(act, config, params))
-    drawn = jnp.stack([one(k, obs) for k in jax.random.split(key, 8)])
-    got = jax.jit(functools.partial(act, several, params))(key, obs)
-    judged = jax.vmap(
-        lambda q: jax.vmap(lambda a: q_value(q, normaliser(obs), a))(drawn)
-    )(q_h)
-    best = int(np.argmin(np.max(judged, axis=0)))
-    np.testing.assert_allclose(got, drawn[best], atol=1e-5)
-    assert safest(q_h, normaliser(obs), drawn) == best
-    with pytest.raises(InputError, match="8 candidates need a critic"):
-        act(several, params._replace(q_h=None), key, obs)
-    with pytest.raises(InputError, match="candidates: got 0"):
-        dataclasses.replace(config, candidates=0)
-
-
 TINY = {
     "network.width": 16,
     "network.blocks": 1,

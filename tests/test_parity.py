@@ -1,5 +1,6 @@
 """The reference vectors are reproduced, in the released and in the paper's form."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,10 +9,10 @@ import numpy as np
 import optax
 import parity
 import pytest
-from psec_jax.agents.skill import SkillConfig
 
 from psec_jax import tree
 from psec_jax.agents import critics, offline
+from psec_jax.agents.cloning import AdapterConfig, CloningConfig
 from psec_jax.agents.common import (
     Noise,
     OptimiserConfig,
@@ -219,6 +220,7 @@ def test_weighted_skill_loss(prefix, skill, weight):
     close(jnp.mean(V[weight] * errors), V[f"{prefix}/loss"], rtol=1e-4)
 
 
+# The authors' costs are -1 or 25: what this project calls h.
 BATCH = Transitions(
     *(
         jnp.asarray(V[f"batch/{name}"])
@@ -227,19 +229,20 @@ BATCH = Transitions(
             "actions",
             "rewards",
             "costs",
+            "costs",
             "next_observations",
             "masks",
         )
     )
 )
 CRITICS = CriticConfig(widths=(32, 32), batch_size=12)
+SUMMED = dataclasses.replace(CRITICS, kinds=("reward", "cost"))
 OFFLINE = OfflineConfig(
-    SkillConfig(
+    CloningConfig(
         parity.network("released"),
         optimiser=OptimiserConfig(decay_steps=1_000_000),
         batch_size=12,
-        rank=4,
-        alpha=STRENGTH,
+        skill=AdapterConfig(rank=4, alpha=STRENGTH),
     ),
     ("reward", "safety"),
     CRITICS,
@@ -271,25 +274,34 @@ def test_critics_forward():
     close(online, [V["critic_out/q_online"], V["critic_out/qc_online"]])
     target = critics.twins(target, *inputs)
     close(target, [V["critic_out/q_target"], V["critic_out/qc_target"]])
-    values = critics.values(state.trained, *inputs)
-    close(values.q, V["critic_out/q_target"].min(0))
-    close(values.q_h, V["critic_out/qc_target"].max(0))
-    close(values.v, V["critic_out/v"])
-    close(values.v_h, V["critic_out/vc"])
+    for config in (CRITICS, SUMMED):
+        values = critics.values(state.trained, config.kinds, *inputs)
+        close(values["reward"].q, V["critic_out/q_target"].min(0))
+        close(values["reward"].v, V["critic_out/v"])
+        close(values[config.kinds[1]].q, V["critic_out/qc_target"].max(0))
+        close(values[config.kinds[1]].v, V["critic_out/vc"])
 
 
-def test_critic_targets_and_losses():
+@pytest.mark.parametrize(
+    ("config", "target", "loss"),
+    [
+        (CRITICS, "target/qc_hj", "loss/safe_critic_hj"),
+        (SUMMED, "target/qc_sum", "loss/safe_critic_qc"),
+    ],
+    ids=["feasibility", "summed costs"],
+)
+def test_critic_targets_and_losses(config, target, loss):
     state = critic_state()
     next_v = critics.v_values(state.v.params, BATCH.next_obs)
     close(next_v, [V["critic_out/next_v"], V["critic_out/next_vc"]])
-    target = critics.targets(CRITICS, BATCH, next_v)
-    close(target, [V["target/q"], V["target/qc_hj"]])
-    errors = critics.twins(state.q.params, BATCH.obs, BATCH.action) - target[:, None]
-    expected = [V["loss/critic"], V["loss/safe_critic_hj"]]
+    got = critics.targets(config, BATCH, next_v)
+    close(got, [V["target/q"], V[target]])
+    errors = critics.twins(state.q.params, BATCH.obs, BATCH.action) - got[:, None]
+    expected = [V["loss/critic"], V[loss]]
     close(jnp.mean(errors**2, axis=(1, 2)), expected, rtol=1e-4)
-    _, _, metrics = critics.step(CRITICS, state, BATCH)
+    _, _, metrics = critics.step(config, state, BATCH)
     close(metrics["loss/value_reward"], V["loss/value"], rtol=1e-4)
-    close(metrics["loss/value_safety"], V["loss/safe_value"], rtol=1e-4)
+    close(metrics[f"loss/value_{config.kinds[1]}"], V["loss/safe_value"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("shift", [0, -6, 3])
@@ -298,7 +310,8 @@ def test_weights(shift):
     v = tree.flatten(trained.v)
     v["mlp/output/bias"] = v["mlp/output/bias"] + shift
     params = CriticParams(trained.q, tree.unflatten(v))
-    got = offline.weights(OFFLINE, critics.values(params, BATCH.obs, BATCH.action))
+    values = critics.values(params, CRITICS.kinds, BATCH.obs, BATCH.action)
+    got = offline.weights(OFFLINE, values, 12)
     prefix = f"weight_shift/{shift}" if shift else "weight"
     expected = [V[f"{prefix}/reward"], V[f"{prefix}/cost"]]
     close(got, expected, rtol=1e-4)
@@ -314,9 +327,9 @@ def test_three_updates_of_skills_and_critics():
         noise = Noise(
             jnp.stack([V[f"lora_steps/time_{k}"][step] for k in ("reward", "cost")]),
             jnp.stack([V[f"lora_steps/noise_{k}"][step] for k in ("reward", "cost")]),
-            jax.random.split(jax.random.key(0), (2, 12)),
+            *2 * (jax.random.split(jax.random.key(0), (2, 12)),),
         )
-        state, metrics = update(state, Frozen(parity.base()), BATCH, noise)
+        state, metrics = update(state, BATCH, Frozen(parity.base()), noise)
         for name, info in {
             "loss/reward": "reward_actor_loss",
             "loss/safety": "cost_actor_loss",

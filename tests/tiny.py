@@ -109,3 +109,14 @@ def assert_trees_close(got, expected, atol=1e-5, rtol=1e-5):
         got,
         expected,
     )
+
+
+def drawing(update, batch_size):
+    """`update` on rows that are drawn first: (state, data, frozen, key) -> the same."""
+
+    def one(state, data, frozen, key):
+        batch_key, key = jax.random.split(key)
+        rows = jax.random.randint(batch_key, (batch_size,), 0, len(data.obs))
+        return update(state, jax.tree.map(lambda x: x[rows], data), frozen, key)
+
+    return one
