@@ -181,7 +181,13 @@ class PolicyParams(NamedTuple):
 
 
 def members(config: PolicyConfig, params: PolicyParams) -> tuple[Params, Array]:
-    """Library and strengths with the base in front, where the gate weighs it too."""
+    """Library and strengths with the base in front, where the gate weighs it too.
+
+    Raises:
+      ValueError: the policy is a base alone.
+    """
+    if config.gate is None or params.library is None or params.strength is None:
+        raise ValueError("a base alone has no skills to weigh")
     if not config.gate.base_member:
         return params.library, params.strength
     library = jax.tree.map(
@@ -195,7 +201,13 @@ def members(config: PolicyConfig, params: PolicyParams) -> tuple[Params, Array]:
 def weights(
     config: PolicyConfig, params: PolicyParams, obs: Float[Array, " S"]
 ) -> Float[Array, " K"]:
-    """alpha(s) of one raw observation."""
+    """alpha(s) of one raw observation.
+
+    Raises:
+      ValueError: the policy is a base alone.
+    """
+    if config.gate is None:
+        raise ValueError("a base alone has no gate")
     return gate_alpha(config.gate, params.gate, params.normaliser(obs))
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from psec_jax.errors import InputError, lookup
-from psec_jax.networks.mlp import MLP
+from psec_jax.networks.mlp import MLP, apply
 from psec_jax.types import Params
 
 
@@ -52,7 +52,7 @@ class GateConfig(GateForm):
 
     Attributes:
       base_member: weight 0 is the base's own, as the noise and action levels need;
-        what a support takes from the skills then goes to the base.
+        what a support withholds from the skills then goes to the base.
     """
 
     base_member: bool = False
@@ -82,7 +82,7 @@ def _init_linear(config, key, obs_dim, start):
 
 def _linear(config, params, obs):
     outputs = params["output"]["bias"].shape[-1]
-    return MLP(config.widths, outputs).apply({"params": params}, obs)
+    return apply(MLP(config.widths, outputs), params, obs)
 
 
 def _init_bounded(config, key, obs_dim, start):
@@ -154,7 +154,7 @@ def learned_distance(net: Params, x: Float[Array, " S"]) -> Float[Array, ""]:
 
     Trust it near the states it was fitted on alone; `SUPPORTS` bounds it elsewhere.
     """
-    return jax.nn.softplus(_DISTANCE_NET.apply({"params": net}, x)[0])
+    return jax.nn.softplus(apply(_DISTANCE_NET, net, x)[0])
 
 
 def _falloff(distance: Array, tau: Array) -> Array:
@@ -173,7 +173,7 @@ def _learned(params: Params, obs: Float[Array, " S"]) -> Float[Array, " K"]:
     x = obs / params["scale"]
     distance = jax.vmap(learned_distance)(params["net"], x)
     # How far x lies outside the box of the demonstrations bounds its distance from
-    # below, however far from its data the network is asked.
+    # below, however far from its data the network is evaluated.
     outside = jnp.maximum(jnp.maximum(params["low"] - x, x - params["high"]), 0)
     bound = jnp.linalg.norm(outside, axis=-1) / params["reach"]
     return _falloff(jnp.maximum(distance, bound), params["tau"])
@@ -200,7 +200,7 @@ def init_gate(
       key: for a learned head.
       obs_dim: S.
       start: the weights the head starts from (a constant head stays there; bounded
-        heads take them as their largest values).
+        heads have them as their largest values).
       support: made by one of `psec_jax.support.FITS`.
 
     Raises:
@@ -220,9 +220,10 @@ def gate_alpha(
 ) -> Float[Array, " K"]:
     """alpha(s) of one normalised observation."""
     alpha = HEADS[config.head].apply(config, params["head"], obs)
-    if config.support == "none":
+    support = SUPPORTS[config.support]
+    if support is None:
         return alpha
-    share = SUPPORTS[config.support](params["support"], obs)
+    share = support(params["support"], obs)
     if config.priority:
         left = jnp.cumprod(1 - share)
         share = share * jnp.concatenate([jnp.ones(1), left[:-1]])

@@ -28,7 +28,7 @@ def _mlp(key: Key[Array, ""], d: int, o: int, rank: int) -> dict[str, Array]:
     return _lora(key, d, o, rank) | {"c": jnp.zeros(rank)}
 
 
-# "mlp" is the control of the paper's PSEC (MLP) row: a bottleneck MLP in the place of
+# "mlp" is the control of the paper's PSEC (MLP) row: a bottleneck MLP instead of
 # each low-rank pair, of the same width and so of like size.
 ADAPTERS = {"lora": _lora, "mlp": _mlp}
 
@@ -202,10 +202,10 @@ def check_skill(base: Params, skill: Params, name: str = "skill") -> None:
     """
     layers = dense_layers(base)
     flat = tree.flatten(skill)
-    found = {path.rpartition("/")[0] for path in flat}
-    if missing := sorted(set(layers) - found):
+    names = {path.rpartition("/")[0] for path in flat}
+    if missing := sorted(set(layers) - names):
         raise InputError(f"{name}: no adapter for layer {missing[0]!r} of the base")
-    if unknown := sorted(found - set(layers)):
+    if unknown := sorted(names - set(layers)):
         raise InputError(
             f"{name}: layer {unknown[0]!r} is not in the base; "
             f"expected {sorted(layers)}"
@@ -257,7 +257,7 @@ def stack_skills(skills: Sequence[Params]) -> Params:
     """Skills of any ranks to one library with leaves [K, ...] at the largest rank.
 
     Raises:
-      InputError: no skill, or low-rank and MLP adapters together.
+      InputError: no skill, or both low-rank and MLP adapters.
     """
     if not skills:
         raise InputError("a library needs at least one skill, got none")

@@ -181,7 +181,7 @@ def compose(
       level: of fixed weights, a key of `composition.LEVELS`.
       matmul_dtype: "bfloat16" makes the products in it and sums in float32, faster on
         processors with units for it; default the base's.
-      candidates: actions sampled at every step, of which the one of least Q_h is taken.
+      candidates: actions sampled at every step, of which the one of least Q_h is used.
       critics: folder of the run whose critics choose among several candidates.
 
     Raises:

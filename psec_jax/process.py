@@ -6,7 +6,7 @@ actions is one vector of H * A numbers here. `PROCESSES` at the foot is the tabl
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +143,7 @@ def ddpm_reverse(
     schedule = make_schedule(config)
     t = np.arange(config.steps - 1, -1, -1)
 
-    def step(a_t: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+    def step(a_t: Array, inputs: tuple[Any, Any, Any]) -> tuple[Array, Array]:
         t, beta, alpha_bar = inputs
         eps = denoise(obs, a_t, t.astype(jnp.float32))
         mean = (a_t - beta / jnp.sqrt(1 - alpha_bar) * eps) / jnp.sqrt(1 - beta)
@@ -186,7 +186,7 @@ def ddim_sample(
     start_key, _ = jax.random.split(key)
     a_T = config.start_scale * jax.random.normal(start_key, (action_dim,))
 
-    def step(a_t: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, None]:
+    def step(a_t: Array, inputs: tuple[Any, Any, Any]) -> tuple[Array, None]:
         t, alpha_bar, next_alpha_bar = inputs
         eps = denoise(obs, a_t, t.astype(jnp.float32))
         a_0 = (a_t - jnp.sqrt(1 - alpha_bar) * eps) / jnp.sqrt(alpha_bar)
@@ -275,7 +275,7 @@ def _integrate(
             return v
         return (a_t - jnp.clip(a_t - share * v, -1, 1)) / share
 
-    def step(a_t: Array, share: Array) -> tuple[Array, None]:
+    def step(a_t: Array, share: Any) -> tuple[Array, None]:
         v = slope(a_t, share)
         if midpoint:
             v = slope(a_t - v / (2 * count), share - 1 / (2 * count))

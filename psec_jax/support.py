@@ -1,9 +1,9 @@
 """Where a skill's demonstrations reach: supports for `gating`, made from data alone.
 
 The scale tau of a support comes from the demonstrations themselves: leave one
-trajectory out, and measure how far its states lie from the nearest state of the others.
-A skill is then trusted as far from its demonstrations as they lie from one another.
-Returns are never looked at.
+trajectory out, and measure the distance of its states to the nearest state of the
+others. A skill is then trusted as far from its demonstrations as they are from one
+another. Returns are never looked at.
 """
 
 from collections.abc import Sequence
@@ -51,20 +51,20 @@ class SupportConfig:
     def __post_init__(self) -> None:
         if not 0 < self.quantile <= 1:
             raise InputError(
-                f"support.quantile: got {self.quantile}, expected 0 < quantile <= 1"
+                f"quantile: got {self.quantile}, expected 0 < quantile <= 1"
             )
         if not 0 < self.expectile < 1:
             raise InputError(
-                f"support.expectile: got {self.expectile}, expected 0 < expectile < 1"
+                f"expectile: got {self.expectile}, expected 0 < expectile < 1"
             )
         if self.learning_rate <= 0:
             raise InputError(
-                f"support.learning_rate: got {self.learning_rate}, expected above 0"
+                f"learning_rate: got {self.learning_rate}, expected above 0"
             )
         for field in ("max_demos", "queries", "steps", "batch_size"):
             if getattr(self, field) < 1:
                 raise InputError(
-                    f"support.{field}: got {getattr(self, field)}, expected 1 or more"
+                    f"{field}: got {getattr(self, field)}, expected 1 or more"
                 )
 
 
@@ -104,9 +104,9 @@ def leave_one_out_distances(trajectories: Trajectories) -> np.ndarray:
 def fit_neighbour(
     config: SupportConfig, skills: Sequence[Trajectories], background: np.ndarray
 ) -> Params:
-    """The reference form: the nearest demonstration state, found by search.
+    """The reference form: the nearest demonstration state, by search.
 
-    Distances are taken in units of the standard deviation of the skill's own states.
+    Distances are in units of the standard deviation of the skill's own states.
 
     Args:
       config: the rule for tau.
@@ -156,12 +156,12 @@ def fit_learned(
     Args:
       config: the rule for tau, and the fit.
       skills: for each of K skills its demonstrations.
-      background: [M, S] normalised states where other behaviour is found, such as the
-        base's own data.
+      background: [M, S] normalised states of other behaviour, such as the base's own
+        data.
 
     Returns:
       "low" and "high" [K, S], the box of the demonstrations, and "reach" [K], the
-      reference's tau: outside the box the distance is at least that to the box;
+      reference's tau: outside the box the distance is at least the one to the box;
       "net" leaves [K, ...], "tau" [K] (all 1: the network speaks in units of tau),
       "scale" [K, S].
 
@@ -197,7 +197,7 @@ def _queries(
     """States [Q, S] to fit a distance on: real ones, crossed ones, jittered ones.
 
     A crossed state takes some of its variables from a demonstration and the others from
-    any real state: bodies and velocities that never go together. Without them the
+    any real state: bodies and velocities that never occur at once. Without them the
     network underrates the distance of states that no data shows, such as a fallen body.
     """
     quarter = max(count // 4, 1)

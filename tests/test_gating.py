@@ -231,7 +231,7 @@ def test_refusals(given):
     key, start = jax.random.key(0), jnp.ones(2)
     with pytest.raises(InputError, match=f"choose from {', '.join(sorted(HEADS))}"):
         GateConfig(head="argmax")
-    with pytest.raises(InputError, match="gate.support 'all'; choose from .*none"):
+    with pytest.raises(InputError, match="support 'all'; choose from .*none"):
         GateConfig(support="all")
     with pytest.raises(InputError, match="top_k: got 0"):
         GateConfig(top_k=0)

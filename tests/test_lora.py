@@ -238,9 +238,9 @@ def test_layer_names_must_be_the_bases():
 
 
 def test_a_library_without_weights_raises():
-    with pytest.raises(ValueError, match="a library and alpha go together"):
+    with pytest.raises(ValueError, match="a library and alpha need each other"):
         make_denoise(tiny.net(), tiny.base(), tiny.library())
-    with pytest.raises(ValueError, match="a library and alpha go together"):
+    with pytest.raises(ValueError, match="a library and alpha need each other"):
         make_denoise(tiny.net(), tiny.base(), alpha=jnp.ones(1))
 
 

@@ -164,5 +164,5 @@ def test_refusals():
         "steps": 0,
         "queries": 0,
     }.items():
-        with pytest.raises(InputError, match=f"support.{field}: got {value}"):
+        with pytest.raises(InputError, match=f"{field}: got {value}"):
             SupportConfig(**{field: value})

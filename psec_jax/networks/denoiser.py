@@ -1,6 +1,7 @@
 """Denoising networks with or without skills: the table, their making and their call."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
@@ -90,8 +91,9 @@ def make_denoise(
         without a library.
     """
     if (library is None) != (alpha is None):
-        raise ValueError("a library and alpha go together: got only one of them")
+        raise ValueError("a library and alpha need each other: got only one")
     variables = {"params": base}
     if library is not None:
         variables["skills"] = library
-    return lambda obs, a_t, t: net.apply(variables, obs, a_t, t, alpha, dropout_key)
+    apply: Callable[..., Any] = net.apply
+    return lambda obs, a_t, t: apply(variables, obs, a_t, t, alpha, dropout_key)

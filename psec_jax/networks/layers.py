@@ -115,7 +115,7 @@ class AdaptedDense(nn.Module):
             for leaf in ("a", "b", "c")
             if alpha is not None and self.has_variable("skills", leaf)
         }
-        if self.merged:
+        if self.merged and alpha is not None:
             if dtype != jnp.float32:
                 raise ValueError(f"skills cannot be merged in {dtype}, only in float32")
             return merged_product(x, kernel, *side_by_side(adapter, alpha)) + bias

@@ -1,9 +1,12 @@
-"""A plain MLP, the body of gates."""
+"""A plain MLP, the body of gates and critics."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 from jaxtyping import Array, Float
+
+from psec_jax.types import Params
 
 
 class MLP(nn.Module):
@@ -17,3 +20,8 @@ class MLP(nn.Module):
         for i, width in enumerate(self.widths):
             x = nn.relu(nn.Dense(width, name=f"hidden_{i}")(x))
         return nn.Dense(self.outputs, name="output")(x)
+
+
+def apply(net: nn.Module, params: Params, *inputs: Any) -> Any:
+    """The outputs alone: linen types them as if state could come with them."""
+    return net.apply({"params": params}, *inputs)
