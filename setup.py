@@ -49,6 +49,7 @@ EXTRAS = {
     "dev": [
         "beartype>=0.22.1",
         "chex>=0.1.92,<0.2",
+        "hypothesis>=6.170,<7",
         # With Node.js from PyPI too, and so nothing to download when it first runs.
         "pyright[nodejs]>=1.1.414,<1.2",
         "pytest>=9,<10",

@@ -111,7 +111,7 @@ def compare(d4rl: Any, env: Any, name: str, path: Path) -> dict[str, bool]:
     Raises:
       InputError: a file that cannot be read.
     """
-    ours, _ = reader.load(path, required=d4rl_sets.REQUIRED)
+    ours, _ = reader.load(path, required=d4rl_sets.SETS.required)
     sets.check(path, name, d4rl_sets.task(name), ours, {})
     theirs = d4rl.qlearning_dataset(env, env.get_dataset(h5path=str(path)))
     rows = customary(ours)

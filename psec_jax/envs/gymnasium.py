@@ -70,12 +70,12 @@ class GymnasiumEnv:
             vector = np.asarray(vector, dtype=np.float32)
         except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
             raise InputError(
-                f"{self.spec}: observation {observation!r:.80} is not of "
-                f"{self._env.observation_space} ({error})"
+                f"{self.spec}: observation {_short(observation)} is not of "
+                f"{self._env.observation_space} ({_reason(error)})"
             ) from error
         if vector.shape != (self.obs_dim,) or not np.isfinite(vector).all():
             raise InputError(
-                f"{self.spec}: observation {vector!r:.80} of shape {vector.shape}, "
+                f"{self.spec}: observation {_short(vector)} of shape {vector.shape}, "
                 f"expected {self.obs_dim} finite numbers"
             )
         return vector
@@ -91,8 +91,8 @@ class GymnasiumEnv:
         pair = isinstance(result, tuple) and len(result) == 2
         if not pair or not isinstance(result[1], dict):
             raise InputError(
-                f"{self.spec}: reset returns {type(result).__name__} "
-                f"{result!r:.60}, expected Gymnasium's (observation, info)"
+                f"{self.spec}: reset returns {type(result).__name__} {_short(result)}, "
+                "expected Gymnasium's (observation, info)"
             )
         return self._vector(result[0])
 
@@ -108,7 +108,7 @@ class GymnasiumEnv:
         if np.issubdtype(space.dtype, np.integer):
             raw = np.rint(raw)
         # Rounding to the type of the space may leave its box by a hair.
-        raw = np.clip(raw.astype(space.dtype), space.low, space.high)
+        raw = np.asarray(np.clip(raw.astype(space.dtype), space.low, space.high))
         observation, reward, terminal, timeout, info = self._env.step(raw)
         return Step(
             self._vector(observation),
@@ -225,6 +225,10 @@ def make(
             env.close()
             env = drawn
     return GymnasiumEnv(spec, env)
+
+
+def _short(value: Any) -> str:
+    return " ".join(repr(value).split())[:60]
 
 
 def _reason(error: BaseException) -> str:

@@ -108,7 +108,8 @@ def collect(
         return path
     parts = play(env, [Actor(policy, action_noise)] * episodes, seed, workers)
     ds = dataset.check(dataset.concatenate(parts), str(path))
-    attrs = identity | {
+    attrs = identity | envs.describe(env).attributes()
+    attrs |= {
         "versions": json.dumps(simulator_versions(), sort_keys=True),
         "returns": dataset.episode_returns(ds),
         "costs": dataset.episode_costs(ds),
