@@ -83,7 +83,7 @@ def write_bad_files():
     Path("text.hdf5").write_text("not HDF5")
     Path("text.npz").write_text("not npz")
     Path("folder").mkdir()
-    changed("no_rewards.hdf5", "rewards", lambda x: None)
+    changed("no_actions.hdf5", "actions", lambda x: None)
     changed("short_actions.hdf5", "actions", lambda x: x[:-1])
     changed("flat.hdf5", "observations", lambda x: x[:, 0])
     changed("nan.hdf5", "observations", poked((3, 4), np.nan))
@@ -167,7 +167,7 @@ FILES = {
     "text.hdf5": "text.hdf5: not a readable HDF5 file",
     "text.npz": "text.npz: not a readable .npz",
     "folder": "folder: no episode files (*.npz) in this folder",
-    "no_rewards.hdf5": "no dataset 'rewards'; the file holds actions, next_",
+    "no_actions.hdf5": "no dataset 'actions'; the file holds next_obs",
     "short_actions.hdf5": "actions has shape (23, 6) but observations has 24 rows",
     "flat.hdf5": "expected [N, S] and [N, A]",
     "nan.hdf5": "obs holds 1 NaN or infinite of 576 values",

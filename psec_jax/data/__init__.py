@@ -109,21 +109,25 @@ def read(
         recording.check_sizes(ds, env, str(path))
     units = Units(actions, known.units, known.box, box or (env and env.box))
 
+    notes: list[str] = []  # said once nothing is refused
+
     def scaled(action: np.ndarray) -> np.ndarray:
-        return scale(action, units, str(path), clip_actions, say)
+        return scale(action, units, str(path), clip_actions, notes.append)
 
     ds = dataset.check(ds, str(path), clip_actions, scaled)
     dataset.check_costs(ds, str(path))
     if source is not None and ends == "check":  # known sets are not refused for it
         source.verify(path, ds, attrs)
         if line := dataset.contradiction(ds, str(path)):
-            say(line)
+            notes.append(line)
     else:
-        ds = dataset.check_ends(ds, str(path), ends, say)
+        ds = dataset.check_ends(ds, str(path), ends, notes.append)
     recording.check_lengths(ds, known, str(path))
     if env is not None:
-        recording.compare(ds, known, env, str(path))
-        ds = recording.arrange(ds, known, env, str(path))
+        recording.compare(ds, known, env, str(path), notes.append)
+        ds = recording.arrange(ds, known, env, str(path), notes.append)
+    for line in notes:
+        say(line)
     now = known.now(units.target or units.recorded, env)
     return ds, dict(attrs) | now.attributes() | {"missing": known.missing}
 

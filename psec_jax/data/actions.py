@@ -138,8 +138,7 @@ def scale(
       units: what is known of them.
       source: the file, named in every message.
       clip: whether the caller clips, so that rows outside a box are no contradiction.
-      say: called with one line where actions are converted, or used as they are
-        without a box to compare with.
+      say: called with one line where the values decide, or actions are converted.
 
     Raises:
       InputError: units that contradict the file or the values, or that nothing shows.
@@ -200,12 +199,8 @@ def _guess(
       InputError: both are possible, or neither.
     """
     beyond = np.asarray((np.abs(action) > 1 + SLACK).any(-1))
-    if box is None:
-        if not beyond.any():  # what lies outside is refused with the other checks
-            say(f"{source}: no action box is known: actions are used as stored")
-        return "scaled"
-    if box.same(ActionBox.unit(len(box.low))):
-        return "scaled"
+    if box is None or box.same(ActionBox.unit(len(box.low))):
+        return "scaled"  # what is outside [-1, 1] is refused with the other checks
     outside = box.outside(action)
     say_which = "say which units they have: --actions=env or --actions=scaled"
     if not beyond.any() and not outside.any():

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,8 @@ from psec_jax.data.actions import ActionBox
 from psec_jax.data.dataset import episode_slices
 from psec_jax.errors import InputError
 from psec_jax.types import Dataset
+
+Say = Callable[[str], None]
 
 
 def say(line: str) -> None:
@@ -121,13 +123,19 @@ def box_of_card(card: Mapping[str, Any] | None) -> ActionBox | None:
 
 
 def check_box(card: Mapping[str, Any] | None, env: Recording) -> None:
-    """One line where a base was trained for another action box than an environment's.
+    """One line where a base was trained for another action box than an environment's,
+    or for one that is not known.
 
     Args:
       card: the `actions` entry of the base's card.
       env: the environment it acts in.
     """
     box = box_of_card(card)
+    if card is not None and box is None and not _is_unit(env.box):
+        say(
+            f"{env.environment}: its action box is {env.box}, that of the base's data "
+            "is not known: actions are scaled to the first"
+        )
     if box is not None and env.box is not None and not box.same(env.box):
         say(
             f"{env.environment}: its action box is {env.box}, the base was trained for "
@@ -135,7 +143,13 @@ def check_box(card: Mapping[str, Any] | None, env: Recording) -> None:
         )
 
 
-def arrange(ds: Dataset, data: Recording, env: Recording, source: str) -> Dataset:
+def _is_unit(box: ActionBox | None) -> bool:
+    return box is None or box.same(ActionBox.unit(len(box.low)))
+
+
+def arrange(
+    ds: Dataset, data: Recording, env: Recording, source: str, say: Say = say
+) -> Dataset:
     """The dataset with the parts of its observations in the environment's order.
 
     Raises:
@@ -197,7 +211,9 @@ def check_lengths(ds: Dataset, data: Recording, source: str) -> None:
             )
 
 
-def compare(ds: Dataset, data: Recording, env: Recording, source: str) -> None:
+def compare(
+    ds: Dataset, data: Recording, env: Recording, source: str, say: Say = say
+) -> None:
     """One line for each thing in which data and an environment differ.
 
     Args:
@@ -205,6 +221,7 @@ def compare(ds: Dataset, data: Recording, env: Recording, source: str) -> None:
       data: what is known of them.
       env: the environment they are used for.
       source: the file, named in every line.
+      say: called with each line.
     """
     if data.environment and env.environment and data.environment != env.environment:
         say(f"{source}: recorded in {data.environment}, used for {env.environment}")
