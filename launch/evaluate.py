@@ -22,14 +22,14 @@ from psec_jax.cli import (
     run,
     seeds_of,
 )
+from psec_jax.data.recording import check_box
 from psec_jax.files import make_room, write_json
+from psec_jax.library import SkillLibrary
 from psec_jax.policy import compose
 from psec_jax.workflows.multirun import roll_out
 
 LIBRARY = flags.DEFINE_string("library", "runs/library", "Folder of the skill library.")
-ENV = flags.DEFINE_string(
-    "env", None, "dm_control:DOMAIN-TASK or gymnasium:ID.", required=True
-)
+ENV = flags.DEFINE_string("env", None, f"Simulator: {envs.FORMS}.", required=True)
 SHIFT = define_shift()
 SKILLS = flags.DEFINE_list("skills", [], "Names of skills; none is the base alone.")
 ALPHA = flags.DEFINE_list(
@@ -77,6 +77,10 @@ def main(argv: Sequence[str]) -> None:
         )
         for seed in seeds_of(SEEDS.value)
     }
+    about = envs.describe(env)
+    for seed in seeds_of(SEEDS.value):
+        card = SkillLibrary.open(seed.within(LIBRARY.value)).card("base", "base")
+        check_box(card.get("actions"), about)
     played = dict.fromkeys(policies, env)
     results = roll_out(policies, played, EPISODES.value, SEED.value)
     if OUT.value:

@@ -73,9 +73,8 @@ COMPILATION_CACHE = flags.DEFINE_string(
 ENV = flags.DEFINE_string(
     "env",
     None,
-    "Simulator: dm_control:DOMAIN-TASK, gymnasium:ID, ...; default that of the data "
-    "where they name one, of the library's base for a skill, the config's where data "
-    "are collected.",
+    f"Simulator: {envs.FORMS}; default that of the data where they name one, of the "
+    "library's base for a skill, the config's where data are collected.",
 )
 SHIFT = define_shift()
 DATA = flags.DEFINE_string(
@@ -86,6 +85,21 @@ DATA = flags.DEFINE_string(
     "halfcheetah-medium-v2 (D4RL), minari:ID (launch.compose: also best, the best safe "
     "trajectories of the skills' task); "
     "default collects in --env with the policy config.data.policy.",
+)
+ACTIONS = flags.DEFINE_enum(
+    "actions",
+    None,
+    list(datasets.UNITS),
+    "Units of the actions in --data: env, the environment's own, scaled, in [-1, 1], "
+    "or auto, what the file says or the environment's box leaves; default "
+    "config.data.actions.",
+)
+ENDS = flags.DEFINE_enum(
+    "ends",
+    None,
+    list(datasets.ENDS),
+    "What ends a trajectory of --data: flags, observations, or check, which refuses "
+    "data in which the two contradict each other; default config.data.ends.",
 )
 OFFLINE = flags.DEFINE_bool("offline", False, "Never download data.")
 BEST = flags.DEFINE_bool(
@@ -145,7 +159,9 @@ def start() -> None:
 
 def job() -> Job:
     """The job of --config and its fields."""
-    return Job.from_dict(CONFIG.value.to_dict())
+    given = {"data.actions": ACTIONS.value, "data.ends": ENDS.value}
+    changes = {name: value for name, value in given.items() if value is not None}
+    return Job.from_dict(CONFIG.value.to_dict()).changed(changes)
 
 
 def seeds() -> list[Seed]:

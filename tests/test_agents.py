@@ -269,8 +269,7 @@ def test_gate_follows_the_state():
 @pytest.mark.parametrize("config", [BASE, SKILL], ids=["base", "skill"])
 def test_an_update_by_hand(config):
     """The key of a step gives each example its time, noise and dropout, in this way."""
-    network = dataclasses.replace(NETWORK, dropout=0.5)
-    config = dataclasses.replace(config, network=network, optimiser=OptimiserConfig())
+    config = dataclasses.replace(config, dropout=0.5, optimiser=OptimiserConfig())
     base = trained_base() if config.skill else None
     batch = jax.tree.map(lambda x: x[:8], demonstrations([SIDE, 0]))
     state = cloning.init(config, jax.random.key(1), 2, 2, base)
@@ -283,7 +282,7 @@ def test_an_update_by_hand(config):
             t = jax.random.randint(t_key, (), 0, PROCESS.steps)
             eps = jax.random.normal(eps_key, (2,))
             a_t = q_sample(make_schedule(PROCESS), action, t, eps)
-            net = make_network(network, 2, merged=merged)
+            net = make_network(NETWORK, 2, merged=merged, dropout=0.5)
             given = (base, tree.stack([params]), jnp.full(1, STRENGTH))
             given = given if config.skill else (params, None, None)
             denoise = make_denoise(net, *given, dropout_key)

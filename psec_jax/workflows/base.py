@@ -27,11 +27,12 @@ from psec_jax.workflows.demonstrations import (
     Demos,
     Load,
     Selection,
-    check_env,
+    Wanted,
     check_fit,
     check_sizes,
-    known_env,
+    environment_of,
     loader,
+    playable,
 )
 from psec_jax.workflows.multirun import Plan, Published, Trained
 
@@ -44,8 +45,8 @@ class Request:
       workdir: the run's directory.
       library: directory of the library, made if missing.
       seed: of parameters, batches and noise.
-      env: environment; default that of `data`, where it is known, else `job.base.env`
-        where nothing is given to learn from.
+      env: environment; default the one that `data` were recorded in, where that is
+        known, and `job.base.env` where nothing is given to learn from.
       data: demonstrations; default collects.
       selection: which of them.
       name: of the base on its card.
@@ -106,19 +107,19 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
       InputError: data, critics or a start that do not fit.
     """
     section = {"base": job.base, "skill": job.skill}[request.section]
-    env = request.env or known_env(request.data)
-    if env is None and request.data is None:
-        env = job.base.env
+    env = environment_of(request.data, request.env, job.base.env)
     network, process, start, record = job.network, job.process, None, {}
     if request.start is not None:
         start, _, card = SkillLibrary.open(request.start).load_base()
         network, process = network_config(card), process_config(card)
         record["start"] = card["fingerprint"]
     needed = critics.needed([request.objective])
-    costs = reads_costs(needed)
-    demos = load(env, section.episodes, request.data, request.selection, costs)
-    if request.data and request.evaluate and env is not None:
-        check_env(env, demos)
+    wanted = Wanted(
+        costs=reads_costs(needed),
+        rewards="reward" in needed,
+        compare=request.evaluate or request.env is not None,
+    )
+    demos = load(env, section.episodes, request.data, request.selection, wanted)
     finished = critics.load(request.critics, needed)
     learner = actor.make(
         job,
@@ -158,7 +159,7 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
         key=learner.key,
         steps=section.steps,
         stage=learner.stage,
-        env=env if request.evaluate else None,
+        env=playable(env, request.evaluate, request.label),
         label=request.label,
         content=learner,
     )
@@ -200,6 +201,7 @@ def publish(trained: Trained) -> Published:
             "network": dataclasses.asdict(config.network),
             "process": dataclasses.asdict(config.process),
             "env": record["env"],
+            "actions": learner.demos.recording.card(),
             "data": learner.demos.card(),
             "returns": None,
             "steps": plan.steps,

@@ -19,6 +19,7 @@ from psec_jax.agents.common import OptimiserConfig
 from psec_jax.agents.critics import CriticConfig
 from psec_jax.agents.gate import GATE_LOSSES
 from psec_jax.composition import LEVELS
+from psec_jax.data import ENDS, UNITS
 from psec_jax.data.normalise import NORMALISERS
 from psec_jax.errors import InputError, at_least, lookup
 from psec_jax.gating import GateForm
@@ -195,13 +196,24 @@ class DataConfig:
       policy: "expert", "medium", "random" or the path of an expert file.
       action_noise: standard deviation of Gaussian noise on every action.
       clip_actions: clip actions into [-1, 1] instead of refusing them.
+      actions: units of stored actions, a key of `data.UNITS`: "env" are the
+        environment's own, "scaled" are in [-1, 1], "auto" is what the file says or what
+        the environment's box leaves.
+      ends: what ends a trajectory, a key of `data.ENDS`.
       seeds: of the collection in each environment; 0 in those not named.
     """
 
     policy: str = "expert"
     action_noise: float = 0.0
     clip_actions: bool = False
+    actions: str = "auto"
+    ends: str = "check"
     seeds: Mapping[str, int] = field(default_factory=_walker_seeds)
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "action_noise")
+        lookup(dict.fromkeys(UNITS), self.actions, "actions")
+        lookup(dict.fromkeys(ENDS), self.ends, "ends")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from psec_jax.agents import critics as agent
 from psec_jax.agents.common import Transitions, make_transitions, reward_scale
 from psec_jax.agents.critic_file import Finished
 from psec_jax.agents.critics import CriticConfig, CriticParams
+from psec_jax.data.recording import box_of_card
 from psec_jax.errors import InputError, lookup
 from psec_jax.library import SkillLibrary
 from psec_jax.losses import OBJECTIVES
@@ -28,8 +29,9 @@ from psec_jax.workflows.demonstrations import (
     FIRST,
     Demos,
     Selection,
+    Wanted,
     check_fit,
-    known_env,
+    environment_of,
     loader,
 )
 from psec_jax.workflows.multirun import Plan, Published, Trained
@@ -82,10 +84,15 @@ def plan(job: Job, request: Request, load: Any) -> Plan:
       InputError: data that critics cannot learn from.
     """
     config = part(CriticConfig, job.critics)
-    _, normaliser, _ = SkillLibrary.open(request.library).load_base()
-    env = request.env or known_env(request.data) or job.skill.env
-    costs = agent.reads_costs(config.kinds)
-    demos = load(env, job.skill.episodes, request.data, request.selection, costs)
+    _, normaliser, card = SkillLibrary.open(request.library).load_base()
+    env = environment_of(request.data, request.env, job.skill.env, card.get("env"))
+    wanted = Wanted(
+        costs=agent.reads_costs(config.kinds),
+        rewards="reward" in config.kinds,
+        compare=request.env is not None,
+        box=box_of_card(card.get("actions")),
+    )
+    demos = load(env, job.skill.episodes, request.data, request.selection, wanted)
     check_fit(demos, load_base(request.library))
     rows = transitions(job.critics, demos, normaliser, config.kinds)
     init_key, train_key = jax.random.split(jax.random.key(request.seed))

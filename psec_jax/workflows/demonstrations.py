@@ -11,6 +11,8 @@ from psec_jax import data as datasets
 from psec_jax import envs
 from psec_jax.agents.common import Demonstrations
 from psec_jax.data import d4rl_sets, dataset
+from psec_jax.data.actions import ActionBox
+from psec_jax.data.recording import Recording, say
 from psec_jax.data.trajectories import apply_filter, cut, share, split
 from psec_jax.errors import InputError
 from psec_jax.policy import Policy
@@ -78,6 +80,11 @@ class Selection(NamedTuple):
         """Whether data without costs cannot be chosen from."""
         return self.max_cost is not None or self.cost_quantile is not None
 
+    def reads_rewards(self) -> bool:
+        """Whether data without rewards cannot be chosen from."""
+        returns = (self.min_return, self.return_quantile, self.filter)
+        return self.best or any(bound is not None for bound in returns)
+
     def card(self) -> dict[str, Any]:
         """What is recorded: the first two, and of the others those that are set."""
         later = self._fields[2:]
@@ -98,23 +105,45 @@ class Demos(NamedTuple):
       dataset: whole trajectories.
       source: file or folder they come from.
       selection: how they were chosen there.
+      recording: how they were recorded.
     """
 
     dataset: Dataset
     source: str
     selection: Selection = FIRST
+    recording: Recording = Recording()
 
     def card(self) -> dict[str, Any]:
         """What cards and configs record of the data."""
         returns = dataset.episode_returns(self.dataset)
+        known = "reward" not in self.recording.missing
         chosen = self.selection != FIRST
         return {
             "source": Path(self.source).name,
             "fingerprint": dataset.fingerprint(self.dataset),
             "transitions": len(self.dataset.obs),
             "trajectories": len(returns),
-            "return_mean": float(np.mean(returns)),
+            "return_mean": float(np.mean(returns)) if known else None,
         } | ({"selection": self.selection.card()} if chosen else {})
+
+
+class Wanted(NamedTuple):
+    """What a run needs of its data.
+
+    Attributes:
+      costs: refuse data without costs.
+      rewards: refuse data without rewards.
+      compare: refuse data that are not the environment's, which is made for it.
+      box: action box of the base that the data are for; None is the environment's.
+    """
+
+    costs: bool = False
+    rewards: bool = False
+    compare: bool = True
+    box: ActionBox | None = None
+
+
+ANY = Wanted()
 
 
 def load_demos(
@@ -123,18 +152,18 @@ def load_demos(
     episodes: int,
     path: str | None = None,
     selection: Selection = FIRST,
-    with_costs: bool = False,
+    wanted: Wanted = ANY,
 ) -> Demos:
     """`episodes` trajectories of a file, or of a fresh collection.
 
     Args:
       config: how to collect and read.
-      env: environment the demonstrations are of; None where nobody named it.
+      env: environment the demonstrations are for; None where nobody named it.
       episodes: trajectories; 0 takes all that a file has.
       path: an HDF5 file, an episode file or a folder of them, or a set's name; None
         collects with `config.policy` in `env`, or uses what was collected before.
       selection: by default the first ones.
-      with_costs: refuse data without costs.
+      wanted: what the run needs of them.
 
     Raises:
       InputError: the data cannot be used.
@@ -152,12 +181,18 @@ def load_demos(
         )
     ds, attrs = datasets.read(
         path,
+        actions=config.actions,
+        ends=config.ends,
+        env=envs.describe(env) if env is not None and wanted.compare else None,
+        box=wanted.box,
         clip_actions=config.clip_actions,
-        with_costs=with_costs or selection.reads_costs(),
+        with_costs=wanted.costs or selection.reads_costs(),
+        with_rewards=wanted.rewards or selection.reads_rewards(),
     )
+    recording = Recording.of(attrs, path)
     if env is not None:
-        check_robot(env, known_env(path) or str(attrs.get("environment", "")), path)
-    return Demos(selection.of(ds, episodes, path), path, selection)
+        check_robot(env, datasets.environment(path) or "", path)
+    return Demos(selection.of(ds, episodes, path), path, selection, recording)
 
 
 Load = Callable[..., Demos]
@@ -166,6 +201,30 @@ Load = Callable[..., Demos]
 def loader(config: DataConfig) -> Load:
     """`load_demos` with this config, which reads what is the same only once."""
     return functools.cache(functools.partial(load_demos, config))
+
+
+def environment_of(
+    data: str | None, env: str | None, collect_in: str, otherwise: str | None = None
+) -> str | None:
+    """The environment of a run.
+
+    Args:
+      data: what it learns from; None collects.
+      env: the environment named by the user, which comes first.
+      collect_in: where data are collected.
+      otherwise: where data do not say what they were recorded in.
+    """
+    if env is not None:
+        return env
+    return collect_in if data is None else datasets.environment(data) or otherwise
+
+
+def playable(env: str | None, evaluate: bool, label: str) -> str | None:
+    """The environment to roll out in; None where it is not wanted or not known."""
+    if evaluate and env is None:
+        before = f"{label}: " if label else ""
+        say(f"{before}no environment is named (--env), so nothing is rolled out")
+    return env if evaluate else None
 
 
 def check_robot(env: str, other: str, owner: str) -> None:
@@ -184,28 +243,12 @@ def check_robot(env: str, other: str, owner: str) -> None:
         raise InputError(f"{owner}: of the robot {theirs}, {env} expects {mine}")
 
 
-def known_env(data: str | None) -> str | None:
-    """The simulator of a known set; None for other data."""
-    return None if data is None else datasets.environment(data)
-
-
 def demonstrations(
     demos: Demos, normaliser: Normaliser, horizon: int
 ) -> Demonstrations:
     """What cloning reads: normalised observations and chunks of `horizon` actions."""
     obs = np.asarray(normaliser(demos.dataset.obs))
     return Demonstrations(obs, np.asarray(dataset.windows(demos.dataset, horizon)))
-
-
-def check_env(env: str, demos: Demos) -> None:
-    """Refuse demonstrations whose sizes are not the environment's.
-
-    Raises:
-      InputError: other sizes, or an environment that cannot be made.
-    """
-    made = envs.make(env)
-    made.close()
-    check_sizes(demos, made.obs_dim, made.action_dim, env)
 
 
 def check_fit(demos: Demos, policy: Policy) -> None:

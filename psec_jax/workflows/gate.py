@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psec_jax import support
+from psec_jax import envs, support
 from psec_jax.agents import gate as agent
 from psec_jax.agents.gate import GateTrainConfig
 from psec_jax.composition import PolicyParams
 from psec_jax.data import dataset
+from psec_jax.data.actions import ActionBox
+from psec_jax.data.recording import box_of_card, check_box
 from psec_jax.errors import InputError, lookup
 from psec_jax.gating import BOUNDED_HEADS, GateConfig, init_gate
 from psec_jax.library import SkillLibrary
@@ -31,10 +33,11 @@ from psec_jax.workflows.demonstrations import (
     Demos,
     Load,
     Selection,
-    check_env,
+    Wanted,
     check_fit,
     demonstrations,
     loader,
+    playable,
 )
 from psec_jax.workflows.multirun import Plan, Published, Trained
 
@@ -124,17 +127,21 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
     start = start_weights(
         section.start, section.head, strength, form.base_member, request.alpha
     )
-    demos = load(env, job.skill.episodes, request.data, request.selection)
+    base_card = SkillLibrary.open(request.library).card("base", "base")
+    box = box_of_card(base_card.get("actions"))
+    compare = request.evaluate or request.env is not None
+    wanted = Wanted(compare=compare, box=box)
+    demos = load(env, job.skill.episodes, request.data, request.selection, wanted)
     check_fit(demos, policy)
-    if request.data and request.evaluate and env is not None:
-        check_env(env, demos)
+    if compare and env is not None:
+        check_box(base_card.get("actions"), envs.describe(env))
     skill_demos: list[Demos] = []
     background = None
     if section.support != "none":
-        skill_demos = _skill_demos(load, cards, request.support_data)
+        skill_demos = _skill_demos(load, box, cards, request.support_data)
     if section.support == "learned":
-        card = SkillLibrary.open(request.library).card("base", "base")
-        background = _card_demos(load, "base", card, request.base_data, "base_data")
+        path = request.base_data
+        background = _card_demos(load, box, "base", base_card, path, "base_data")
         check_fit(background, policy)
     normaliser = policy.params.normaliser
     init_key, train_key = jax.random.split(jax.random.key(request.seed))
@@ -178,7 +185,7 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
         key=train_key,
         steps=section.steps,
         stage="gate",
-        env=env if request.evaluate else None,
+        env=playable(env, request.evaluate, request.label),
         label=request.label,
         content=Content(fresh, form, section.level, demos, cards),
     )
@@ -317,7 +324,10 @@ def start_weights(
 
 
 def _skill_demos(
-    load: Load, cards: Sequence[Mapping[str, Any]], paths: Sequence[str]
+    load: Load,
+    box: ActionBox | None,
+    cards: Sequence[Mapping[str, Any]],
+    paths: Sequence[str],
 ) -> list[Demos]:
     """Each skill's own demonstrations, checked against its card."""
     if paths and len(paths) != len(cards):
@@ -327,7 +337,7 @@ def _skill_demos(
     loaded = []
     for i, card in enumerate(cards):
         what, path = f"skill {card['name']!r}", paths[i] if paths else None
-        demos = _card_demos(load, what, card, path, "support_data")
+        demos = _card_demos(load, box, what, card, path, "support_data")
         trajectories = demos.card()["trajectories"]
         if trajectories < 2:
             raise InputError(
@@ -346,7 +356,12 @@ def _skill_demos(
 
 
 def _card_demos(
-    load: Load, what: str, card: Mapping[str, Any], path: str | None, flag: str
+    load: Load,
+    box: ActionBox | None,
+    what: str,
+    card: Mapping[str, Any],
+    path: str | None,
+    flag: str,
 ) -> Demos:
     """The demonstrations a card names, from a file or collected again."""
     known = card.get("data")
@@ -356,4 +371,5 @@ def _card_demos(
         )
     trajectories = known["trajectories"] if known else 0
     selection = Selection(**(known or {}).get("selection", {}))
-    return load(card.get("env"), trajectories, path, selection)
+    wanted = Wanted(compare=False, box=box)
+    return load(card.get("env"), trajectories, path, selection, wanted)

@@ -8,8 +8,10 @@ from typing import Any
 
 import jax
 
+from psec_jax import envs
 from psec_jax.agents.cloning import AdapterConfig, CloningConfig
 from psec_jax.agents.critics import reads_costs
+from psec_jax.data.recording import box_of_card, check_box
 from psec_jax.errors import InputError
 from psec_jax.library import SkillLibrary
 from psec_jax.policy import (
@@ -27,11 +29,12 @@ from psec_jax.workflows.demonstrations import (
     FIRST,
     Load,
     Selection,
-    check_env,
+    Wanted,
     check_fit,
     check_robot,
-    known_env,
+    environment_of,
     loader,
+    playable,
 )
 from psec_jax.workflows.multirun import Plan, Published, Trained
 
@@ -112,16 +115,19 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
         )
     base, normaliser, card = library.load_base()
     policy = load_base(request.library)
-    env = request.env or known_env(request.data)
-    if env is None:
-        env = section.env if request.data is None else card.get("env")
+    env = environment_of(request.data, request.env, section.env, card.get("env"))
     if env is not None:
         check_robot(env, card.get("env") or "", str(request.library))
-    costs = reads_costs(needed)
-    demos = load(env, section.episodes, request.data, request.selection, costs)
+    wanted = Wanted(
+        costs=reads_costs(needed),
+        rewards="reward" in needed,
+        compare=request.evaluate or request.env is not None,
+        box=box_of_card(card.get("actions")),
+    )
+    demos = load(env, section.episodes, request.data, request.selection, wanted)
     check_fit(demos, policy)
-    if request.data and request.evaluate and env is not None:
-        check_env(env, demos)
+    if wanted.compare and env is not None:
+        check_box(card.get("actions"), envs.describe(env))
     finished = critics.load(request.critics, needed)
     if finished:
         check_critics(str(request.critics), finished, policy)
@@ -162,7 +168,7 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
         key=learner.key,
         steps=section.steps,
         stage=learner.stage,
-        env=env if request.evaluate else None,
+        env=playable(env, request.evaluate, request.label),
         label=request.label,
         content=(learner, objectives),
     )
