@@ -300,9 +300,10 @@ def test_an_update_by_hand(config):
     params, expected = jax.jit(by_hand)(state)
     update = jax.jit(functools.partial(cloning.update, config))
     got, metrics = update(state, batch, base, jax.random.key(5))
-    tiny.assert_trees_equal(got.params, params)
+    # A step is 3e-4 long; other noise would turn many of its signs.
+    tiny.assert_trees_close(got.params, params, atol=1e-6, rtol=0)
     (name,) = [name for name in metrics if name.startswith("loss/")]
-    np.testing.assert_array_equal(metrics[name], expected)
+    np.testing.assert_allclose(metrics[name], expected, rtol=1e-6)
 
 
 def test_vmap_over_seeds_is_the_single_runs():

@@ -207,7 +207,9 @@ def off_the_data():
         next_obs=tiny.normal(N, S),
         mask=zeros,
     )
-    config = CriticConfig(("reward",), widths=(32,), learning_rate=1e-2, target_rate=1)
+    config = CriticConfig(
+        ("reward",), widths=(32,), learning_rate=1e-2, target_rate=1.0
+    )
     update = jax.jit(functools.partial(critics.update, config))
     state = critics.init(config, jax.random.key(0), S, A)
     for _ in range(400):
@@ -251,7 +253,7 @@ def test_a_term_on_the_sampled_action_moves_the_policy_off_the_data(actor):
     far, metrics = policy_after("dql", 30.0, actor)
     assert np.all(little > cloned + 0.02) and np.all(far > little + 0.1)
     np.testing.assert_allclose(far, BEST, atol=0.2)
-    assert metrics["term/dql"] < 0 or np.isfinite(metrics["term/dql"])
+    assert metrics["term/dql"] < 0.5 * 30  # where cloning stays, it is 30
 
 
 def test_an_objective_is_one_function_and_one_line(monkeypatch):
