@@ -232,6 +232,11 @@ class Objective(NamedTuple):
     critics: tuple[str, ...]
     term: Callable[[WeightConfig, Sampled], Array] | None = None
 
+    @property
+    def guided(self) -> bool:
+        """Whether it is more than cloning."""
+        return bool(self.critics) or self.term is not None
+
 
 OBJECTIVES = {
     "bc": Objective(bc_weight, ()),

@@ -57,17 +57,17 @@ class OfflineConfig:
                 f"objectives: got {len(self.objectives)}, a base has one objective"
             )
         for name in self.objectives:
-            needed = lookup(OBJECTIVES, name, "objective").critics
-            for kind in needed:
+            objective = lookup(OBJECTIVES, name, "objective")
+            for kind in objective.critics:
                 if kind not in self.kinds:
                     raise InputError(
                         f"objective {name!r} needs a critic of {kind}, which is not "
                         f"among critics.kinds ({', '.join(self.kinds) or 'none'})"
                     )
-            if needed and self.actor.process.horizon > 1:
+            if objective.guided and self.actor.process.horizon > 1:
                 raise InputError(
                     f"horizon: got {self.actor.process.horizon}, expected 1: objective "
-                    f"{name!r} reads critics, which judge single actions"
+                    f"{name!r} judges single actions"
                 )
 
     @property

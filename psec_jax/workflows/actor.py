@@ -13,6 +13,7 @@ from psec_jax.agents.cloning import CloningConfig
 from psec_jax.agents.critic_file import Finished
 from psec_jax.agents.critics import CriticConfig
 from psec_jax.agents.offline import Frozen, OfflineConfig
+from psec_jax.losses import OBJECTIVES
 from psec_jax.runtime.batches import Drawn
 from psec_jax.types import Normaliser, Params
 from psec_jax.workflows import critics
@@ -78,18 +79,20 @@ def make(
     """
     init_key, train_key = jax.random.split(jax.random.key(seed))
     record: dict[str, Any] = {}
-    if critics.needed(objectives):
+    if any(OBJECTIVES[name].guided for name in objectives):
         agent, stage = offline, " ".join(objectives)
         mine = None
-        if finished is None:
+        if finished is None and critics.needed(objectives):
             mine = part(CriticConfig, job.critics, batch_size=config.batch_size)
         kept = tuple(finished.card["kinds"]) if finished else ()
         full = OfflineConfig(config, tuple(objectives), mine, job.weights, kept)
         kinds = mine.kinds if mine else ()
         rows = critics.transitions(job.critics, demos, normaliser, kinds)
         frozen = Frozen(base, finished.params if finished else None)
-        own = dataclasses.asdict(job.critics)
-        record["critics"] = finished.card["fingerprint"] if finished else own
+        if mine is not None:
+            record["critics"] = dataclasses.asdict(job.critics)
+        elif finished is not None:
+            record["critics"] = finished.card["fingerprint"]
         record["weights"] = dataclasses.asdict(job.weights)
     else:
         agent, stage = cloning, "base" if base is None else "skill"

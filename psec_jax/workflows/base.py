@@ -133,8 +133,9 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
         finished,
         start=start,
     )
-    if needed:
-        record |= learner.record | {"objective": request.objective}
+    record |= learner.record
+    if request.objective != "bc":
+        record["objective"] = request.objective
     return Plan(
         kind="base",
         names=("base",),
