@@ -1,8 +1,8 @@
-# make test    set-up, lint, tests
+# make test    set-up, lint and types, tests
 # make demo    set-up, the main job at the quick preset
 # make bench   set-up, speed of this machine and of every stage
 # make faults  set-up, 100 kills over all stages; what is left is compared
-# make lint    set-up, formatting and lint only
+# make lint    set-up, formatting, lint and types only
 # make setup-safe  set-up and the safe simulators, Bullet-Safety-Gym and MetaDrive; their
 #              tests, skipped without them, then run in make test
 # make clean   remove .venv and caches; results, runs and data stay
@@ -36,6 +36,7 @@ faults: install
 lint: install
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright
 
 install: $(STAMP)
 

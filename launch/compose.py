@@ -84,7 +84,7 @@ def target_data(job: Job) -> tuple[str | None, Selection]:
         return options.located(dsrl.task_in(env)), best._replace(**given)
     library = SkillLibrary.open(options.seeds()[0].within(options.LIBRARY.value))
     cards = [library.card("skill", name) for name in SKILLS.value]
-    file = options.located(dsrl.task_in(cards[0].get("env")))
+    file = options.located(dsrl.task_in(str(cards[0].get("env"))))
     for card in cards:
         source = card.get("data", {}).get("source")
         if source not in (None, Path(file).name):

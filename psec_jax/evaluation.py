@@ -157,9 +157,9 @@ def _roll_out(
     rows: list[list[tuple]] | None = None,
 ) -> list[Episodes]:
     """The episodes of `count` policies; `rows` gets the transitions of each episode."""
-    if episodes < 1:
+    if dataset.whole("episodes", episodes) < 1:
         raise InputError(f"episodes is {episodes}, expected 1 or more")
-    if not 0 <= seed < 2**32:
+    if not 0 <= dataset.whole("seed", seed) < 2**32:
         raise InputError(f"seed is {seed}, expected 0 to {2**32 - 1}")
     if rows is not None:
         rows += [[] for _ in range(episodes)]
@@ -177,7 +177,10 @@ def _roll_out(
 
 def _chunks(actions: Any, env: VectorEnv, width: int) -> np.ndarray:
     """The policy's actions as chunks [B, h, A]; single ones are chunks of one."""
-    actions = np.asarray(actions, dtype=np.float32)
+    try:
+        actions = np.asarray(actions, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the policy gave no array of numbers ({error})") from error
     chunks = actions[:, None] if actions.ndim == 2 else actions
     if chunks.ndim != 3 or chunks.shape[::2] != (width, env.action_dim):
         raise InputError(

@@ -474,7 +474,7 @@ def _layout(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 def _sealed(card: Mapping[str, Any]) -> dict[str, Any]:
     # As it will be read back: JSON has no tuples, and only strings for keys.
-    card = json.loads(json.dumps(dict(card)))
+    card = dict(json.loads(json.dumps(dict(card))))
     return card | {"card_sha256": _card_hash(card)}
 
 

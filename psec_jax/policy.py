@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Key
 
 from psec_jax import tree
@@ -16,6 +17,8 @@ from psec_jax.agents import critic_file
 from psec_jax.agents.critic_file import Finished
 from psec_jax.agents.critics import of_kind
 from psec_jax.composition import LEVELS, PolicyConfig, PolicyParams, act, weights
+from psec_jax.data.actions import ActionBox
+from psec_jax.data.recording import box_of_card
 from psec_jax.errors import InputError, lookup
 from psec_jax.gating import GateConfig
 from psec_jax.library import SkillLibrary
@@ -34,46 +37,129 @@ class Policy:
       params: the arrays.
       skills: names of the K skills, in the order of alpha; with a gate that weighs
         the base too, alpha has the base's weight in front.
+      box: what actions in [-1, 1] stand for in the environment of the base's data;
+        None where that is not known.
     """
 
     config: PolicyConfig
     params: PolicyParams
     skills: tuple[str, ...] = ()
+    box: ActionBox | None = None
 
-    def act(
-        self, keys: Key[Array, "*B"], obs: Float[Array | np.ndarray, "*B S"]
-    ) -> Float[Array, "*B A"] | Float[Array, "*B h A"]:
-        """Actions in [-1, 1] for raw observations; one key for each observation.
+    def act(self, keys: Any, obs: Any) -> Array:
+        """Actions in [-1, 1] for raw observations.
 
-        Where `process.execute` is above 1, the h actions to execute one after the other
-        before the next call.
+        Args:
+          keys: one key, or a key for each observation; one key is split for a batch.
+          obs: one observation [S], or a batch [B, S]: an array or a list of numbers.
+
+        Returns:
+          [A] or [B, A]; where `process.execute` is h > 1, the h actions to execute one
+          after the other before the next call, [h, A] or [B, h, A].
 
         Raises:
-          InputError: observations of another size than the base's.
+          InputError: observations that are not finite numbers of the base's size, or
+            keys that are none, or as many as there are observations.
         """
-        self._check(obs)
-        one_or_batch = _act_batch if jnp.ndim(obs) == 2 else _act_one
-        return one_or_batch(self.config, self.params, keys, obs)
+        obs = self._observations(obs)
+        keys = _keys(keys, obs)
+        one_or_batch = _act_batch if obs.ndim == 2 else _act_one
+        with jax.enable_x64(False):  # the same numbers whatever the caller computes in
+            return one_or_batch(self.config, self.params, keys, obs)
 
-    def alpha(self, obs: Float[Array | np.ndarray, "B S"]) -> Float[Array, "B K"]:
-        """The gate's weights for raw observations.
+    def alpha(self, obs: Any) -> Array:
+        """The gate's weights [K] of one raw observation [S], or [B, K] of a batch.
 
         Raises:
-          InputError: the policy is a base alone, or observations of another size than
-            the base's.
+          InputError: the policy is a base alone, or observations that are not finite
+            numbers of the base's size.
         """
         if self.config.gate is None:
             raise InputError("this policy is a base alone: it has no skills to weigh")
-        self._check(obs)
-        return _weights_batch(self.config, self.params, obs)
+        obs = self._observations(obs)
+        one_or_batch = _weights_batch if obs.ndim == 2 else _weights_one
+        with jax.enable_x64(False):
+            return one_or_batch(self.config, self.params, obs)
 
-    def _check(self, obs: Float[Array | np.ndarray, "*B S"]) -> None:
-        # Observations of one number would be broadcast without a word.
-        got, expected = jnp.shape(obs)[-1], len(self.params.normaliser.mean)
-        if got != expected:
+    def to_env(self, action: Any) -> np.ndarray:
+        """Actions of `act` [..., A] in the units of the environment of the base's data.
+
+        Raises:
+          InputError: the base's card has no action box.
+        """
+        if self.box is None:
             raise InputError(
-                f"observations have {got} numbers, the policy's base expects {expected}"
+                "the base's card has no action box: its data were recorded in an "
+                "environment that is not known"
             )
+        return self.box.to_env(np.asarray(action))
+
+    def _observations(self, obs: Any) -> Any:
+        """Observations as float32; concrete ones are checked for numbers and NaN."""
+        array = obs if isinstance(obs, Tracer) else _numbers(obs)
+        # Observations of one number would be broadcast without a word.
+        size = len(self.params.normaliser.mean)
+        if array.ndim not in (1, 2):
+            raise InputError(
+                f"observations have shape {array.shape}, expected ({size},) or "
+                f"(B, {size})"
+            )
+        if array.shape[-1] != size:
+            raise InputError(
+                f"observations have {array.shape[-1]} numbers, the policy's base "
+                f"expects {size}"
+            )
+        return array.astype(np.float32)
+
+
+def _numbers(obs: Any) -> np.ndarray:
+    """An array of finite float32.
+
+    Raises:
+      InputError: anything else.
+    """
+    try:
+        array = np.asarray(obs)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"observations are no array of numbers ({error})") from error
+    # float32 and its kin beyond NumPy, such as bfloat16, are of kind V.
+    if array.dtype.kind not in "biuf" and not jnp.issubdtype(array.dtype, jnp.floating):
+        raise InputError(
+            f"observations are {type(obs).__name__} of type {array.dtype}, expected an "
+            "array of numbers"
+        )
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32)
+    bad = array.size - np.count_nonzero(np.isfinite(array))
+    if bad:
+        raise InputError(
+            f"observations hold {bad} NaN or infinite of {array.size} values, expected "
+            "finite numbers"
+        )
+    return array
+
+
+def _keys(keys: Any, obs: Any) -> Any:
+    """A key for each observation; a key of the older kind is wrapped, one is split.
+
+    Raises:
+      InputError: no keys, or another number of them.
+    """
+    form = "expected jax.random.key(seed), or one such key for each observation"
+    if not isinstance(keys, (jax.Array, np.ndarray)):
+        raise InputError(f"keys: got {type(keys).__name__}, {form}")
+    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+        if keys.dtype != np.uint32 or keys.ndim not in (1, 2) or keys.shape[-1] != 2:
+            raise InputError(f"keys: got {keys.dtype} {keys.shape}, {form}")
+        keys = jax.random.wrap_key_data(jnp.asarray(keys))
+    batch = obs.shape[:-1]
+    if keys.shape == () and batch:
+        return jax.random.split(keys, batch[0])
+    if keys.shape != batch:
+        raise InputError(
+            f"keys: got {keys.shape} keys for observations {obs.shape}, {form}"
+        )
+    return keys
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -110,6 +196,11 @@ def act_together(
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def _weights_one(config, params, obs):
+    return weights(config, params, obs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _weights_batch(config, params, obs):
     return jax.vmap(functools.partial(weights, config, params))(obs)
 
@@ -142,7 +233,8 @@ def load_base(root: str | Path) -> Policy:
     config = PolicyConfig(
         network_config(card), process_config(card), card["action_dim"]
     )
-    return Policy(config, _on_device(PolicyParams(params, normaliser)))
+    box = box_of_card(card.get("actions"))
+    return Policy(config, _on_device(PolicyParams(params, normaliser)), box=box)
 
 
 def load_skills(
@@ -159,9 +251,9 @@ def load_skills(
 
 def compose(
     root: str | Path,
-    skills: Sequence[str] = (),
+    skills: str | Sequence[str] = (),
     *,
-    alpha: Sequence[float] | None = None,
+    alpha: Any = None,
     gate: str | None = None,
     level: str = "parameter",
     matmul_dtype: str | None = None,
@@ -172,10 +264,12 @@ def compose(
 
     Args:
       root: the library's folder.
-      skills: names of skills; empty is the base alone (or the gate's own skills).
-      alpha: fixed weights: at the parameter level a multiplier for each skill, by
-        default the strength one skill was trained at; at the noise and action levels
-        the share of the base and of each skill, by default 0 and 1 for one skill.
+      skills: names of skills, or one name; empty is the base alone (or the gate's own
+        skills).
+      alpha: fixed weights, numbers or an array, or one number for one skill: at the
+        parameter level a multiplier for each skill, by default the strength one skill
+        was trained at; at the noise and action levels the share of the base and of each
+        skill, by default 0 and 1 for one skill.
       gate: name of a gate of the library instead of fixed weights; it brings its
         skills and its level.
       level: of fixed weights, a key of `composition.LEVELS`.
@@ -189,7 +283,8 @@ def compose(
         without critics of safety.
     """
     lookup(LEVELS, level, "level")
-    policy = _compose(root, skills, alpha, gate, level)
+    names = (skills,) if isinstance(skills, str) else tuple(skills)
+    policy = _compose(root, names, _alpha(alpha), gate, level)
     if candidates > 1 and critics is None:
         raise InputError(
             f"candidates: got {candidates}, more than 1 need critics to choose"
@@ -258,7 +353,7 @@ def _compose(root, skills, alpha, gate, level) -> Policy:
     if gate is not None:
         return _compose_gate(root, skills, gate, alpha)
     if not skills:
-        if alpha:
+        if alpha is not None and len(alpha):
             raise InputError(f"alpha: got {len(alpha)} weights for no skills")
         return load_base(root)
     policy, library, strength, _ = load_skills(root, skills)
@@ -281,7 +376,31 @@ def _compose(root, skills, alpha, gate, level) -> Policy:
         strength=strength,
         gate={"head": {"alpha": jnp.asarray(alpha, jnp.float32)}},
     )
-    return Policy(config, _on_device(params), tuple(skills))
+    return Policy(config, _on_device(params), tuple(skills), policy.box)
+
+
+def _alpha(alpha: Any) -> np.ndarray | None:
+    """Weights as a vector of finite float32, or None.
+
+    Raises:
+      InputError: anything else.
+    """
+    if alpha is None:
+        return None
+    try:
+        array = np.asarray(alpha)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"alpha: no array of numbers ({error})") from error
+    array = array.reshape(1) if array.ndim == 0 else array
+    empty = array.size == 0
+    if array.ndim != 1 or not (empty or array.dtype.kind in "iuf"):
+        raise InputError(
+            f"alpha: got {array.dtype} of shape {array.shape}, expected one number for "
+            "each skill"
+        )
+    if not empty and not np.isfinite(array).all():
+        raise InputError(f"alpha: got {array.tolist()}, expected finite numbers")
+    return array.astype(np.float32)
 
 
 def _compose_gate(root, skills, gate, alpha) -> Policy:
@@ -299,7 +418,7 @@ def _compose_gate(root, skills, gate, alpha) -> Policy:
     params = policy.params._replace(
         library=library, strength=strength, gate=gate_params
     )
-    return Policy(config, _on_device(params), tuple(card["skills"]))
+    return Policy(config, _on_device(params), tuple(card["skills"]), policy.box)
 
 
 def _on_device(params: PolicyParams) -> PolicyParams:

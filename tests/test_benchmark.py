@@ -12,6 +12,7 @@ from experiments.tools import benchmark
 from psec_jax.errors import InputError
 from psec_jax.files import read_json, write_json
 from psec_jax.networks.denoiser import NetworkConfig
+from psec_jax.runtime.batches import Data
 
 TINY = benchmark.Sizes(
     repeats=2,
@@ -38,13 +39,13 @@ VERSIONS = {"cpu": "a", "cores": 2, "device": "b", "jax": "c", "commit": "d"}
 @pytest.fixture(scope="module")
 def measured():
     def few(sizes, batch):
-        made = make_stages(sizes, batch)
+        made = make_plans(sizes, batch)
         return {name: made[name] for name in ("base", benchmark.OFFLINE)}
 
-    make_stages, lines = benchmark.make_stages, []
+    make_plans, lines = benchmark.make_plans, []
     with pytest.MonkeyPatch.context() as patch:
         # Each stage takes seconds to compile; two show that training is measured.
-        patch.setattr(benchmark, "make_stages", few)
+        patch.setattr(benchmark, "make_plans", few)
         return benchmark.measure(TINY, show=lines.append), "\n".join(lines)
 
 
@@ -99,7 +100,7 @@ def test_groups_run_in_their_order_and_unknown_ones_are_refused(monkeypatch):
 def test_measurements_are_made_in_turns():
     order = []
     calls = {name: (lambda name=name: order.append(name)) for name in "AB"}
-    times = benchmark.interleave(calls, repeats=3, seconds=0)
+    times = benchmark.calls_in_turns(calls, repeats=3, seconds=0)
     assert order == list("AABB") + list("AB") * 3  # compiled, calibrated, then in turns
     assert [len(seconds) for seconds in times.values()] == [3, 3]
 
@@ -112,7 +113,7 @@ def test_rows_are_judged_by_the_median():
     assert not missed.met
     assert "<= 2 met" in benchmark.table([row])
     assert "<= 2 NOT MET" in benchmark.table([missed])
-    text = benchmark.summary([row, missed], load=3.0, found=VERSIONS)
+    text = benchmark.summary([row, missed], load=3.0, machine=VERSIONS)
     assert "1 of 2 met" in text and "not met: K = 16" in text and "busy" in text
     other = benchmark.make_row("skills", "K = 17", [1.0], "x")
     assert other.target is None and other.met is None
@@ -124,16 +125,16 @@ def test_bfloat16_is_judged_with_amx_only(flags, monkeypatch):
     name = "sampling, batch 2048: speed over f32"
     row = benchmark.make_row("bfloat16", name, [2.5], "x")
     assert row.met is (True if flags else None)
-    text = benchmark.summary([row], load=0.0, found=VERSIONS)
+    text = benchmark.summary([row], load=0.0, machine=VERSIONS)
     assert ("not judged" in text) != bool(flags)
 
 
 def test_flop_count_is_that_of_the_compiled_products():
     # The paper's network: its products outweigh everything elementwise.
-    sizes = dataclasses.replace(TINY, rows=64, network=NetworkConfig(dropout=0.0))
-    for stage in benchmark.make_stages(sizes, 64).values():
-        lowered = jax.jit(stage.update).lower(
-            stage.state, stage.data, jax.random.key(0)
-        )
+    sizes = dataclasses.replace(TINY, rows=64, network=NetworkConfig())
+    for plan in benchmark.make_plans(sizes, 64).values():
+        state, frozen = plan.start()
+        data = Data(plan.rows, frozen)
+        lowered = jax.jit(plan.update).lower(state, data, jax.random.key(0))
         counted = lowered.cost_analysis()["flops"] / 64
-        assert stage.flop_per_example == pytest.approx(counted, rel=0.1)
+        assert benchmark.flop_per_example(plan, 64) == pytest.approx(counted, rel=0.1)

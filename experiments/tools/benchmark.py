@@ -1,4 +1,4 @@
-"""Speed of this machine and of every stage, against the targets.
+"""Speed of this machine and of every stage, beside the targets.
 
     python -m experiments.tools.benchmark
     python -m experiments.tools.benchmark --quick --only=matmul,train
@@ -11,16 +11,16 @@ nothing else should run. --quick repeats less and starts with fewer transitions:
 checks the benchmark, its figures are not to be quoted. Evaluation by several processes
 needs `make setup-safe`, and is left out without it.
 
-Rates and ratios come from measurements taken in turns (A B A B ...), because the speed
-of a machine drifts: a figure is the median over the turns, a ratio the median of the
-ratios within each turn.
+Training is `runtime.loop.train` on what the workflows plan: the benchmark has no step
+of its own. Rates and ratios come from measurements in turns (A B A B ...), because the
+speed of a machine drifts: a figure is the median over the turns, a ratio the median of
+the ratios within each turn.
 """
 
 import contextlib
 import dataclasses
 import functools
 import importlib.util
-import itertools
 import json
 import os
 import resource
@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,38 +37,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from experiments import programs, stages
-from experiments.configs.dmc_walker import get_config
 from psec_jax import tree
-from psec_jax.agents import critics as critic_agent
-from psec_jax.agents import gate as gate_agent
-from psec_jax.agents import offline as offline_agent
-from psec_jax.agents import pretrain as pretrain_agent
-from psec_jax.agents import skill as skill_agent
-from psec_jax.agents.common import TrainData, Transitions, init_state, rows_of
-from psec_jax.agents.critics import CriticConfig
-from psec_jax.agents.offline import Frozen, OfflineConfig, OfflineData, OfflineState
-from psec_jax.cli import no_arguments, run
+from psec_jax.cli import no_arguments, run, values_of
 from psec_jax.composition import PolicyConfig, PolicyParams
 from psec_jax.data import d4rl
 from psec_jax.envs.vector import VectorEnv
 from psec_jax.errors import lookup
 from psec_jax.evaluation import evaluate
-from psec_jax.files import reported, write_json
+from psec_jax.files import make_room, write_json
 from psec_jax.gating import GateConfig, init_gate
+from psec_jax.library import SkillLibrary
 from psec_jax.lora import dense_layers, init_skill
-from psec_jax.networks.denoiser import (
-    Denoiser,
-    NetworkConfig,
-    init_base,
-    make_network,
-)
+from psec_jax.networks.denoiser import NetworkConfig, init_base, make_network
 from psec_jax.policy import Policy
 from psec_jax.process import ProcessConfig
-from psec_jax.runtime import sharding, streaming
+from psec_jax.runtime import batches, loop, streaming
+from psec_jax.runtime.loop import LoopConfig
 from psec_jax.runtime.run import versions
+from psec_jax.runtime.runs import Training
 from psec_jax.types import Dataset, Normaliser, Params
+from psec_jax.workflows import Job, base, gate, skill
+from psec_jax.workflows.demonstrations import Demos
+from psec_jax.workflows.multirun import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = "results/benchmark.json"
@@ -171,7 +163,7 @@ class Row:
       low: the 5 % quantile over the turns.
       high: the 95 % quantile.
       unit: of all three.
-      target: the bound asked for, or None.
+      target: the bound, or None.
       met: whether it is kept, or None.
     """
 
@@ -191,47 +183,57 @@ def make_row(group: str, name: str, values: Sequence[float], unit: str) -> Row:
     target = TARGETS.get((group, name))
     if target is None or not judged(group):
         return Row(group, name, value, low, high, unit)
-    asked = f"{target.sense} {target.bound:g}"
-    return Row(group, name, value, low, high, unit, asked, target.met(value))
+    bound = f"{target.sense} {target.bound:g}"
+    return Row(group, name, value, low, high, unit, bound, target.met(value))
 
 
 def judged(group: str) -> bool:
-    """Whether targets of the group apply here: several seeds cost an accelerator less
-    than as many times one, a CPU is busy with one."""
+    """Whether targets of the group apply here: a CPU is busy with one seed, and only
+    CPUs with AMX have fast bfloat16."""
     if group == "seeds":
         return jax.default_backend() != "cpu"
     return group != "bfloat16" or fast_bfloat16()
 
 
-def interleave(
+# Seconds of one call, or of one step.
+Measure = Callable[[], float]
+
+
+def timed(call: Callable[[], Any], seconds: float) -> Measure:
+    """A measure of a call that returns arrays to wait for.
+
+    The call runs twice before, to compile and to choose how many calls fill `seconds`;
+    0 times single calls.
+    """
+    jax.block_until_ready(call())
+    began = time.perf_counter()
+    jax.block_until_ready(call())
+    count = max(1, round(seconds / (time.perf_counter() - began)))
+
+    def measure() -> float:
+        began = time.perf_counter()
+        for _ in range(count):
+            result = call()
+        jax.block_until_ready(result)
+        return (time.perf_counter() - began) / count
+
+    return measure
+
+
+def in_turns(measures: Mapping[str, Measure], repeats: int) -> Times:
+    """[repeats] seconds by each measure, one of each in every turn."""
+    times: Times = {name: [] for name in measures}
+    for _ in range(repeats):
+        for name, measure in measures.items():
+            times[name].append(measure())
+    return times
+
+
+def calls_in_turns(
     calls: Mapping[str, Callable[[], Any]], repeats: int, seconds: float
 ) -> Times:
-    """Seconds of one call of each, measured in turns.
-
-    Args:
-      calls: each returns arrays to wait for; called once before, to compile.
-      repeats: turns.
-      seconds: aimed at for each in a turn; 0 times single calls.
-
-    Returns:
-      [repeats] for each name.
-    """
-    counts = {}
-    for name, call in calls.items():
-        jax.block_until_ready(call())
-        began = time.perf_counter()
-        jax.block_until_ready(call())
-        elapsed = time.perf_counter() - began
-        counts[name] = max(1, round(seconds / elapsed))
-    times: Times = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            for _ in range(counts[name]):
-                result = call()
-            jax.block_until_ready(result)
-            times[name].append((time.perf_counter() - began) / counts[name])
-    return times
+    """`in_turns` of calls, each as long as `seconds` in a turn."""
+    return in_turns({n: timed(call, seconds) for n, call in calls.items()}, repeats)
 
 
 def waiting(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
@@ -275,7 +277,7 @@ def cpu_flags() -> tuple[str, ...]:
 
 
 def fast_bfloat16() -> bool:
-    """Whether the bfloat16 target applies: it is asked of CPUs with AMX."""
+    """Whether products in bfloat16 can be faster here: on CPUs with AMX."""
     return jax.default_backend() != "cpu" or "amx_bf16" in cpu_flags()
 
 
@@ -323,28 +325,11 @@ def matmul(sizes: Sizes) -> list[Row]:
                 label = f"{_SHORT[dtype]} {name}, batch {batch}"
                 products[label] = _product(terms, dims, dtype)
     calls = {name: call for name, (call, _) in products.items()}
-    times = interleave(calls, sizes.repeats, sizes.seconds / 2)
+    times = calls_in_turns(calls, sizes.repeats, sizes.seconds / 2)
     return [
         make_row("matmul", name, rates(flop / 1e9, times[name]), "GFLOP/s")
         for name, (_, flop) in products.items()
     ]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage's training, ready to be stepped.
-
-    Attributes:
-      update: (state, data, key) -> (state, metrics).
-      state: at step 0.
-      data: what it draws from.
-      flop_per_example: of one step; see `FLOP`.
-    """
-
-    update: Callable[..., Any]
-    state: Any
-    data: Any
-    flop_per_example: float
 
 
 FLOP = {
@@ -366,117 +351,146 @@ FLOP = {
 OFFLINE = "both skills and critics"
 
 
-def make_stages(sizes: Sizes, batch: int) -> dict[str, Stage]:
-    """Every stage as the commands train it, on random data."""
-    network, diffusion = sizes.network, ProcessConfig()
-    obs = normal(0, sizes.rows, OBS_DIM)
-    action = jnp.tanh(normal(1, sizes.rows, ACTION_DIM))
+def make_plans(sizes: Sizes, batch: int) -> dict[str, Plan]:
+    """Every stage as the commands plan it, on random data."""
+    job, load = make_job(sizes, batch), functools.partial(_load, sizes.rows)
+    names = ("reward", "safety")
+    # Plans read the library and make no directory.
+    with tempfile.TemporaryDirectory(prefix="psec_benchmark_") as folder:
+        write_library(sizes, folder)
+        common: dict[str, Any] = {"workdir": "", "library": folder, "evaluate": False}
+        return {
+            "base": base_plan(sizes, batch),
+            "base (bf16)": base_plan(sizes, batch, dtype="bfloat16"),
+            "skill": skill.plan(job, skill.Request(name="skill", **common), load),
+            "gate": gate.plan(
+                job, gate.Request(name="gate", skills=["skill0"], **common), load
+            ),
+            OFFLINE: skill.plan(
+                job, skill.Request(name=names, objectives=names, **common), load
+            ),
+        }
+
+
+def base_plan(sizes: Sizes, batch: int, seed: int = 0, dtype: str = "float32") -> Plan:
+    """A base as `launch.pretrain` plans it, on random data."""
+    job = make_job(sizes, batch).changed({"network.matmul_dtype": dtype})
+    request = base.Request("", "", seed=seed, evaluate=False)
+    return base.plan(job, request, functools.partial(_load, sizes.rows))
+
+
+def make_job(sizes: Sizes, batch: int) -> Job:
+    """The paper's settings with these sizes."""
+    network = {f"network.{k}": v for k, v in dataclasses.asdict(sizes.network).items()}
+    sections = ("base", "skill", "gate", "critics")
+    return Job().changed(network | {f"{s}.batch_size": batch for s in sections})
+
+
+def _load(count: int, *_: Any) -> Demos:
+    """Random data, whatever trajectories a workflow requests."""
+    return Demos(random_data(count), "random")
+
+
+@functools.cache
+def random_data(count: int) -> Dataset:
+    """Random transitions in the walker's shape, at least two episodes."""
+    generator = np.random.default_rng(0)
+    states = generator.standard_normal((count + 1, OBS_DIM), np.float32)
+    ends = np.arange(1, count + 1) % min(1000, count // 2) == 0
+    ends[-1] = True
+    return Dataset(
+        obs=states[:-1],
+        action=generator.random((count, ACTION_DIM), np.float32) * 2 - 1,
+        reward=generator.standard_normal(count, np.float32),
+        cost=(generator.random(count) < 0.1).astype(np.float32),
+        next_obs=states[1:],
+        terminal=np.zeros(count, bool),
+        timeout=ends,
+    )
+
+
+def write_library(sizes: Sizes, folder: str) -> None:
+    """Make a directory the library of a random base and skill."""
     policy = make_policy(sizes, skills=1)
-    base, gate = policy.params.base, policy.params.gate
-    n, m = weights_of(base), tree.size(policy.params.library)
-    g = weights_of(gate["head"])
-    made = {}
-    for dtype in DTYPES:
-        agent = pretrain_agent.PretrainConfig(
-            dataclasses.replace(network, matmul_dtype=dtype),
-            diffusion,
-            batch_size=batch,
-        )
-        made["base" if dtype == "float32" else "base (bf16)"] = Stage(
-            functools.partial(pretrain_agent.update, agent),
-            init_state(agent.optimiser, base),
-            TrainData(obs, action),
-            6.0 * n,
-        )
-    agent = skill_agent.SkillConfig(network, diffusion, batch_size=batch, rank=RANK)
-    made["skill"] = Stage(
-        functools.partial(skill_agent.update, agent),
-        init_state(agent.optimiser, make_skill(base)),
-        TrainData(obs, action, base),
-        _skill_flop(n, m, batch),
-    )
-    agent = gate_agent.GateTrainConfig(policy.config, batch_size=batch)
-    made["gate"] = Stage(
-        functools.partial(gate_agent.update, agent),
-        gate_agent.init(agent, gate),
-        TrainData(obs, action, policy.params),
-        4.0 * n + 4.0 * m + 6.0 * g,
-    )
-    made[OFFLINE] = _offline_stage(sizes, batch, base)
-    return made
+    library = SkillLibrary.create(folder)
+    card = {"name": "random", "obs_dim": OBS_DIM, "action_dim": ACTION_DIM}
+    card |= {"network": dataclasses.asdict(sizes.network), "env": None}
+    card |= {"process": dataclasses.asdict(policy.config.process)}
+    library.add_base(policy.params.base, policy.params.normaliser, card)
+    only = jax.tree.map(lambda leaf: leaf[0], policy.params.library)
+    library.add_skill("skill0", only, {"alpha": STRENGTH, "env": "random"})
 
 
-def _offline_stage(sizes: Sizes, batch: int, base: Params) -> Stage:
-    """A reward skill and a safety skill with their critics, in one program."""
-    skills = skill_agent.SkillConfig(
-        sizes.network, ProcessConfig(), batch_size=batch, rank=RANK
-    )
-    critics = CriticConfig(batch_size=batch)
-    agent = OfflineConfig(skills, ("reward", "safety"), critics)
-    rows = sizes.rows
-    transitions = Transitions(
-        obs=normal(0, rows, OBS_DIM),
-        action=jnp.tanh(normal(1, rows, ACTION_DIM)),
-        reward=normal(2, rows),
-        h=jnp.where(normal(3, rows) > 1, 25.0, -1.0),
-        next_obs=normal(4, rows, OBS_DIM),
-        mask=jnp.ones(rows),
-    )
-
-    def fresh() -> Any:
-        return critic_agent.init(critics, jax.random.key(0), OBS_DIM, ACTION_DIM)
-
-    q = randomised(lambda: fresh().q.params)
-    v = randomised(lambda: fresh().v.params)
-    q_weights = sum(x[0, 0].size for x in jax.tree.leaves(q) if x.ndim > 3)
-    v_weights = sum(x[0].size for x in jax.tree.leaves(v) if x.ndim > 2)
-    state = OfflineState(
-        init_state(skills.optimiser, make_library(base, 2)),
-        critic_agent.CriticState(
-            init_state(critics.q_optimiser, q), init_state(critics.v_optimiser, v)
-        ),
-    )
-    n, m = weights_of(base), tree.size(make_skill(base))
-    return Stage(
-        functools.partial(offline_agent.update, agent),
-        state,
-        OfflineData(transitions, Frozen(base)),
-        2 * _skill_flop(n, m, batch) + 32.0 * q_weights + 16.0 * v_weights,
-    )
+def flop_per_example(plan: Plan, batch: int) -> float:
+    """FLOP of one example of a step; see `FLOP`."""
+    state, frozen = plan.start()
+    if plan.kind == "base":
+        return 6.0 * weights_of(state.params)
+    if plan.kind == "gate":
+        n, m = weights_of(frozen.base), tree.size(frozen.library)
+        return 4.0 * n + 4.0 * m + 6.0 * weights_of(state.params)
+    several = len(plan.names)
+    n = weights_of(frozen if several == 1 else frozen.base)
+    params = state.params if several == 1 else state.actor.params
+    m = tree.size(params) / several
+    flop = several * (4.0 * n + 4.0 * m + 2.0 * RANK * n / batch)
+    if several == 1:
+        return flop
+    q = sum(x[0, 0].size for x in jax.tree.leaves(state.critics.q.params) if x.ndim > 3)
+    v = sum(x[0].size for x in jax.tree.leaves(state.critics.v.params) if x.ndim > 2)
+    return flop + 32.0 * q + 16.0 * v
 
 
-def _skill_flop(n: int, m: int, batch: int) -> float:
-    """Of one example of a skill's step; see `FLOP`."""
-    return 4.0 * n + 4.0 * m + 2.0 * RANK * n / batch
+class Trainer:
+    """Trains plans as one program by the project's loop, and reports its speed.
 
+    Args:
+      plans: one or several.
+      seconds: aimed at for each measurement.
+      steps_per_call: see `LoopConfig`.
+      folder: where the data are written, to be streamed; None keeps them in memory.
 
-def compile_step(
-    stage: Stage, datas: Iterator[Any] | None = None
-) -> tuple[Callable[[], Any], float]:
-    """A call that makes one step (it keeps the state), and the seconds to compile.
-
-    Each call takes the next of `datas`, by default the stage's own.
+    Attributes:
+      compilation: seconds of the first call.
     """
-    datas = datas or itertools.repeat(stage.data)
 
-    def step(state: Any, data: Any, key: jax.Array) -> tuple[Any, dict]:
-        # Several members stand at the same step.
-        step = jnp.ravel(state.step)[0]
-        return stage.update(state, data, jax.random.fold_in(key, step))
+    def __init__(
+        self,
+        plans: Sequence[Plan],
+        seconds: float,
+        steps_per_call: int = 1,
+        folder: Path | None = None,
+    ) -> None:
+        self._update, self._per_call = plans[0].update, steps_per_call
+        datas: list[Any] = []
+        states = []
+        for plan in plans:
+            state, frozen = plan.start()
+            data = batches.Data(plan.rows, frozen)
+            datas.append(batches.shared(data, datas[0]) if datas else data)
+            states.append(state)
+        if folder is not None:
+            datas = streaming.make_streams(datas, folder)
+        self._trainings = [
+            Training(state, data, plan.key)
+            for plan, state, data in zip(plans, states, datas, strict=True)
+        ]
+        first = self._train(3 * steps_per_call)
+        self.compilation = first["compile_seconds"]
+        calls = round(seconds * first["steps_per_s"] / steps_per_call)
+        self._steps = steps_per_call * (1 + max(1, calls))
 
-    # The step donates its input, as in training.
-    state = jax.tree.map(lambda x: jnp.array(x, x.dtype), stage.state)
-    key = jax.random.key(1)
-    began = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(state, stage.data, key).compile()
-    seconds = time.perf_counter() - began
+    def __call__(self) -> float:
+        """Seconds of one step; the loop leaves the first call out."""
+        return 1 / self._train(self._steps)["steps_per_s"]
 
-    def call() -> Any:
-        nonlocal state
-        state, metrics = compiled(state, next(datas), key)
-        return metrics
-
-    return call, seconds
+    def _train(self, steps: int) -> dict[str, Any]:
+        assert self._update is not None
+        options = LoopConfig(steps, steps, self._per_call)
+        [(_, summary), *_] = loop.train(
+            self._update, self._trainings, steps=steps, config=options, progress=False
+        )
+        return summary
 
 
 def train(sizes: Sizes) -> list[Row]:
@@ -484,23 +498,22 @@ def train(sizes: Sizes) -> list[Row]:
     rows = []
     square, square_flop = _square(sizes.matmul, "float32")
     for batch in sizes.batches:
-        made = make_stages(sizes, batch)
-        calls, compiled = {"matmul": square}, {}
-        for name, stage in made.items():
-            calls[name], compiled[name] = compile_step(stage)
-        times = interleave(calls, sizes.repeats, sizes.seconds)
+        plans = make_plans(sizes, batch)
+        trainers = {n: Trainer([plan], sizes.seconds) for n, plan in plans.items()}
+        flop = {n: flop_per_example(plan, batch) for n, plan in plans.items()}
+        measures = {"matmul": timed(square, sizes.seconds), **trainers}
+        times = in_turns(measures, sizes.repeats)
         matmul_rates = rates(square_flop, times["matmul"])
-        for name, stage in made.items():
-            flops = rates(stage.flop_per_example * batch, times[name])
+        for name, trainer in trainers.items():
+            flops = rates(flop[name] * batch, times[name])
             label = f"{name}, batch {batch}"
             share = [100 * r for r in ratios(flops, matmul_rates)]
+            row = functools.partial(make_row, "train")
             rows += [
-                make_row("train", label, rates(1, times[name]), "steps/s"),
-                make_row(
-                    "train", f"{label}: rate", [f / 1e9 for f in flops], "GFLOP/s"
-                ),
-                make_row("train", f"{label}: share of f32 matmul", share, "%"),
-                make_row("train", f"{label}: compilation", [compiled[name]], "s"),
+                row(label, rates(1, times[name]), "steps/s"),
+                row(f"{label}: rate", [f / 1e9 for f in flops], "GFLOP/s"),
+                row(f"{label}: share of f32 matmul", share, "%"),
+                row(f"{label}: compilation", [trainer.compilation], "s"),
             ]
         over = ratios(times[OFFLINE], times["base"])
         label = f"{OFFLINE}, batch {batch}: over a base step"
@@ -508,29 +521,14 @@ def train(sizes: Sizes) -> list[Row]:
     return rows
 
 
-def several(stage: Stage, count: int) -> Stage:
-    """`count` members of a stage as one program, as `training.train_together` runs it;
-    the data are shared."""
-
-    def update(state: Any, data: Any, key: jax.Array) -> tuple[Any, dict]:
-        keys = jax.random.split(key, count)
-        return jax.vmap(stage.update, (0, None, 0))(state, data, keys)
-
-    state = tree.stack([stage.state] * count)
-    return dataclasses.replace(stage, update=update, state=state)
-
-
 def seeds(sizes: Sizes) -> list[Row]:
     """A step of several bases as one program, in turns with a step of one."""
     rows = []
     on_cpu = jax.default_backend() == "cpu"
     for batch in sizes.batches[:1] if on_cpu else sizes.batches:
-        base = make_stages(sizes, batch)["base"]
-        calls = {
-            str(count): compile_step(base if count == 1 else several(base, count))[0]
-            for count in sizes.seeds
-        }
-        times = interleave(calls, sizes.repeats, sizes.seconds)
+        plans = [base_plan(sizes, batch, seed) for seed in range(max(sizes.seeds))]
+        trainers = {n: Trainer(plans[:n], sizes.seconds) for n in sizes.seeds}
+        times = in_turns({str(n): t for n, t in trainers.items()}, sizes.repeats)
         one = times[str(sizes.seeds[0])]
         for count in sizes.seeds[1:]:
             label = f"{count} bases, batch {batch}: time over one"
@@ -545,72 +543,35 @@ def data_in_a_file(sizes: Sizes) -> list[Row]:
     """
     rows = []
     for batch in sizes.batches:
-        base = make_stages(sizes, batch)["base"]
-        with tempfile.TemporaryDirectory() as folder:
-            stage, batches = _in_a_file(base, Path(folder) / "rows.npy")
-            with contextlib.closing(batches):
-                calls = {
-                    "memory": compile_step(base)[0],
-                    "file": compile_step(stage, batches)[0],
-                }
-                times = interleave(calls, sizes.repeats, sizes.seconds)
+        plan = base_plan(sizes, batch)
+        with tempfile.TemporaryDirectory(prefix="psec_benchmark_") as folder:
+            times = in_turns(
+                {
+                    "memory": Trainer([plan], sizes.seconds),
+                    "file": Trainer([plan], sizes.seconds, folder=Path(folder)),
+                },
+                sizes.repeats,
+            )
         label = f"base, batch {batch}: from a file over from memory"
         over = ratios(times["file"], times["memory"])
         rows.append(make_row("streaming", label, over, "x"))
     return rows
 
 
-def _in_a_file(
-    base: Stage, path: Path
-) -> tuple[Stage, Generator[jax.Array, None, None]]:
-    """The stage on rows of its data, and such rows, as `training` draws them."""
-    index = functools.partial(pretrain_agent.index, *base.update.args)
-    table = streaming.write_table(rows_of(base.data), path)
-    stream = programs.make_stream(base.data, index, table)
-    layout, key = sharding.Layout(None, 1), jax.random.key(0)
-    batches = streaming.batches([stream], [key], layout, 0, sys.maxsize)
-
-    def update(state: Any, rows: jax.Array, key: jax.Array) -> tuple[Any, dict]:
-        return base.update(state, stream.data(stream.rest, rows), key)
-
-    return dataclasses.replace(base, update=update, data=next(batches)), batches
-
-
-def repeated(stage: Stage, count: int) -> Stage:
-    """`count` steps of a stage in one call, as `training` runs run.steps_per_call: the
-    count is known only at run time, and metrics are summed."""
-
-    def update(state: Any, data: Any, key: jax.Array) -> tuple[Any, dict]:
-        drawn_from, count = data
-        _, metrics = jax.eval_shape(stage.update, state, drawn_from, key)
-
-        def one(_: jax.Array, carry: tuple[Any, dict]) -> tuple[Any, dict]:
-            state, sums = carry
-            step_key = jax.random.fold_in(key, state.step)
-            state, metrics = stage.update(state, drawn_from, step_key)
-            return state, {name: sums[name] + metrics[name] for name in sums}
-
-        zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in metrics.items()}
-        return jax.lax.fori_loop(0, count, one, (state, zeros))
-
-    return dataclasses.replace(
-        stage, update=update, data=(stage.data, jnp.int32(count))
-    )
-
-
 def loops(sizes: Sizes) -> list[Row]:
     """Several steps as one compiled loop, in turns with single ones."""
     rows = []
     for batch in sizes.batches:
-        base = make_stages(sizes, batch)["base"]
-        calls = {
-            "single": compile_step(base)[0],
-            "looped": compile_step(repeated(base, sizes.loop))[0],
-        }
-        times = interleave(calls, sizes.repeats, sizes.seconds)
-        singly = [sizes.loop * seconds for seconds in times["single"]]
+        plan = base_plan(sizes, batch)
+        times = in_turns(
+            {
+                "single": Trainer([plan], sizes.seconds),
+                "looped": Trainer([plan], sizes.seconds, sizes.loop),
+            },
+            sizes.repeats,
+        )
         label = f"base, batch {batch}: {sizes.loop} steps in one call over single calls"
-        over = ratios(times["looped"], singly)
+        over = ratios(times["looped"], times["single"])
         rows.append(make_row("steps_per_call", label, over, "x"))
     return rows
 
@@ -618,7 +579,7 @@ def loops(sizes: Sizes) -> list[Row]:
 def _fresh(function: str, *args: Any) -> Any:
     """What a function of this module returns in a fresh process; plain values only."""
     code = (
-        "import json, sys; from experiments import benchmark; "
+        "import json, sys; from experiments.tools import benchmark; "
         f"print(json.dumps(benchmark.{function}(*json.loads(sys.argv[1]))))"
     )
     command = [sys.executable, "-c", code, json.dumps(args)]
@@ -631,23 +592,8 @@ def _fresh(function: str, *args: Any) -> Any:
 
 
 def write_transitions(path: str, count: int) -> None:
-    """A file of random transitions in the walker's shape, episodes of 1000 steps."""
-    generator = np.random.default_rng(0)
-    states = generator.standard_normal((count + 1, OBS_DIM), np.float32)
-    action = generator.random((count, ACTION_DIM), np.float32) * 2 - 1
-    d4rl.save(
-        path,
-        Dataset(
-            obs=states[:-1],
-            action=action,
-            reward=np.zeros(count, np.float32),
-            cost=np.zeros(count, np.float32),
-            next_obs=states[1:],
-            terminal=np.zeros(count, bool),
-            timeout=np.arange(1, count + 1) % 1000 == 0,
-        ),
-        {},
-    )
+    """Write `random_data` into a file."""
+    d4rl.save(path, random_data(count), {})
 
 
 def start_up(
@@ -668,16 +614,16 @@ def start_up(
       "steps_per_s", and "peak_bytes" of memory.
     """
     imported = time.time() - started
-    config = get_config("paper")
-    config.network.update(network)
-    config.base.update({"episodes": 0, "steps": steps, "batch_size": batch})
-    result = stages.pretrain(
-        config,
-        workdir=f"{folder}/run",
-        library=f"{folder}/library",
-        seed=0,
-        data=f"{folder}/demos.hdf5",
-        evaluate_after=False,
+    changes = {"base.episodes": 0, "base.steps": steps, "base.batch_size": batch}
+    changes |= {f"network.{field}": value for field, value in network.items()}
+    [result] = base.run(
+        Job().changed(changes),
+        base.Request(
+            f"{folder}/run",
+            f"{folder}/library",
+            data=f"{folder}/demos.hdf5",
+            evaluate=False,
+        ),
     )
     ended, summary = time.time() - started, result["summary"]
     after_first = summary["seconds"] - summary["first_step_seconds"]
@@ -696,7 +642,6 @@ def startup(sizes: Sizes) -> list[Row]:
         _fresh("write_transitions", f"{folder}/demos.hdf5", sizes.transitions)
         batch, steps = max(sizes.batches), sizes.start_steps
         network = dataclasses.asdict(sizes.network)
-        del network["dropout"]  # the stage's own
         got = _fresh("start_up", folder, network, batch, steps, time.time())
     label = f"{sizes.transitions} transitions"
     return [
@@ -720,32 +665,28 @@ def make_policy(
     action_dim: int = ACTION_DIM,
 ) -> Policy:
     """A random policy: the base alone, or skills under the paper's gate."""
-    network = dataclasses.replace(sizes.network, dropout=0.0, matmul_dtype=dtype)
+    network = dataclasses.replace(sizes.network, matmul_dtype=dtype)
     key = jax.random.key(0)
-    base = randomised(lambda: init_base(network, key, obs_dim, action_dim))
+    base_params = randomised(lambda: init_base(network, key, obs_dim, action_dim))
     normaliser = Normaliser(jnp.zeros(obs_dim), jnp.ones(obs_dim))
     config = PolicyConfig(network, ProcessConfig(), action_dim)
     if not skills:
-        return Policy(config, PolicyParams(base, normaliser))
+        return Policy(config, PolicyParams(base_params, normaliser))
     gate_form = GateConfig()
     strength = jnp.full(skills, STRENGTH)
-    gate = randomised(lambda: init_gate(gate_form, key, obs_dim, strength))
+    head = randomised(lambda: init_gate(gate_form, key, obs_dim, strength))
+    library = make_library(base_params, skills)
     return Policy(
         dataclasses.replace(config, gate=gate_form),
-        PolicyParams(base, normaliser, make_library(base, skills), strength, gate),
+        PolicyParams(base_params, normaliser, library, strength, head),
         tuple(f"skill{k}" for k in range(skills)),
     )
 
 
-def make_skill(base: Params) -> Params:
-    """A random skill."""
-    return randomised(lambda: init_skill(jax.random.key(0), base, RANK))
-
-
-def make_library(base: Params, count: int) -> Params:
-    """Random skills: leaves [K, ...]."""
+def make_library(frozen: Params, count: int) -> Params:
+    """Random skills on a base: leaves [K, ...]."""
     keys = jax.random.split(jax.random.key(0), count)
-    return randomised(lambda: jax.vmap(lambda k: init_skill(k, base, RANK))(keys))
+    return randomised(lambda: jax.vmap(lambda k: init_skill(k, frozen, RANK))(keys))
 
 
 def randomised(make: Callable[[], Params]) -> Params:
@@ -760,7 +701,7 @@ def randomised(make: Callable[[], Params]) -> Params:
     return jax.tree.map(leaf, jax.eval_shape(make))
 
 
-def _forward(net: Denoiser) -> Callable[..., jax.Array]:
+def _forward(net: Any) -> Callable[..., jax.Array]:
     """The jitted denoiser on a batch; without weights the base alone."""
 
     @jax.jit
@@ -775,19 +716,19 @@ def _forward(net: Denoiser) -> Callable[..., jax.Array]:
 def skills(sizes: Sizes) -> list[Row]:
     """One forward pass with K skills, weights of their own for every state."""
     policy = make_policy(sizes)
-    base = policy.params.base
+    frozen = policy.params.base
     forward = _forward(make_network(policy.config.network, ACTION_DIM))
-    rows, n = [], weights_of(base)
-    libraries = {count: make_library(base, count) for count in sizes.skills}
+    rows, n = [], weights_of(frozen)
+    libraries = {count: make_library(frozen, count) for count in sizes.skills}
     for batch in sizes.batches:
         inputs = (normal(0, batch, OBS_DIM), normal(1, batch, ACTION_DIM))
         inputs += (jnp.ones(batch),)
-        calls = {"base": waiting(forward, {"params": base}, *inputs)}
+        calls = {"base": waiting(forward, {"params": frozen}, *inputs)}
         for count, library in libraries.items():
-            variables = {"params": base, "skills": library}
+            variables = {"params": frozen, "skills": library}
             alpha = normal(2, batch, count)
             calls[str(count)] = waiting(forward, variables, *inputs, alpha)
-        times = interleave(calls, sizes.repeats, sizes.seconds)
+        times = calls_in_turns(calls, sizes.repeats, sizes.seconds)
         milliseconds = [1e3 * t for t in times["base"]]
         rows.append(make_row("skills", f"base, batch {batch}", milliseconds, "ms"))
         for count, library in libraries.items():
@@ -821,7 +762,7 @@ def latency(sizes: Sizes) -> list[Row]:
         for name, policy in policies.items()
         for batch in (1, 10)
     }
-    times = interleave(calls, sizes.latency_repeats, 0)
+    times = calls_in_turns(calls, sizes.latency_repeats, 0)
     return [
         make_row("latency", name, [1e3 * t for t in seconds], "ms")
         for name, seconds in times.items()
@@ -852,7 +793,7 @@ def evaluation(sizes: Sizes) -> list[Row]:
             "one": functools.partial(rollout, "one", one),
             "simulator": simulate,
         }
-        times = interleave(calls, sizes.evaluation_repeats, 0)
+        times = calls_in_turns(calls, sizes.evaluation_repeats, 0)
     together = rates(steps["together"], times["together"])
     alone = rates(steps["one"], times["one"])
     simulator = rates(100 * count, times["simulator"])
@@ -894,7 +835,7 @@ def _by_workers(sizes: Sizes) -> list[Row]:
             label: functools.partial(play, vector_env=vector)
             for label, vector in made.items()
         }
-        times = interleave(calls, sizes.evaluation_repeats, 0)
+        times = calls_in_turns(calls, sizes.evaluation_repeats, 0)
     first, *others = times
     row = functools.partial(make_row, "evaluation")
     return [
@@ -931,7 +872,7 @@ def bfloat16(sizes: Sizes) -> list[Row]:
             }
             calls[f"forward {short}"] = waiting(forwards[short], variables, *inputs)
             calls[f"sampling {short}"] = _acting(policy, batch)
-        times = interleave(calls, sizes.repeats, sizes.seconds)
+        times = calls_in_turns(calls, sizes.repeats, sizes.seconds)
         for what in ("forward", "sampling"):
             full, half = times[f"{what} f32"], times[f"{what} bf16"]
             label = f"{what}, batch {batch}"
@@ -980,22 +921,45 @@ def measure(
     chosen = {name: lookup(GROUPS, name, "group") for name in groups or GROUPS}
     load = os.getloadavg()[0]
     rows: list[Row] = []
-    for name, group in GROUPS.items():
-        if name in chosen:
-            found = group(sizes)
-            show(table(found))
-            rows += found
-    found = versions()
-    show(summary(rows, load, found))
+    with compilation_cache():
+        for name, group in GROUPS.items():
+            if name in chosen:
+                rows += (measured := group(sizes))
+                show(table(measured))
+    machine = versions()
+    show(summary(rows, load, machine))
     return {
         "rows": [dataclasses.asdict(row) for row in rows],
         "sizes": dataclasses.asdict(sizes),
         "flop": FLOP,
-        "commit": found["commit"],
-        "versions": found,
+        "commit": machine["commit"],
+        "versions": machine,
         "cpu_flags": list(cpu_flags()),
         "load_before": load,
     }
+
+
+@contextlib.contextmanager
+def compilation_cache() -> Iterator[None]:
+    """Compile every program once in the body: each training jits its step anew."""
+    with tempfile.TemporaryDirectory(prefix="psec_benchmark_") as folder:
+        options: dict[str, Any] = {
+            "jax_compilation_cache_dir": folder,
+            "jax_persistent_cache_min_compile_time_secs": 0,
+            "jax_persistent_cache_min_entry_size_bytes": -1,
+        }
+        before = {name: getattr(jax.config, name) for name in options}
+        try:
+            _configure(options)
+            yield
+        finally:
+            _configure(before)
+
+
+def _configure(options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        jax.config.update(name, value)
+    reset_cache()  # JAX opens its cache once, where the first program is compiled
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -1015,22 +979,22 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def summary(rows: Sequence[Row], load: float, found: Mapping[str, Any]) -> str:
+def summary(rows: Sequence[Row], load: float, machine: Mapping[str, Any]) -> str:
     """The machine, and how many targets are met."""
     judged = [row for row in rows if row.met is not None]
     missed = [row for row in judged if not row.met]
     lines = [
-        f"machine  {found['cpu']}, {found['cores']} cores, {found['device']}",
-        f"versions jax {found['jax']}, commit {found['commit']}",
+        f"machine  {machine['cpu']}, {machine['cores']} cores, {machine['device']}",
+        f"versions jax {machine['jax']}, commit {machine['commit']}",
         f"targets  {len(judged) - len(missed)} of {len(judged)} met",
     ]
     lines += [
         f"         not met: {row.name}: {_number(row.value)} {row.unit}, "
-        f"asked {row.target}"
+        f"target {row.target}"
         for row in missed
     ]
     if any(row.group == "bfloat16" for row in rows) and not fast_bfloat16():
-        lines.append("         not judged: bfloat16 (asked of CPUs with AMX only)")
+        lines.append("         not judged: bfloat16 (a target of CPUs with AMX only)")
     if load > 0.5:
         lines.append(
             f"warning  the machine was busy before (load {load:.1f}): the figures are "
@@ -1042,12 +1006,11 @@ def summary(rows: Sequence[Row], load: float, found: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str]) -> None:
     """Measure, print, save."""
     no_arguments(argv)
-    quick, only, out = (FLAGS[name].value for name in ("quick", "only", "out"))
-    if out is None and not (quick or only):
-        out = OUT
+    given = values_of(FLAGS)
+    quick, only = given["quick"], given["only"]
+    out = given["out"] or (None if quick or only else OUT)
     if out:
-        with reported(f"make the folder of {out}"):
-            Path(out).parent.mkdir(parents=True, exist_ok=True)
+        make_room(out)
     result = measure(QUICK if quick else FULL, only)
     if out:
         write_json(out, {"quick": quick} | result)

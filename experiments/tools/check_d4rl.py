@@ -28,7 +28,7 @@ import numpy as np
 from absl import flags
 
 from psec_jax.data import d4rl as reader
-from psec_jax.data import d4rl_sets, dataset, sets
+from psec_jax.data import d4rl_sets, dataset
 from psec_jax.errors import InputError
 from psec_jax.types import Dataset
 
@@ -53,8 +53,8 @@ def packages() -> tuple[Any, Any]:
         import d4rl.gym_mujoco
     except ModuleNotFoundError as error:
         raise InputError(
-            f"{error.name} is not installed; experiments/check_d4rl.py says how to "
-            "make an environment for this check"
+            f"{error.name} is not installed; experiments/tools/check_d4rl.py says how "
+            "to make an environment for this check"
         ) from error
     return gym, d4rl
 
@@ -111,12 +111,13 @@ def compare(d4rl: Any, env: Any, name: str, path: Path) -> dict[str, bool]:
     Raises:
       InputError: a file that cannot be read.
     """
-    ours, _ = reader.load(path, required=d4rl_sets.SETS.required)
-    sets.check(path, name, d4rl_sets.task(name), ours, {})
+    ours, _ = d4rl_sets.load(path)
     theirs = d4rl.qlearning_dataset(env, env.get_dataset(h5path=str(path)))
     rows = customary(ours)
-    told = f"{len(rows.obs)} rows of {len(ours.obs)}"
-    found = {f"{told}, {int(ours.terminal.sum())} true ends": same_rows(theirs, rows)}
+    counted = f"{len(rows.obs)} rows of {len(ours.obs)}"
+    found = {
+        f"{counted}, {int(ours.terminal.sum())} true ends": same_rows(theirs, rows)
+    }
     with tempfile.TemporaryDirectory() as folder:
         older = Path(folder) / path.name
         older.write_bytes(path.read_bytes())

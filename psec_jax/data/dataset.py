@@ -1,7 +1,9 @@
 """Whole-dataset checks, trajectories and their selection."""
 
 import hashlib
+import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -240,6 +242,32 @@ def jumps(obs: np.ndarray, next_obs: np.ndarray) -> np.ndarray:
     return result
 
 
+def whole(what: str, value: Any) -> int:
+    """A whole number, also one of NumPy.
+
+    Raises:
+      InputError: anything else.
+    """
+    try:
+        if not isinstance(value, (bool, np.bool_)):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise InputError(f"{what}: got {value!r}, expected a whole number")
+
+
+def real(what: str, value: Any) -> float:
+    """A number, also one of NumPy, that is not NaN.
+
+    Raises:
+      InputError: anything else.
+    """
+    array = np.asarray(value)
+    if array.ndim or array.dtype.kind not in "iuf" or np.isnan(array):
+        raise InputError(f"{what}: got {value!r}, expected a number")
+    return float(array)
+
+
 def take(ds: Dataset, chosen: Sequence[int] | np.ndarray) -> Dataset:
     """The trajectories of these numbers, in the order given.
 
@@ -295,7 +323,7 @@ def select(
     )
     asked = first if first is not None else best
     if asked is not None:
-        if asked < 1:
+        if whole("trajectories", asked) < 1:
             raise InputError(f"asked for {asked} trajectories, expected 1 or more")
         if asked > len(chosen):
             raise InputError(
@@ -324,11 +352,14 @@ def _within(
     cost_quantile: float | None,
 ) -> tuple[np.ndarray, str]:
     """Numbers of the trajectories within the bounds, and the bounds in words."""
+    for name, value in (("min_return", min_return), ("max_cost", max_cost)):
+        if value is not None:
+            real(name, value)
     for name, value in (
         ("return_quantile", return_quantile),
         ("cost_quantile", cost_quantile),
     ):
-        if value is not None and not 0 <= value <= 1:
+        if value is not None and not 0 <= real(name, value) <= 1:
             raise InputError(f"{name}: got {value:g}, expected 0 to 1")
     keep = np.ones(len(costs), dtype=bool)
     bounds = []

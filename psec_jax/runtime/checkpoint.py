@@ -139,6 +139,7 @@ class Checkpoints:
         # Checked first: Orbax would cast another dtype without a word.
         wanted = _layout(like)
         try:
+            assert self._last is not None
             stored = _layout(self._manager.item_metadata(self._last).tree)
             if stored == wanted:
                 return self._manager.restore(

@@ -5,7 +5,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TypeVar
@@ -158,6 +158,7 @@ class _Loop:
         self.streams = [run.data for run in runs if isinstance(run.data, Stream)]
         self.update = update
         if self.streams:
+            assert isinstance(update, Drawn)
             self.data, axes = _share([stream.frozen for stream in self.streams], layout)
             axes, update = (axes, 0), _streamed(update, self.streams[0])
         else:
@@ -178,11 +179,12 @@ class _Loop:
         with contextlib.closing(self._datas()) as datas:
             self._run(datas, stop)
 
-    def _datas(self) -> Iterator[Any]:
+    def _datas(self) -> Generator[Any, None, None]:
         """What each call of the update reads."""
         if not self.streams:
             while True:
                 yield self.data
+        assert isinstance(self.update, Drawn)
         keys = [run.key for run in self.runs]
         with contextlib.closing(
             streaming.batches(
@@ -421,7 +423,7 @@ def _one_of(state: State, index: jax.Array) -> State:
 
 def _compile(
     update: Update,
-    state: State,
+    state: Any,
     data: Any,
     key: jax.Array,
     looped: bool,
@@ -435,14 +437,14 @@ def _compile(
     _, metrics = jax.eval_shape(update, state, data, key)
     fold_in = jax.vmap(jax.random.fold_in) if key.ndim else jax.random.fold_in
 
-    def one(carry: tuple[State, dict], data: Any, key: jax.Array) -> tuple[State, dict]:
+    def one(carry: tuple[Any, dict], data: Any, key: jax.Array) -> tuple[Any, dict]:
         state, sums = carry
         state, metrics = update(state, data, fold_in(key, state.step))
         return state, {name: sums[name] + metrics[name] for name in sums}
 
     def call(
-        state: State, sums: dict, data: Any, key: jax.Array, count: jax.Array
-    ) -> tuple[State, dict, jax.Array]:
+        state: Any, sums: dict, data: Any, key: jax.Array, count: jax.Array
+    ) -> tuple[Any, dict, jax.Array]:
         if looped:
             # A count known only at run time: a shorter call compiles nothing anew.
             state, sums = jax.lax.fori_loop(
@@ -483,7 +485,9 @@ def _signals() -> Iterator[list[int]]:
         if signum == signal.SIGINT:
             signal.signal(signum, before[signum])
 
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    before: dict[int, Any] = {
+        s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)
+    }
     if (hangup := signal.getsignal(signal.SIGHUP)) is not signal.SIG_IGN:  # by nohup
         before[signal.SIGHUP] = hangup
     for signum in before:

@@ -6,13 +6,16 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import RecordWriter
 
 from psec_jax.errors import InputError
 from psec_jax.files import reported, write_atomic
 from psec_jax.runtime.run import Run
+
+# Protobuf makes these classes at run time.
+Event, SessionLog = (vars(event_pb2)[name] for name in ("Event", "SessionLog"))
+Summary = vars(summary_pb2)["Summary"]
 
 
 class Writer:

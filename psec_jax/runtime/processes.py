@@ -41,7 +41,7 @@ def connect(
     """
     given = (coordinator, processes, process)
     if given != (None, None, None):
-        if None in given:
+        if coordinator is None or processes is None or process is None:
             raise InputError(
                 "coordinator, processes, process: not all were given; they go together"
             )

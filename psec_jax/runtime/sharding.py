@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -127,7 +128,7 @@ class Layout:
         """
         alone = self.count == 1
 
-        def asked(where: tuple[slice, ...]) -> np.ndarray:
+        def asked(where: Any) -> np.ndarray:
             return part((slice(None), *where))[0] if alone else part(where)
 
         shape = shape[1:] if alone else shape
@@ -144,6 +145,7 @@ class Layout:
         return {"out_shardings": jax.tree.map(self._sharding, divided)}
 
     def _sharding(self, divided: bool) -> NamedSharding:
+        assert self.mesh is not None
         spec = PartitionSpec(self.axis) if divided and self.axis else PartitionSpec()
         return NamedSharding(self.mesh, spec)
 
@@ -157,7 +159,7 @@ def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
     if sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
     # Every process holds the same numbers, and puts its part of them on its devices.
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = _put(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     host = np.asarray(leaf)

@@ -211,16 +211,16 @@ class _Source:
     def __len__(self) -> int:
         return self._goal
 
-    def __getitem__(self, step: int) -> jax.Array:
+    def __getitem__(self, index: int) -> jax.Array:
         with self._lock:
-            index = self._block(step // _BLOCK)[:, step % _BLOCK]
+            drawn = self._block(index // _BLOCK)[:, index % _BLOCK]
         width = self._streams[0].table.shape[1]
-        shape = (*index.shape, width)
+        shape = (*drawn.shape, width)
 
         def part(where: tuple[slice, ...]) -> np.ndarray:
             """The trainings and rows that one device needs, and no others."""
-            runs = range(len(index))[where[0]]
-            return np.stack([self._streams[r].table[index[r][where[1]]] for r in runs])
+            runs = range(len(drawn))[where[0]]
+            return np.stack([self._streams[r].table[drawn[r][where[1]]] for r in runs])
 
         return self._layout.put_batch(shape, part)
 

@@ -232,8 +232,8 @@ def serve(
             policies[policy, noise] = _make(env, policy, noise)
         return policies[policy, noise]
 
-    for episode, *fields in share:
-        actor = Actor(*fields)
+    for episode, policy, noise, then, within in share:
+        actor = Actor(policy, noise, then, within)
         act = find(actor.policy, actor.action_noise)
         if actor.then:
             then = find(actor.then, actor.action_noise)

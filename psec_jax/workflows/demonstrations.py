@@ -53,6 +53,14 @@ class Selection(NamedTuple):
         Raises:
           InputError: fewer are there, or a filter or a number that cannot be used.
         """
+        for name in ("split", "transitions"):
+            if (value := getattr(self, name)) is not None:
+                dataset.whole(name, value)
+        for name in ("min_return", "max_cost", "return_quantile", "cost_quantile"):
+            if (value := getattr(self, name)) is not None:
+                dataset.real(name, value)
+        if self.share is not None:
+            dataset.real("share", self.share)
         if self.split is not None:
             ds = split(ds, self.split)
         if self.filter is not None:
