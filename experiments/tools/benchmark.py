@@ -6,8 +6,8 @@
 Measures start-up and memory, the rate of matrix products, training steps of every
 stage, several seeds as one program, data in a file, several steps as one call, the cost
 of composing skills, the latency of an action, evaluation, and bfloat16; prints a table
-and saves it as JSON. A full run takes some eight minutes of two CPU cores, on which
-nothing else should run. --quick repeats less and starts with fewer transitions: it
+and saves it as JSON. A full run takes minutes, in which nothing else should run on the
+machine. --quick repeats less and starts with fewer transitions: it
 checks the benchmark, its figures are not to be quoted. Evaluation by several processes
 needs `make setup-safe`, and is left out without it.
 
