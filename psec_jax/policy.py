@@ -27,6 +27,8 @@ from psec_jax.networks.denoiser import NetworkConfig
 from psec_jax.process import ProcessConfig
 from psec_jax.types import Normaliser, Params
 
+HUGE = 1e6  # observations beyond may be too much for float32 somewhere in a network
+
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
@@ -65,7 +67,7 @@ class Policy:
         keys = _keys(keys, obs)
         one_or_batch = _act_batch if obs.ndim == 2 else _act_one
         with jax.enable_x64(False):  # the same numbers whatever the caller computes in
-            return one_or_batch(self.config, self.params, keys, obs)
+            return _finite(one_or_batch(self.config, self.params, keys, obs), obs)
 
     def alpha(self, obs: Any) -> Array:
         """The gate's weights [K] of one raw observation [S], or [B, K] of a batch.
@@ -79,7 +81,7 @@ class Policy:
         obs = self._observations(obs)
         one_or_batch = _weights_batch if obs.ndim == 2 else _weights_one
         with jax.enable_x64(False):
-            return one_or_batch(self.config, self.params, obs)
+            return _finite(one_or_batch(self.config, self.params, obs), obs)
 
     def to_env(self, action: Any) -> np.ndarray:
         """Actions of `act` [..., A] in the units of the environment of the base's data.
@@ -137,6 +139,22 @@ def _numbers(obs: Any) -> np.ndarray:
             "finite numbers"
         )
     return array
+
+
+def _finite(result: Array, obs: Any) -> Array:
+    """The result; looked at only where observations are so large that it may overflow.
+
+    Raises:
+      InputError: it has.
+    """
+    if isinstance(obs, Tracer) or np.abs(obs).max(initial=0) < HUGE:
+        return result
+    if not np.isfinite(np.asarray(result)).all():
+        raise InputError(
+            f"observations of magnitudes up to {np.abs(obs).max():.2g} are too large "
+            "for the policy, expected those of its data"
+        )
+    return result
 
 
 def _keys(keys: Any, obs: Any) -> Any:

@@ -145,6 +145,13 @@ def test_other_observations_are_refused(policy, name):
         assert "\n" not in str(refused.value)
 
 
+def test_large_observations(root, policy):
+    assert np.isfinite(compose(root).act(key(), np.full(S, 1e7))).all()
+    with pytest.raises(InputError, match=r"of magnitudes up to 1e\+30 are too large"):
+        policy.act(key(), np.full(S, 1e30))
+    assert policy.act(key(), np.zeros((0, S))).shape == (0, A)
+
+
 @pytest.mark.parametrize(
     ("keys", "obs"),
     [
