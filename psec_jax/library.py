@@ -474,8 +474,19 @@ def _layout(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 def _sealed(card: Mapping[str, Any]) -> dict[str, Any]:
     # As it will be read back: JSON has no tuples, and only strings for keys.
-    card = dict(json.loads(json.dumps(dict(card))))
+    card = dict(json.loads(json.dumps(dict(card), default=_plain)))
     return card | {"card_sha256": _card_hash(card)}
+
+
+def _plain(value: Any) -> Any:
+    """A number or array of NumPy or JAX as JSON holds it.
+
+    Raises:
+      InputError: anything else that JSON does not hold.
+    """
+    if isinstance(value, (np.generic, np.ndarray)) or hasattr(value, "__array__"):
+        return np.asarray(value).tolist()
+    raise InputError(f"a card holds {value!r}, expected numbers, texts, lists or dicts")
 
 
 def _card_hash(card: Mapping[str, Any]) -> str:

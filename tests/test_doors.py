@@ -250,6 +250,16 @@ def test_results_do_not_depend_on_64_bits(root, policy):
         assert line == f"{np.asarray(array).tobytes().hex()} float32"
 
 
+@pytest.mark.parametrize("number", [np.float32(16), np.int64(16), np.array(16.0)])
+def test_numbers_of_numpy_on_a_card_are_stored_as_numbers(root, number):
+    library = SkillLibrary.open(root)
+    params, _ = library.load_skill("walk")
+    library.add_skill("walk16", params, {"alpha": number}, overwrite=True)
+    assert library.load_skill("walk16")[1]["alpha"] == 16
+    with pytest.raises(InputError, match=r"a card holds \{1\}, expected numb"):
+        library.add_skill("set", params, {"alpha": 1.0, "tags": {1}})
+
+
 @pytest.mark.parametrize(
     ("selection", "episodes", "words"),
     [
