@@ -285,7 +285,7 @@ def test_config_refusals():
     with pytest.raises(InputError, match="a base has one objective"):
         OfflineConfig(BASE, ("reward", "safety"))
     chunks = dataclasses.replace(ACTOR, process=ProcessConfig(horizon=4))
-    with pytest.raises(InputError, match="^horizon: got 4, expected 1: .* 'dql' judges"):
+    with pytest.raises(InputError, match="^horizon: got 4, .* 'dql' judges"):
         OfflineConfig(chunks, ("bc", "dql"))
 
 
