@@ -4,8 +4,8 @@
 
 trains with each choice a base that stands and a skill that walks, from the same
 demonstrations and on the same budget, and rolls them out: the base in its own task, the
-skill at its training strength in walk. Raw results are in results/seams/seams.jsonl, the
-table is made from those alone (--tables_only).
+skill at its training strength in walk. Raw results are in results/seams/seams.jsonl;
+the table is made from those alone (--tables_only).
 """
 
 from collections.abc import Mapping, Sequence
