@@ -2,9 +2,9 @@
 
     python -m experiments.figures sample_efficiency --preset=standard
 
-runs what is missing, keeps its raw results in results/dmc_walker/raw_figures/NAME/ and
-draws results/dmc_walker/figures/NAME.png and .svg from those files alone; --plot_only
-only draws. NAME is one of
+measures what is missing, keeps its raw results in results/dmc_walker/NAME.jsonl and
+draws results/dmc_walker/figures/NAME.png and .svg from those alone; --plot_only only
+draws. NAME is one of
 
   table2               every method of Table 2 (of experiments.table2, which runs it)
   sample_efficiency    return against the number of demonstrations
@@ -15,14 +15,15 @@ only draws. NAME is one of
   tsne                 layer outputs, predicted noises and actions of three tasks
   alpha_trace          alpha(s) along an episode
 
-Runs lie beside those of experiments.table2, so a base or skill is trained once. With
-Table 2 there, a figure of the standard preset takes 1 to 15 minutes of 2 CPU cores; its
-budgets, some smaller than the table's, stand under it.
+Runs are kept beside those of experiments.table2, so a base or skill is trained once.
+With Table 2 there, a figure of the standard preset takes 1 to 15 minutes of 2 CPU
+cores; its budgets, some smaller than the table's, are written under it.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,24 +31,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from matplotlib.figure import Figure
+from matplotlib import figure as mpl
 from ml_collections import ConfigDict
 
-from experiments import plots, results, table2
+from experiments import grid, plots, results, table2, tables
 from experiments.configs.dmc_walker import get_config
-from experiments.table2 import ENV, SETTINGS, Place
+from experiments.grid import Cell, Made, Method, Table
+from experiments.style import Style
+from experiments.table2 import ENV, METHODS, RUNS, SETTINGS, SKILL, Setting, target
 from experiments.tools.rollout import make_trace
 from psec_jax.composition import network_of
 from psec_jax.errors import InputError, lookup
-from psec_jax.files import read_json
-from psec_jax.library import SkillLibrary
-from psec_jax.policy import Policy, load_base
-from psec_jax.policy import compose as load_composition
+from psec_jax.policy import Policy, compose
 from psec_jax.process import corrupt
 from psec_jax.workflows.demonstrations import load_demos
 
+Budget = Mapping[str, Any]
 WALK = "S->W"
-SKILL_ONLY = ("base", "skill")  # trained where no gate is
+MLP_AT = 128  # where the MLP skill stands on the axis of ranks
 ALPHAS = (0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24)
 SHORT = {"skill.steps": 300, "gate.steps": 50}
 # Averaged weights of a short run must not remember its start; the rank is the paper's.
@@ -100,175 +101,66 @@ BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
-MLP_AT = 128  # where the MLP skill stands on the axis of ranks
-PAPER = {
-    "sample_efficiency": {
-        "PSEC": {10: 688, 30: 862, 50: 936, 100: 974},
-        "NSEC": {10: 321, 30: 748, 50: 906, 100: 974},
-        "ASEC": {10: 66, 30: 447, 50: 721, 100: 818},
-        "Scratch": {10: 59, 30: 407, 50: 850, 100: 911},
-    },
-    "training_efficiency": {
-        "LoRA skill": {10_000: 495},
-        "MLP skill": {10_000: 303},
-        "Scratch": {10_000: 87},
-    },
-    "rank": {
-        "PSEC": {4: 510, 8: 680, 16: 478, 32: 476, 64: 537},
-        "PSEC (MLP)": {MLP_AT: 424},
-    },
-}
+
+def rows(*names: str) -> dict[str, Method]:
+    """Rows of Table 2."""
+    return {name: METHODS[name] for name in names}
 
 
-@dataclass(frozen=True)
-class Variant(Place):
-    """Runs on another budget than the table's, in a library of their own.
-
-    Attributes:
-      tag: what differs.
-    """
-
-    tag: str = ""
-
-    @property
-    def folder(self) -> Path:
-        """Of everything but the base."""
-        return self.root / f"seed{self.seed}" / "variants" / self.tag
-
-    @property
-    def library(self) -> Path:
-        """The library, with a copy of the table's base."""
-        return self.folder / "library"
-
-    def workdir(self, name: str) -> Path:
-        """The folder of one run; the base's is the table's."""
-        if name == "base":
-            return super().workdir(name)
-        return self.folder / "runs" / name
-
-    def scratch(self, task: str) -> Path:
-        """The library that holds one scratch policy."""
-        return self.folder / f"scratch-{task}"
+def base_level() -> dict[str, Setting]:
+    """The setting of a level: the base, which no number on the axis changes."""
+    return {WALK: target("walk", "walk", methods=("Base",), record={"x": None})}
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One point of a figure.
-
-    Attributes:
-      setting: what was varied, with its value.
-      method: the series.
-      measure: place -> raw result.
-      x: place on the figure's axis; None where it has none.
-      changes: config fields beside the figure's own.
-      table: key of `table2.SETTINGS` where Table 2 may hold the same cell.
-      trained: the stages whose budget counts.
-    """
-
-    setting: str
-    method: str
-    measure: Callable[[Place], dict[str, Any]]
-    x: float | None = None
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    table: str | None = None
-    trained: tuple[str, ...] = results.STAGES
+def points(
+    label: str, field: str, values: Sequence[int], *methods: str
+) -> dict[str, Setting]:
+    """A setting of walking for each value of a field of the job."""
+    return {
+        f"{WALK}, {label.format(value)}": target(
+            "walk",
+            "walk",
+            changes={field: value},
+            record={"x": value},
+            methods=methods,
+            same=WALK,
+        )
+        for value in values
+    }
 
 
-def make_place(
-    config: ConfigDict, root: Path, seed: int, changes: Mapping[str, Any]
-) -> Place:
-    """Where the runs of a config with some changes lie: the table's place if it can be.
-
-    Evaluation is no part of a run, so only changes of training need another place.
-    """
-    changed = {}
-    for name, value in changes.items():
-        section, key = name.split(".")
-        if config[section][key] != value:
-            changed[name] = value
-    mine = ConfigDict(config.to_dict())
-    mine.update_from_flattened_dict(changed)
-    trained = {n: v for n, v in changed.items() if not n.startswith("evaluation.")}
-    if not trained:
-        return Place(mine, root, seed)
-    tag = "_".join(f"{name}-{value}" for name, value in sorted(trained.items()))
-    return Variant(mine, root, seed, tag)
+def make_skill(task: str, adapter: str, cell: Cell) -> list[Made]:
+    """One skill at the strength it was trained at."""
+    name = table2.train_skill(cell, task, adapter)
+    return grid.composed(cell, [name], alpha=[float(cell.job.skill.alpha)])
 
 
-def prepare(place: Place) -> None:
-    """Train the base, and copy it into the library of a variant."""
-    if not isinstance(place, Variant):
-        table2.train_base(place)
-        return
-    original = Place(place.config, place.root, place.seed)
-    table2.train_base(original)
-    params, normaliser, card = SkillLibrary.open(original.library).load_base()
-    SkillLibrary.create(place.library).add_base(
-        params, normaliser, card, overwrite=True
-    )
+def make_interpolated(task: str, cell: Cell) -> list[Made]:
+    """One skill at the strength of its setting."""
+    name, alpha = table2.train_skill(cell, task), cell.setting.record["x"]
+    return grid.composed(cell, [name], alpha=[float(alpha)])
 
 
-def roll_out(
-    make: Callable[[Place], Policy], column: str, method: str, place: Place
-) -> dict[str, Any]:
-    """The raw result of a policy in the task of one column of Table 2."""
-    return table2.roll_out(place, make(place), column, method)
-
-
-def row(column: str, method: str, place: Place) -> Policy:
-    """The policy of one cell of Table 2."""
-    if method == "Base":
-        return load_base(place.library)
-    if method == "Scratch":
-        return table2.train_scratch(place, SETTINGS[column].task)
-    first = Place(place.config, place.root, 0)
-    return table2.train_composition(place, column, method, first)
-
-
-def alone(task: str, adapter: str, alpha: float | None, place: Place) -> Policy:
-    """One skill at a fixed strength, by default the one it was trained at."""
-    name = table2.train_skill(place, task, adapter)
-    alpha = place.config.skill.alpha if alpha is None else alpha
-    return load_composition(place.library, [name], alpha=[float(alpha)])
-
-
-def _row_cell(
-    setting: str,
-    method: str,
-    x: float | None = None,
-    changes: Mapping[str, Any] | None = None,
-) -> Cell:
-    make = functools.partial(row, WALK, method)
-    measure = functools.partial(roll_out, make, WALK, method)
-    return Cell(setting, method, measure, x, changes or {}, WALK)
-
-
-def sample_efficiency_cells(budget: Mapping[str, Any]) -> list[Cell]:
+def sample_efficiency(budget: Budget) -> Table:
     """Every method at every number of demonstrations."""
-    cells = [
-        _row_cell(f"{WALK}, {n} trajectories", method, n, {"skill.episodes": n})
-        for n in budget["points"]
-        for method in ("PSEC", "NSEC", "ASEC", "Scratch", "Support")
-    ]
-    return [_row_cell(WALK, "Base"), *cells]
+    names = ("PSEC", "NSEC", "ASEC", "Scratch", "Support")
+    varied = points("{} trajectories", "skill.episodes", budget["points"], *names)
+    return table("sample_efficiency", base_level() | varied, rows("Base", *names))
 
 
-def training_efficiency_cells(budget: Mapping[str, Any]) -> list[Cell]:
+def training_efficiency(budget: Budget) -> Table:
     """One run for every number of steps and kind of skill."""
     kinds = {
-        "LoRA skill": functools.partial(alone, "walk", "lora", None),
-        "MLP skill": functools.partial(alone, "walk", "mlp", None),
-        "Scratch": functools.partial(row, WALK, "Scratch"),
-    }
-    cells = [_row_cell(WALK, "Base")]
-    for steps in budget["points"]:
-        for method, make in kinds.items():
-            measure = functools.partial(roll_out, make, WALK, method)
-            setting, changes = f"{WALK}, {steps} steps", {"skill.steps": steps}
-            cells.append(
-                Cell(setting, method, measure, steps, changes, trained=SKILL_ONLY)
-            )
-    return cells
+        f"{label} skill": Method(
+            functools.partial(make_skill, "walk", adapter), SKILL, style
+        )
+        for label, adapter, style in (
+            ("LoRA", "lora", Style("blue", "o")),
+            ("MLP", "mlp", Style("purple", "P")),
+        )
+    } | rows("Scratch")
+    varied = points("{} steps", "skill.steps", budget["points"], *kinds)
+    return table("training_efficiency", base_level() | varied, rows("Base") | kinds)
 
 
 GATE_GROUPS = {
@@ -288,98 +180,110 @@ GATE_LABELS = {
 }
 
 
-def gate_cells(budget: Mapping[str, Any]) -> list[Cell]:
-    """Cells of Table 2."""
+def gate(budget: Budget) -> Table:
+    """A part of Table 2, with its raw results."""
     del budget
-    methods = [method for group in GATE_GROUPS.values() for method in group]
-    return [_row_cell(WALK, method) for method in methods]
+    return dataclasses.replace(
+        table2.TABLE, settings={WALK: SETTINGS[WALK]}, methods=rows(*GATE_LABELS)
+    )
 
 
-def rank_cells(budget: Mapping[str, Any]) -> list[Cell]:
-    """PSEC and the support on skills of every rank."""
-    cells = [
-        _row_cell(f"{WALK}, rank {rank}", method, rank, {"skill.rank": rank})
-        for rank in budget["points"]
-        for method in ("PSEC", "Support")
-    ]
-    mlp = _row_cell(f"{WALK}, MLP", "PSEC (MLP)", MLP_AT)
-    return [_row_cell(WALK, "Base"), *cells, mlp]
+def rank(budget: Budget) -> Table:
+    """PSEC and the support on skills of every rank, and PSEC on MLP skills."""
+    varied = points("rank {}", "skill.rank", budget["points"], "PSEC", "Support")
+    mlp = {"record": {"x": MLP_AT}, "methods": ("PSEC (MLP)",), "same": WALK}
+    varied[f"{WALK}, MLP"] = target("walk", "walk", **mlp)
+    methods = rows("Base", "PSEC", "Support", "PSEC (MLP)")
+    return table("rank", base_level() | varied, methods)
 
 
-def interpolation_cells(budget: Mapping[str, Any]) -> list[Cell]:
+def interpolation(budget: Budget) -> Table:
     """Every strength of the walk skill and of the run skill."""
-    cells = []
-    for column in budget.get("columns", (WALK, "S->R")):
-        task = SETTINGS[column].task
-        method = f"{task} skill"
-        for alpha in budget["points"]:
-            make = functools.partial(alone, task, "lora", alpha)
-            measure = functools.partial(roll_out, make, column, method)
-            setting = f"{column}, alpha {alpha}"
-            cells.append(Cell(setting, method, measure, alpha, trained=SKILL_ONLY))
-    return cells
+    settings = {
+        f"{column}, alpha {alpha}": target(
+            SETTINGS[column].task,
+            record={"x": alpha},
+            methods=(f"{SETTINGS[column].task} skill",),
+        )
+        for column in budget.get("columns", (WALK, "S->R"))
+        for alpha in budget["points"]
+    }
+    methods = {
+        f"{task} skill": Method(
+            functools.partial(make_interpolated, task), SKILL, Style(*look)
+        )
+        for task, look in (("walk", ("blue", "o")), ("run", ("vermilion", "D")))
+    }
+    return table("interpolation", settings, methods)
 
 
-# Space -> what is taken of (layer output, predicted noise, action).
+def table(name: str, settings: Any, methods: Mapping[str, Method]) -> Table:
+    """A grid of returns in the walker's tasks."""
+    return Table(name, settings, methods, score=table2.score)
+
+
+# Space -> its place in (layer output, predicted noise, action).
 SPACES = {"LoRA layer outputs": 0, "predicted noises": 1, "actions": 2}
 LAYER = ("block_{}", "down")  # of the last block: [width]
 NEIGHBOURS = 10
 
 
-def tsne_cells(budget: Mapping[str, Any]) -> list[Cell]:
-    """One cell for each space."""
-    cells = []
-    for space in SPACES:
-        measure = functools.partial(embed, budget["points"], space)
-        cells.append(Cell(WALK, space, measure, trained=SKILL_ONLY))
-    return cells
+def tsne(budget: Budget) -> Table:
+    """One row for each space; nothing is rolled out."""
+    spaces = {space: Method(make_libraries, SKILL, Style("blue")) for space in SPACES}
+    settings = {WALK: target("walk", record={"x": None})}
+    measure = functools.partial(embed, budget["points"])
+    return Table("tsne", settings, spaces, measure=measure)
 
 
-def embed(count: int, space: str, place: Place) -> dict[str, Any]:
+def make_libraries(cell: Cell) -> list[Path]:
+    """The libraries with both skills."""
+    for task in ("walk", "run"):
+        table2.train_skill(cell, task)
+    return [cell.library(seed) for seed in cell.seeds]
+
+
+def embed(count: int, cell: Cell, seed: int, library: Path) -> dict[str, Any]:
     """t-SNE of what three policies give in states of their own demonstrations.
 
     The stand policy is the base: the same network with its skill at strength 0.
-    Observations and noises are drawn once for each task, the noised action is that of
+    Observations and noises are drawn once for each task, the noised action belongs to
     the middle diffusion step.
 
     Args:
       count: states of each task.
-      space: a key of `SPACES`.
-      place: of the skills.
+      cell: whose method names the space.
+      seed: of training; states are the same for all.
+      library: with both skills.
 
     Returns:
-      Raw result with "points" {task: [[x, y], ...]}, "dimensions" of the space and
-      "agreement": the share of a point's nearest neighbours, in the space itself, that
-      are of its own task.
+      "points" {task: [[x, y], ...]}, "dimensions" of the space and "agreement": the
+      share of a point's nearest neighbours, in the space itself, that are of its task.
     """
     from sklearn.manifold import TSNE
     from sklearn.neighbors import NearestNeighbors
 
-    skills = {task: table2.train_skill(place, task, "lora") for task in ("walk", "run")}
-    strength = place.config.skill.alpha
-    of_task = {
-        "stand": (skills["walk"], 0.0),
-        "walk": (skills["walk"], strength),
-        "run": (skills["run"], strength),
-    }
-    found = []
+    del seed
+    job, strength = cell.job, cell.job.skill.alpha
+    of_task = {"stand": ("walk", 0.0), "walk": ("walk", strength)}
+    of_task["run"] = ("run", strength)
+    spaces = []
     for number, (task, (skill, alpha)) in enumerate(of_task.items()):
-        policy = load_composition(place.library, [skill], alpha=[alpha])
-        stage = place.config.base if task == "stand" else place.config.skill
-        demos = load_demos(place.config, ENV.format(task), stage.episodes)
+        policy = compose(library, [skill], alpha=[alpha])
+        stage = job.base if task == "stand" else job.skill
+        demos = load_demos(job, ENV.format(task), stage.episodes)
         generator = np.random.default_rng(number)
-        rows = generator.choice(len(demos.dataset.obs), count, replace=False)
+        chosen = generator.choice(len(demos.dataset.obs), count, replace=False)
         keys = jax.random.split(jax.random.key(number), count)
-        found.append(
-            inside(policy, keys, demos.dataset.obs[rows], demos.dataset.action[rows])
-        )
-    vectors = np.concatenate([np.asarray(f[SPACES[space]]) for f in found])
+        obs, action = demos.dataset.obs[chosen], demos.dataset.action[chosen]
+        spaces.append(inside(policy, keys, obs, action)[SPACES[cell.method]])
+    vectors = np.concatenate([np.asarray(space) for space in spaces])
     label = np.repeat(np.arange(len(of_task)), count)
     near = NearestNeighbors(n_neighbors=NEIGHBOURS).fit(vectors)
     others = near.kneighbors(return_distance=False)
     plane = TSNE(perplexity=min(30, count / 2), random_state=0).fit_transform(vectors)
     plane = plane.astype(float).round(2)
-    return results.header(place.config.to_dict(), WALK, space, place.seed) | {
+    return {
         "points": {task: plane[label == i].tolist() for i, task in enumerate(of_task)},
         "dimensions": vectors.shape[1],
         "agreement": float(np.mean(label[others] == label[:, None])),
@@ -423,22 +327,23 @@ def inside(
     return layer, eps, policy.act(keys, obs)
 
 
-def alpha_trace_cells(budget: Mapping[str, Any]) -> list[Cell]:
+def alpha_trace(budget: Budget) -> Table:
     """The paper's gate and the support, with one skill and with two."""
     del budget
-    return [
-        Cell(column, method, functools.partial(trace, column, method))
-        for column in (WALK, "S+W->R")
-        for method in ("PSEC", "Support")
-    ]
+    settings = {
+        name: dataclasses.replace(SETTINGS[name], record={"x": None})
+        for name in (WALK, "S+W->R")
+    }
+    methods = rows("PSEC", "Support")
+    return Table("alpha_trace", settings, methods, measure=trace)
 
 
-def trace(column: str, method: str, place: Place) -> dict[str, Any]:
+def trace(cell: Cell, seed: int, made: Made) -> dict[str, Any]:
     """One episode: "reward" [N] and "alpha" {skill: [N]} of every step."""
-    policy = row(column, method, place)
-    env = ENV.format(SETTINGS[column].task)
-    seen = make_trace(policy, env, 1, place.config.evaluation.seed)
-    return results.header(place.config.to_dict(), column, method, place.seed) | {
+    del made
+    policy = compose(cell.library(seed), gate=table2.gate_name(cell.method, cell.name))
+    seen = make_trace(policy, cell.setting.env, 1, cell.job.evaluation.seed)
+    return {
         "reward": seen.reward.astype(float).round(3).tolist(),
         "alpha": {
             name: seen.alpha[:, k].astype(float).round(3).tolist()
@@ -447,178 +352,195 @@ def trace(column: str, method: str, place: Place) -> dict[str, Any]:
     }
 
 
+Draw = Callable[[Table, Sequence[results.Raw], Mapping[str, Any], str], mpl.Figure]
+
+
 @dataclass(frozen=True)
-class Spec:
+class Figure:
     """What is measured for a figure, and how it is drawn.
 
     Attributes:
-      cells: budget -> cells; None where experiments.table2 measures.
-      draw: raw files -> figure.
+      table: budget -> grid.
+      note: beginning of the caption, which goes on with what was measured.
+      draw: (grid, raw results, their summary, caption) -> figure.
+      measured: whether this command measures what is missing.
     """
 
-    cells: Callable[[Mapping[str, Any]], list[Cell]] | None
-    draw: Callable[[plots.Raws], Figure]
+    table: Callable[[Budget], Table]
+    note: str
+    draw: Draw
+    measured: bool = True
 
 
-INTERVALS = "Mean and 95 % bootstrap interval (over seeds, then episodes)"
-WITH_BASE = f"{INTERVALS}; Base: the stand policy;"
+def line(**look: Any) -> Draw:
+    """Lines against the number "x" of the raw results."""
+
+    def draw(grid: Table, raws: Any, summary: Any, caption: str) -> mpl.Figure:
+        reported = PAPER.get(grid.name, {})
+        return plots.lines(
+            tables.of_metric(summary, "return"),
+            {raw["setting"]: raw["x"] for raw in raws},
+            styles(grid),
+            caption=caption,
+            paper={m: {float(x): y for x, y in v.items()} for m, v in reported.items()},
+            **look,
+        )
+
+    return draw
+
+
+def styles(grid: Table) -> dict[str, Style]:
+    """How the methods of a grid are drawn."""
+    return {name: method.style for name, method in grid.methods.items()}
+
+
+PAPER = grid.paper("figures")
+WITH_BASE = f"{tables.INTERVALS}; Base: the stand policy;"
 FIGURES = {
-    "table2": Spec(
-        None,
-        functools.partial(
-            plots.table,
-            methods=table2.METHODS,
-            paper=table2.PAPER,
-            title="Walker: composed skills from 10 demonstrations each",
-            note=f"S, W, R: stand, walk, run. {INTERVALS}; dots: seeds; hatched: fixed "
-            "weights, dotted: learned support;",
+    "table2": Figure(
+        lambda budget: table2.TABLE,
+        f"S, W, R: stand, walk, run. {tables.INTERVALS}; dots: seeds; hatched: fixed "
+        "weights, dotted: learned support;",
+        lambda grid, raws, summary, caption: plots.table(
+            tables.of_metric(summary, "return"),
+            styles(grid),
+            table2.TABLE.paper,
+            "Walker: composed skills from 10 demonstrations each",
+            caption,
         ),
+        measured=False,
     ),
-    "sample_efficiency": Spec(
-        sample_efficiency_cells,
-        functools.partial(
-            plots.lines,
+    "sample_efficiency": Figure(
+        sample_efficiency,
+        WITH_BASE,
+        line(
             x_label="demonstrations of walking (trajectories of 1000 steps)",
             title="Sample efficiency, stand to walk",
-            note=WITH_BASE,
-            paper=PAPER["sample_efficiency"],
             log=True,
         ),
     ),
-    "training_efficiency": Spec(
-        training_efficiency_cells,
-        functools.partial(
-            plots.lines,
+    "training_efficiency": Figure(
+        training_efficiency,
+        "Every point is a run of its own with its own decay of the learning rate; the "
+        f"paper's numbers: 10 k steps of 2048. {WITH_BASE}",
+        line(
             x_label="training steps of the skill or of Scratch",
             title="Training efficiency without a gate, stand to walk",
-            note="Every point is a run of its own with its own decay of the learning "
-            f"rate; the paper's numbers: 10 k steps of 2048. {WITH_BASE}",
-            paper=PAPER["training_efficiency"],
             log=True,
         ),
     ),
-    "gate": Spec(
-        gate_cells,
-        functools.partial(
-            plots.groups,
-            members=GATE_GROUPS,
-            labels=GATE_LABELS,
-            paper=table2.PAPER[WALK],
-            title="With and without a gate that sees the state, stand to walk",
-            note=f"{INTERVALS}; dots: seeds. Fixed weights are tuned by returns;",
+    "gate": Figure(
+        gate,
+        f"{tables.INTERVALS}; dots: seeds. Fixed weights are tuned by returns;",
+        lambda grid, raws, summary, caption: plots.groups(
+            tables.of_metric(summary, "return")[WALK],
+            styles(grid),
+            GATE_GROUPS,
+            GATE_LABELS,
+            table2.TABLE.paper[WALK],
+            "With and without a gate that sees the state, stand to walk",
+            caption,
         ),
     ),
-    "rank": Spec(
-        rank_cells,
-        functools.partial(
-            plots.lines,
+    "rank": Figure(
+        rank,
+        f"MLP: adapters of rank 8 with a non-linearity. {WITH_BASE}",
+        line(
             x_label="rank of the LoRA skill",
             title="Rank of the skill, stand to walk",
-            note=f"MLP: adapters of rank 8 with a non-linearity. {WITH_BASE}",
-            paper=PAPER["rank"],
             log=True,
             ticks={r: str(r) for r in (4, 8, 16, 32, 64)} | {MLP_AT: "MLP"},
         ),
     ),
-    "interpolation": Spec(
-        interpolation_cells,
-        functools.partial(
-            plots.lines,
+    "interpolation": Figure(
+        interpolation,
+        f"{tables.INTERVALS};",
+        line(
             x_label="alpha, the strength of the skill (0: the stand policy alone)",
             title="Interpolation and extrapolation of one skill in its own task",
-            note=f"{INTERVALS};",
-            paper={},
             mark=(16, "trained at 16"),
         ),
     ),
-    "tsne": Spec(
-        tsne_cells,
-        functools.partial(
-            plots.points,
-            order=tuple(SPACES),
-            title="What stand, walk and run share (t-SNE)",
-            note="States of each task's own demonstrations; layer: output of the last "
-            "block with its skill; neighbours: the 10 nearest before the projection;",
+    "tsne": Figure(
+        tsne,
+        "States of each task's own demonstrations; layer: output of the last block "
+        "with its skill; neighbours: the 10 nearest before the projection;",
+        lambda grid, raws, summary, caption: plots.points(
+            raws, tuple(SPACES), "What stand, walk and run share (t-SNE)", caption
         ),
     ),
-    "alpha_trace": Spec(
-        alpha_trace_cells,
-        functools.partial(
-            plots.traces,
-            order=tuple(SETTINGS),
-            title="alpha(s) along one episode (grey: reward)",
-            note="The first evaluation episode;",
+    "alpha_trace": Figure(
+        alpha_trace,
+        "The first evaluation episode;",
+        lambda grid, raws, summary, caption: plots.traces(
+            raws,
+            tuple(SETTINGS),
+            "alpha(s) along one episode (grey: reward)",
+            caption,
         ),
     ),
 }
 
 
-def raw_kind(name: str) -> str:
-    """The subfolder of a results folder that holds a figure's raw files."""
-    return "raw" if FIGURES[name].cells is None else f"raw_figures/{name}"
+def variant(job: ConfigDict, changes: Mapping[str, Any]) -> str:
+    """Directory of the runs of a changed job; "" where they are the table's own.
+
+    Evaluation is no part of a run, so only changes of training need another one.
+    """
+    tags = []
+    for name, value in sorted(changes.items()):
+        section, key = name.split(".")
+        if section != "evaluation" and job[section][key] != value:
+            tags.append(f"{name}-{value}")
+    return f"variants/{'_'.join(tags)}" if tags else ""
 
 
-def run_cells(
+def measure(
     name: str,
-    config: ConfigDict,
+    job: ConfigDict,
     root: Path,
     folder: Path,
-    report: Callable[[str], None],
+    report: Callable[[str], None] = print,
+    together: bool = False,
 ) -> None:
-    """Measure every missing cell of a figure, seed by seed."""
-    budget = lookup(BUDGETS[name], config.preset, "preset")
+    """Measures every missing result of a figure."""
+    budget = lookup(BUDGETS[name], job.preset, "preset")
     common = dict(budget.get("changes", {}))
     if budget.get("episodes"):
         common["evaluation.episodes"] = budget["episodes"]
-    for seed in budget["seeds"]:
-        for cell in FIGURES[name].cells(budget):
-            changes = common | dict(cell.changes)
-            place = make_place(config, root, seed, changes)
-            identity = (cell.setting, cell.method, seed)
-            path = results.raw_path(folder, *identity, raw_kind(name))
-            fingerprint = results.config_fingerprint(place.config.to_dict())
-            if results.read_raw(path, fingerprint) is not None:
-                continue
-            raw = _from_table(folder, cell, seed, fingerprint)
-            if raw is None:
-                prepare(place)
-                raw = cell.measure(place)
-            budgets = {
-                s: size for s, size in raw["budget"].items() if s in cell.trained
-            }
-            here = {"setting": cell.setting, "x": cell.x, "budget": budgets}
-            results.write_raw(path, raw | here)
-            mean = f": mean {raw['mean']:.1f}" if "mean" in raw else ""
-            report(f"{cell.setting} {cell.method} seed {seed}{mean}")
-
-
-def _from_table(
-    folder: Path, cell: Cell, seed: int, fingerprint: str
-) -> dict[str, Any] | None:
-    """The same cell of Table 2, if it was measured with the same config."""
-    if cell.table is None:
-        return None
-    path = results.raw_path(folder, cell.table, cell.method, seed)
-    if not path.exists():
-        return None
-    raw = read_json(path)
-    return raw if raw["config_fingerprint"] == fingerprint else None
+    grid.run(
+        FIGURES[name].table(budget),
+        grid.changed(job, common | {"table.seeds": budget["seeds"]}),
+        root,
+        folder,
+        report,
+        together=together,
+        variant=lambda setting: variant(job, common | dict(setting.changes)),
+        borrow=table2.TABLE.path(folder),
+    )
 
 
 def draw(name: str, folder: Path) -> Path:
-    """Draw one figure from raw files alone; returns the path of its .png.
+    """Draws one figure from raw results alone; returns the path of its .png.
 
     Raises:
-      InputError: there are no raw files.
+      InputError: there are no raw results.
     """
-    spec = lookup(FIGURES, name, "figure")
-    figure = spec.draw(results.load_all(folder, raw_kind(name)))
-    return plots.save(figure, Path(folder) / "figures", name)
-
-
-def draw_table2(folder: Path) -> Path:
-    """The bars of Table 2 in a results folder; returns the path of its .png."""
-    return draw("table2", folder)
+    figure = lookup(FIGURES, name, "figure")
+    # The points that were measured need not be those of any preset.
+    table = figure.table({"points": ()})
+    raws = results.read_all(table.path(folder))
+    if table.name != "table2":
+        names = sorted({raw["setting"] for raw in raws})
+        table = dataclasses.replace(table, settings=dict.fromkeys(names))
+    raws = [
+        raw
+        for raw in raws
+        if raw["setting"] in table.settings and raw["method"] in table.methods
+    ]
+    caption = f"{figure.note} {results.conditions(raws)}"
+    drawn = figure.draw(table, raws, tables.summarise(table, raws), caption)
+    return plots.save(drawn, Path(folder) / "figures", name)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -628,32 +550,22 @@ def main(argv: Sequence[str]) -> None:
             f"got {len(argv) - 1} names, expected one of {', '.join(FIGURES)}"
         )
     name = argv[1]
-    spec = lookup(FIGURES, name, "figure")
+    figure = lookup(FIGURES, name, "figure")
     folder = Path(FLAGS["results"].value)
-    if spec.cells is not None and not FLAGS["plot_only"].value:
-        config = get_config(FLAGS["preset"].value)
-        root = Path(FLAGS["workdir"].value or f"runs/dmc_walker/{config.preset}")
-        cache = str(root.absolute() / "compiled")
-        jax.config.update("jax_compilation_cache_dir", cache)
-        run_cells(name, config, root, folder, print)
+    if figure.measured and not FLAGS["plot_only"].value:
+        job, root = get_config(FLAGS["preset"].value), grid.run_root(FLAGS, RUNS)
+        measure(name, job, root, folder, together=FLAGS["together"].value)
     print(f"figure   {draw(name, folder)}")
 
 
 if __name__ == "__main__":
     from psec_jax.cli import run
 
-    FLAGS = {
-        "preset": flags.DEFINE_string(
-            "preset", "standard", "quick, standard or paper."
-        ),
-        "results": flags.DEFINE_string(
-            "results", "results/dmc_walker", "Folder of raw results and figures."
-        ),
-        "workdir": flags.DEFINE_string(
-            "workdir", None, "Folder of runs; default runs/dmc_walker/PRESET."
-        ),
+    FLAGS: Mapping[str, Any] = grid.define_flags(
+        "results/dmc_walker", RUNS, rows=False
+    ) | {
         "plot_only": flags.DEFINE_bool(
-            "plot_only", False, "Only draw again, from the raw files."
+            "plot_only", False, "Only draw again, from the raw results."
         ),
     }
     run(main)

@@ -1,9 +1,7 @@
-"""Drawings of raw result files: bars, lines, points and traces, each one function.
+"""Drawings: bars, lines, points and traces, each one function.
 
-Every function takes raw files as `experiments.results` keeps them (`plane` takes a
-dataset's numbers) and gives a figure; nothing is measured here. Colours are Okabe and
-Ito's, which differ for every kind of colour vision, and series also differ by marker or
-hatch.
+Bars and lines take statistics of `experiments.tables`, the others raw results (`plane`
+the numbers of a dataset), and give a figure; nothing is measured here.
 """
 
 import io
@@ -20,47 +18,21 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 
-from experiments import results
+from experiments.style import COLOURS, Style
 from psec_jax.files import reported, write_atomic
 
 Raws = Sequence[Mapping[str, Any]]
+Stats = Mapping[str, Mapping[str, Any]]  # {method: mean, low, high, of_seeds}
+Styles = Mapping[str, Style]
 
-BLACK, DARK, LIGHT = "#000000", "#707070", "#B8B8B8"
-ORANGE, SKY, GREEN = "#E69F00", "#56B4E9", "#009E73"
-BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
+BLACK, DARK, VERMILION = (COLOURS[name] for name in ("black", "dark", "vermilion"))
+BLUE, ORANGE, GREEN = (COLOURS[name] for name in ("blue", "orange", "green"))
+PURPLE, SKY = COLOURS["purple"], COLOURS["sky"]
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, SKY, BLACK, DARK)  # of lines without a style
 DASHES = ("-", "--", ":", "-.")  # once the colours have been used up
-
-# Of a method and of its forms: "PSEC fixed" is drawn as PSEC with a hatch.
-STYLES = {
-    "Base": (LIGHT, "X"),
-    "Scratch": (DARK, "s"),
-    "ASEC": (ORANGE, "v"),
-    "NSEC": (SKY, "^"),
-    "PSEC (MLP)": (PURPLE, "P"),
-    "PSEC": (BLUE, "o"),
-    "BC": (BLACK, "<"),
-    "IQL": (ORANGE, ">"),
-    "Joint": (SKY, "v"),
-    "Fine-tune": (PURPLE, "P"),
-    "Skill": (GREEN, "D"),
-    "Support": (GREEN, "D"),
-    "PSEC + support": (VERMILION, "p"),
-    "LoRA skill": (BLUE, "o"),
-    "MLP skill": (PURPLE, "P"),
-    "walk skill": (BLUE, "o"),
-    "run skill": (VERMILION, "D"),
-}
 TASKS = {"stand": (DARK, "X"), "walk": (BLUE, "o"), "run": (VERMILION, "D")}
 FRAMES = 8  # images above a trace of one episode
 LEGEND_ROWS = 11  # beside it
-FORMS = {
-    " fixed": "////",
-    " (learned)": "....",
-    " (friction)": "",
-    " (thigh)": "////",
-    " (gravity)": "....",
-}
 RETURN = "return of an episode (0 to 1000)"
 
 _RC = {
@@ -74,14 +46,6 @@ _RC = {
     "legend.frameon": False,
     "svg.hashsalt": "psec_jax",  # the same picture is the same file
 }
-
-
-def style(method: str) -> tuple[str, str, str]:
-    """Colour, marker and hatch of a method."""
-    for ending, hatch in FORMS.items():
-        if method.endswith(ending):
-            return *STYLES[method.removesuffix(ending)], hatch
-    return *STYLES[method], ""
 
 
 def save(figure: Figure, folder: Path, name: str) -> Path:
@@ -134,7 +98,7 @@ def _whiskers(cell: Mapping[str, Any]) -> np.ndarray:
 
 def _seeds(axes: Axes, x: float, cell: Mapping[str, Any], flat: bool = False) -> None:
     """A dot for the mean of each training seed, where there are several."""
-    means = list(cell["seeds"].values())
+    means = cell["of_seeds"]
     if len(means) > 1:
         places = [x] * len(means)
         xy = (means, places) if flat else (places, means)
@@ -142,22 +106,20 @@ def _seeds(axes: Axes, x: float, cell: Mapping[str, Any], flat: bool = False) ->
 
 
 def table(
-    raws: Raws,
-    methods: Sequence[str],
+    stats: Mapping[str, Stats],
+    styles: Styles,
     paper: Mapping[str, Mapping[str, float]],
     title: str,
-    note: str,
+    caption: str,
     x_label: str = RETURN,
 ) -> Figure:
     """Bars of every method, a panel for each setting, the paper's numbers as marks."""
-    summary = results.summarise(raws)
-    settings = [s for s in paper if s in summary]
-    rows = [m for m in methods if any(m in summary[s] for s in settings)]
-    size = (2.2 + 2.6 * len(settings), 1.9 + 0.3 * len(rows))
+    rows = [m for m in styles if any(m in cells for cells in stats.values())]
+    size = (2.2 + 2.6 * len(stats), 1.9 + 0.3 * len(rows))
     with matplotlib.rc_context(_RC):
-        figure, panels = _canvas(title, _caption(note, raws), size, 1, len(settings))
-        for axes, setting in zip(panels[0], settings, strict=True):
-            _bars(axes, summary[setting], rows, paper[setting])
+        figure, panels = _canvas(title, caption, size, 1, len(stats))
+        for axes, (setting, cells) in zip(panels[0], stats.items(), strict=True):
+            _bars(axes, cells, rows, styles, paper.get(setting, {}))
             axes.set_title(setting, fontsize=10)
             axes.set_xlabel(x_label)
         for axes in panels[0, 1:]:
@@ -168,14 +130,15 @@ def table(
 
 def _bars(
     axes: Axes,
-    cells: Mapping[str, Mapping[str, Any]],
+    cells: Stats,
     rows: Sequence[str],
+    styles: Styles,
     paper: Mapping[str, float],
 ) -> None:
     for y, method in enumerate(rows):
         if method in cells:
             cell = cells[method]
-            colour, _, hatch = style(method)
+            colour, hatch = COLOURS[styles[method].colour], styles[method].hatch
             face = {"color": colour} if not hatch else {"fc": "white", "ec": colour}
             axes.barh(y, cell["mean"], 0.7, hatch=hatch, **face)
             axes.errorbar(
@@ -199,32 +162,33 @@ def _bars(
 
 
 def groups(
-    raws: Raws,
-    members: Mapping[str, Sequence[str]],
+    cells: Stats,
+    styles: Styles,
+    parts: Mapping[str, Sequence[str]],
     labels: Mapping[str, str],
     paper: Mapping[str, float],
     title: str,
-    note: str,
+    caption: str,
 ) -> Figure:
     """Vertical bars in named groups.
 
     Args:
-      raws: of one setting.
-      members: the methods of each group.
-      labels: what is written under each method's bar.
+      cells: of one setting.
+      styles: of the methods.
+      parts: the methods of each group.
+      labels: the text under each method's bar.
       paper: number of each method.
       title: of the figure.
-      note: beginning of the caption.
+      caption: below it.
     """
-    [cells] = results.summarise(raws).values()
     with matplotlib.rc_context(_RC):
-        figure, panels = _canvas(title, _caption(note, raws), (8, 4.6))
+        figure, panels = _canvas(title, caption, (8, 4.6))
         axes = panels[0, 0]
         places, names, x = [], [], 0.0
-        for group, methods in members.items():
+        for group, methods in parts.items():
             shown = [m for m in methods if m in cells]
             for method in shown:
-                _upright(axes, x, method, cells[method], paper)
+                _upright(axes, x, cells[method], styles[method], paper.get(method))
                 places.append(x)
                 names.append(labels[method])
                 x += 1
@@ -241,28 +205,26 @@ def groups(
 
 
 def _upright(
-    axes: Axes,
-    x: float,
-    method: str,
-    cell: Mapping[str, Any],
-    paper: Mapping[str, float],
+    axes: Axes, x: float, cell: Mapping[str, Any], style: Style, paper: float | None
 ) -> None:
-    colour, _, hatch = style(method)
+    colour, hatch = COLOURS[style.colour], style.hatch
     face = {"color": colour} if not hatch else {"fc": "white", "ec": colour}
     axes.bar(x, cell["mean"], 0.8, hatch=hatch, **face)
     axes.errorbar(x, cell["mean"], _whiskers(cell), color=BLACK, capsize=3, lw=1)
     _seeds(axes, x, cell)
-    if method in paper:
-        axes.plot(x + 0.3, paper[method], "d", mfc="white", mec=BLACK, ms=6, zorder=5)
+    if paper is not None:
+        axes.plot(x + 0.3, paper, "d", mfc="white", mec=BLACK, ms=6, zorder=5)
     top = min(cell["high"] + 12, 985)
     axes.text(x - 0.05, top, f"{cell['mean']:.0f}", ha="right", fontsize=8)
 
 
 def lines(
-    raws: Raws,
+    stats: Mapping[str, Stats],
+    number: Mapping[str, float | None],
+    styles: Styles,
     x_label: str,
     title: str,
-    note: str,
+    caption: str,
     paper: Mapping[str, Mapping[float, float]],
     log: bool = False,
     ticks: Mapping[float, str] | None = None,
@@ -270,42 +232,45 @@ def lines(
     y_label: str = RETURN,
     top: float = 1000.0,
 ) -> Figure:
-    """Return against a number, one line with intervals for each method.
+    """A score against a number, one line with intervals for each method.
 
     Args:
-      raws: with the number as "x"; where it is None the method is a level.
+      stats: of every setting.
+      number: of every setting; where it is None the method is a level.
+      styles: of the methods.
       x_label: of the number.
       title: of the figure.
-      note: beginning of the caption.
-      paper: {method: {x: return}}.
+      caption: below it.
+      paper: {method: {number: score}}.
       log: scale of the number.
       ticks: labels of chosen numbers; by default those measured.
       mark: a number to point out, and why.
-      y_label: of the returns.
-      top: the highest return shown.
+      y_label: of the score.
+      top: the highest score shown.
     """
-    number = {raw["setting"]: raw["x"] for raw in raws}
     curves: dict[str, list[tuple[float | None, Any]]] = {}
-    for setting, cells in results.summarise(raws).items():
+    for setting, cells in stats.items():
         for method, cell in cells.items():
             curves.setdefault(method, []).append((number[setting], cell))
     measured = sorted({x for x in number.values() if x is not None})
     with matplotlib.rc_context(_RC):
-        figure, panels = _canvas(title, _caption(note, raws), (7.5, 4.6))
+        figure, panels = _canvas(title, caption, (7.5, 4.6))
         axes = panels[0, 0]
         axes.set_xscale("log" if log else "linear")
         if mark is not None:
             axes.axvline(mark[0], color="0.6", ls=":", lw=1.2)
             axes.text(mark[0], 1.005 * top, f" {mark[1]}", color="0.4", fontsize=8)
-        drawn = [method for method in STYLES if method in curves]
+        drawn = [method for method in styles if method in curves]
         for i, method in enumerate(drawn):
             if curves[method][0][0] is None:
-                _level(axes, method, curves[method][0][1])
+                _level(axes, method, styles[method], curves[method][0][1])
             else:
                 # A few points aside, so that the intervals do not hide one another.
                 aside = 3.5 * (i - (len(drawn) - 1) / 2)
                 curve = sorted(curves[method], key=lambda point: point[0])
-                _curve(axes, method, curve, paper.get(method, {}), aside)
+                _curve(
+                    axes, method, styles[method], curve, paper.get(method, {}), aside
+                )
         shown = ticks or {x: f"{x:g}" for x in measured}
         axes.set_xticks(list(shown), list(shown.values()))
         axes.minorticks_off()
@@ -332,8 +297,8 @@ def _set_width(axes: Axes, first: float, last: float, log: bool) -> None:
         axes.set_xlim(first - side, last + side)
 
 
-def _level(axes: Axes, method: str, cell: Mapping[str, Any]) -> None:
-    colour, _, _ = style(method)
+def _level(axes: Axes, method: str, style: Style, cell: Mapping[str, Any]) -> None:
+    colour = COLOURS[style.colour]
     axes.axhline(cell["mean"], color=colour, ls="--", lw=1.2, label=method)
     axes.axhspan(cell["low"], cell["high"], color=colour, alpha=0.25, lw=0)
 
@@ -341,11 +306,12 @@ def _level(axes: Axes, method: str, cell: Mapping[str, Any]) -> None:
 def _curve(
     axes: Axes,
     method: str,
+    style: Style,
     curve: Sequence[tuple[float, Mapping[str, Any]]],
     paper: Mapping[float, float],
     aside: float,
 ) -> None:
-    colour, marker, _ = style(method)
+    colour, marker = COLOURS[style.colour], style.marker
     shift = ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans)
     axes.errorbar(
         [x for x, _ in curve],
@@ -363,7 +329,7 @@ def _curve(
     axes.plot(list(paper), list(paper.values()), "d", mfc="white", mec=colour, ms=7)
 
 
-def points(raws: Raws, order: Sequence[str], title: str, note: str) -> Figure:
+def points(raws: Raws, order: Sequence[str], title: str, caption: str) -> Figure:
     """Points of every task in the plane, one panel for each raw file.
 
     Args:
@@ -371,12 +337,12 @@ def points(raws: Raws, order: Sequence[str], title: str, note: str) -> Figure:
         "agreement".
       order: of the methods.
       title: of the figure.
-      note: beginning of the caption.
+      caption: below it.
     """
     raws = sorted(raws, key=lambda raw: order.index(raw["method"]))
     with matplotlib.rc_context(_RC):
         size = (3.1 * len(raws) + 0.4, 4.3)
-        figure, panels = _canvas(title, _caption(note, raws), size, 1, len(raws))
+        figure, panels = _canvas(title, caption, size, 1, len(raws))
         for axes, raw in zip(panels[0], raws, strict=True):
             for task, xy in raw["points"].items():
                 colour, marker = TASKS[task]
@@ -395,21 +361,19 @@ def points(raws: Raws, order: Sequence[str], title: str, note: str) -> Figure:
     return figure
 
 
-def traces(raws: Raws, order: Sequence[str], title: str, note: str) -> Figure:
+def traces(raws: Raws, order: Sequence[str], title: str, caption: str) -> Figure:
     """alpha of every skill and the reward over one episode, one panel a raw file.
 
     Args:
       raws: of one seed, with "alpha" {skill: [N]} and "reward" [N].
       order: of the settings.
       title: of the figure.
-      note: beginning of the caption.
+      caption: below it.
     """
     raws = sorted(raws, key=lambda raw: (order.index(raw["setting"]), raw["method"]))
     with matplotlib.rc_context(_RC):
         rows = -(-len(raws) // 2)
-        figure, panels = _canvas(
-            title, _caption(note, raws), (9.5, 1.4 + 2.2 * rows), rows, 2
-        )
+        figure, panels = _canvas(title, caption, (9.5, 1.4 + 2.2 * rows), rows, 2)
         for axes in panels.flat[len(raws) :]:
             axes.set_visible(False)
         drawn = {}
@@ -579,7 +543,3 @@ def plane(
         axes.set(xlabel=x_label, ylabel="return of a trajectory")
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
     return figure
-
-
-def _caption(note: str, raws: Raws) -> str:
-    return f"{note} {results.conditions(raws)}"

@@ -1,223 +1,187 @@
-"""The one result format: raw episodes in files, statistics and tables from those only.
+"""Raw results: one JSONL file a table, one line a setting, method and seed.
 
-A raw file is one JSON object: setting, method, seed, env, the raw returns of every
-episode, the steps and config they come from, versions, hardware and commit. Those of
-Table 2 lie in RESULTS/raw, those of a figure in RESULTS/raw_figures/NAME.
+A line holds the returns and costs of every episode beside what they were made with: the
+budget of each stage, fingerprints of config and data, versions, hardware and commit.
+Tables and figures are made from these lines alone.
 """
 
-import csv
+import fcntl
 import hashlib
-import io
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from psec_jax.errors import InputError
-from psec_jax.files import read_json, write_atomic, write_json
+from psec_jax.evaluation import Episodes
+from psec_jax.files import reported, write_atomic
 from psec_jax.runtime.run import versions
 
-STAGES = ("base", "skill", "gate")
-FALL = 150.0  # an episode of the walker below this return lay on the ground
-RESAMPLES = 10_000
+Raw = Mapping[str, Any]
+KEY = ("setting", "method", "seed")
+STAGES = ("base", "critics", "skill", "gate", "gaussian")
 
 
-def raw_path(
-    folder: str | Path, setting: str, method: str, seed: int, kind: str = "raw"
-) -> Path:
-    """File of one cell and seed in the subfolder `kind` of a results folder."""
-    name = re.sub(r"[^A-Za-z0-9+]+", "-", f"{setting}_{method}").strip("-")
-    return Path(folder) / kind / f"{name}_seed{seed}.json"
+def read(path: Path | str) -> list[dict[str, Any]]:
+    """The lines of a file of raw results; none where there is no file.
+
+    Raises:
+      InputError: a line that is damaged or no raw result, or two of one grid cell and
+        seed; file and line are named.
+    """
+    if not Path(path).exists():
+        return []
+    with reported(f"read {path}"):
+        lines = Path(path).read_bytes().splitlines()
+    raws, first = [], {}
+    for number, line in enumerate(lines, 1):
+        try:
+            raw = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: not JSON ({error})") from error
+        missing = [k for k in KEY if not isinstance(raw, dict) or k not in raw]
+        if missing:
+            raise InputError(
+                f"{path}, line {number}: no raw result, which has {', '.join(KEY)}"
+            )
+        if first.setdefault(key(raw), number) != number:
+            raise InputError(
+                f"{path}, line {number}: {name(raw)} is also on line {first[key(raw)]}"
+            )
+        raws.append(raw)
+    return raws
 
 
-def config_fingerprint(config: Mapping[str, Any]) -> str:
+def read_all(path: Path | str) -> list[dict[str, Any]]:
+    """The lines of a file of raw results.
+
+    Raises:
+      InputError: there are none, or see `read`.
+    """
+    raws = read(path)
+    if not raws:
+        raise InputError(f"{path}: no raw results; measure something first")
+    return raws
+
+
+def append(path: Path | str, raw: Raw) -> bool:
+    """Add a line; False where another process added the same cell and seed before.
+
+    The file is written anew under a lock, so no reader sees half a line and processes
+    that measure other seeds lose nothing.
+    """
+    path = Path(path)
+    lock = path.with_name(f".{path.name}.lock")
+    with reported(f"write {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(lock, "a")
+    with handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        if any(key(other) == key(raw) for other in read(path)):
+            return False
+        before = path.read_text() if path.exists() else ""
+        if before and not before.endswith("\n"):  # an editor's doing
+            before += "\n"
+        write_atomic(path, before + json.dumps(raw, allow_nan=False) + "\n")
+    return True
+
+
+def key(raw: Raw) -> tuple[str, str, int]:
+    """Setting, method and seed."""
+    return raw["setting"], raw["method"], raw["seed"]
+
+
+def by_key(path: Path | str) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """The lines of a file of raw results by setting, method and seed."""
+    return {key(raw): raw for raw in read(path)}
+
+
+def name(raw: Raw) -> str:
+    """A grid cell and seed in words, such as "S->W PSEC seed 0"."""
+    return f"{raw['setting']} {raw['method']} seed {raw['seed']}"
+
+
+def fingerprint(config: ConfigDict) -> str:
     """12 hex digits that change with any field but the table's rows and seeds.
 
-    More seeds or rows leave the cells that are there as they are.
+    More seeds or rows leave the lines that are there as they are.
     """
-    table = {k: v for k, v in config["table"].items() if k not in ("methods", "seeds")}
-    text = json.dumps({**config, "table": table}, sort_keys=True)
+    fields = config.to_dict()
+    table = {k: v for k, v in fields["table"].items() if k not in ("methods", "seeds")}
+    text = json.dumps({**fields, "table": table}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def header(
-    config: Mapping[str, Any], setting: str, method: str, seed: int
+    job: ConfigDict, setting: str, method: str, seed: int, stages: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What every raw file begins with: whose result it is and what it was made with."""
+    """What every line begins with: whose result it is and what it was made with.
+
+    Args:
+      job: everything that the result depends on.
+      setting: column of the table.
+      method: row of the table.
+      seed: of training.
+      stages: that were trained, with the section of the job that holds their budget.
+    """
     return {
         "setting": setting,
         "method": method,
         "seed": seed,
-        "preset": config["preset"],
-        "budget": {
-            stage: {k: config[stage][k] for k in ("steps", "batch_size")}
-            for stage in STAGES
-        },
-        "config_fingerprint": config_fingerprint(config),
+        "preset": job.preset,
+        "budget": {stage: _budget(job, section) for stage, section in stages.items()},
+        "config_fingerprint": fingerprint(job),
         "versions": versions(),
     }
 
 
-def read_raw(path: Path, fingerprint: str) -> dict[str, Any] | None:
-    """A finished cell, or None.
-
-    Raises:
-      InputError: the file was made with another config.
-    """
-    if not path.exists():
-        return None
-    raw = read_json(path)
-    if raw.get("config_fingerprint") != fingerprint:
-        raise InputError(
-            f"{path}: made with config {raw.get('config_fingerprint')}, this is "
-            f"{fingerprint}; choose another --results folder, or delete the old one"
-        )
-    return raw
+def _budget(job: ConfigDict, section: str) -> dict[str, int]:
+    sizes: Any = job
+    for part in section.split("."):
+        sizes = getattr(sizes, part)
+    return {"steps": sizes.steps, "batch_size": sizes.batch_size}
 
 
-def write_raw(path: Path, raw: Mapping[str, Any]) -> None:
-    """Keep one cell."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, raw)
+def episode_fields(episodes: Episodes, env: str, seed: int) -> dict[str, Any]:
+    """Returns, costs and lengths of every episode, and the mean return."""
+    return {
+        "env": env,
+        "evaluation_seed": seed,
+        "mean": float(np.mean(episodes.returns)),
+        "returns": episodes.returns.tolist(),
+        "costs": episodes.costs.tolist(),
+        "lengths": episodes.lengths.tolist(),
+    }
 
 
-def load_all(folder: str | Path, kind: str = "raw") -> list[dict[str, Any]]:
-    """Every raw file in the subfolder `kind` of a results folder.
-
-    Raises:
-      InputError: there is none.
-    """
-    paths = sorted((Path(folder) / kind).glob("*.json"))
-    if not paths:
-        raise InputError(f"{folder}: no {kind}/*.json; measure something first")
-    return [read_json(path) for path in paths]
-
-
-def interval(by_seed: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean: seeds resampled, then their episodes."""
-    generator = np.random.default_rng(0)
-    groups = [np.asarray(returns, float) for returns in by_seed]
-    chosen = generator.integers(len(groups), size=(RESAMPLES, len(groups)))
-    means = np.empty_like(chosen, dtype=float)
-    for g, returns in enumerate(groups):
-        places = np.argwhere(chosen == g)
-        draws = generator.integers(len(returns), size=(len(places), len(returns)))
-        means[places[:, 0], places[:, 1]] = returns[draws].mean(1)
-    low, high = np.quantile(means.mean(1), (0.025, 0.975))
-    return float(low), float(high)
-
-
-def summarise(raws: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """{setting: {method: {"mean", "low", "high", "returns", ...}}} of raw files."""
-    table: dict[str, dict[str, Any]] = {}
-    for raw in raws:
-        cell = table.setdefault(raw["setting"], {}).setdefault(raw["method"], {})
-        cell[raw["seed"]] = raw["returns"]
-    for methods in table.values():
-        for method, by_seed in methods.items():
-            returns = [r for seed in sorted(by_seed) for r in by_seed[seed]]
-            low, high = interval(list(by_seed.values()))
-            methods[method] = {
-                "mean": float(np.mean(returns)),
-                "low": low,
-                "high": high,
-                "falls": float(np.mean(np.asarray(returns) < FALL)),
-                "seeds": {str(s): float(np.mean(by_seed[s])) for s in sorted(by_seed)},
-                "episodes": len(returns),
-                "returns": returns,
-            }
-    return table
-
-
-def conditions(raws: Sequence[Mapping[str, Any]]) -> str:
-    """What raw files were measured with: seeds, episodes, budget and machine."""
-    seeds = Counter((raw["setting"], raw["method"]) for raw in raws).values()
+def conditions(raws: Sequence[Raw]) -> str:
+    """What raw results were measured with: seeds, episodes, budgets and machine."""
+    seeds = Counter(key(raw)[:2] for raw in raws).values()
     measured = f"{_range(seeds)} training seed{'s' * (max(seeds) > 1)}"
     if episodes := [len(raw["returns"]) for raw in raws if "returns" in raw]:
         measured += f", {_range(episodes)} episodes a seed"
     budget = []
-    for stage in (*STAGES, "gaussian"):
+    for stage in STAGES:
         if sizes := [raw["budget"][stage] for raw in raws if stage in raw["budget"]]:
             steps = _range(size["steps"] for size in sizes)
             batch = _range(size["batch_size"] for size in sizes)
             budget.append(f"{stage} {steps} steps of {batch}")
     presets = " and ".join(sorted({raw["preset"] for raw in raws}))
-    made = raws[0]["versions"]
-    cores = f"{made['cores']} core{'s' * (made['cores'] > 1)}"
-    return (
-        f"{measured}. Preset {presets}: {', '.join(budget)}; {cores} of "
-        f"{made['cpu']}, jax {made['jax']}."
+    machines = sorted(
+        {
+            f"{made['cores']} core{'s' * (made['cores'] > 1)} of {made['cpu']}, jax "
+            f"{made['jax']}"
+            for made in (raw["versions"] for raw in raws)
+        }
     )
+    return f"{measured}. Preset {presets}: {', '.join(budget)}; {'; '.join(machines)}."
 
 
 def _range(numbers: Iterable[int]) -> str:
     numbers = sorted(numbers)
     first, last = numbers[0], numbers[-1]
     return str(first) if first == last else f"{first} to {last}"
-
-
-def markdown(
-    summary: Mapping[str, Mapping[str, Any]],
-    methods: Sequence[str],
-    paper: Mapping[str, Mapping[str, float]],
-) -> str:
-    """One row a method: mean [95 % interval], share of falls, the paper's number."""
-    settings = list(summary)
-    head = ["method"] + [f"{s} | falls | paper" for s in settings]
-    lines = [
-        "| " + " | ".join(head) + " |",
-        "|" + "---|" * (1 + 3 * len(settings)),
-    ]
-    for method in methods:
-        cells = [method]
-        for setting in settings:
-            cell = summary[setting].get(method)
-            cells.append(
-                f"{cell['mean']:.0f} [{cell['low']:.0f}, {cell['high']:.0f}]"
-                if cell
-                else "-"
-            )
-            cells.append(f"{100 * cell['falls']:.0f} %" if cell else "-")
-            reported = paper.get(setting, {}).get(method)
-            cells.append("-" if reported is None else f"{reported:g}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def write_tables(
-    folder: str | Path,
-    name: str,
-    summary: Mapping[str, Mapping[str, Any]],
-    methods: Sequence[str],
-    paper: Mapping[str, Mapping[str, float]],
-    note: str,
-) -> str:
-    """Write NAME.json, NAME.md and NAME.csv; returns the markdown."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = f"{markdown(summary, methods, paper)}\n{note}\n"
-    write_json(folder / f"{name}.json", summary)
-    write_atomic(folder / f"{name}.md", text)
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow("setting method mean low high falls episodes seeds paper".split())
-    for setting, cells in summary.items():
-        for method in methods:
-            if method in cells:
-                cell = cells[method]
-                writer.writerow(
-                    [
-                        setting,
-                        method,
-                        *(f"{cell[k]:.2f}" for k in ("mean", "low", "high", "falls")),
-                        cell["episodes"],
-                        len(cell["seeds"]),
-                        paper.get(setting, {}).get(method, ""),
-                    ]
-                )
-    write_atomic(folder / f"{name}.csv", buffer.getvalue())
-    return text

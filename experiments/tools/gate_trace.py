@@ -21,6 +21,7 @@ a library or a simulator. Another --seed shows another episode.
 """
 
 import io
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ import numpy as np
 from absl import flags
 from numpy.lib.stride_tricks import sliding_window_view
 
-from experiments import plots, results
+from experiments import plots
 from experiments.tools.rollout import Trace, make_trace
 from psec_jax.envs import metadrive
 from psec_jax.envs.rendering import Renderer
@@ -139,7 +140,8 @@ def play(
         "skill_fingerprints": card["skill_fingerprints"],
         "gate_fingerprint": card["fingerprint"],
     }
-    path = results.raw_path(folder, env, gate, seed)
+    name = re.sub(r"[^A-Za-z0-9+]+", "-", f"{env}_{gate}").strip("-")
+    path = Path(folder) / "raw" / f"{name}_seed{seed}.json"
     if path.exists():
         _check_same(path, identity)
         return path
@@ -148,7 +150,7 @@ def play(
     with reported(f"make {path.parent}"):
         path.parent.mkdir(parents=True, exist_ok=True)
     film(trace, env, _film_path(path))
-    results.write_raw(path, raw | as_json(trace, env) | {"versions": versions()})
+    write_json(path, raw | as_json(trace, env) | {"versions": versions()})
     return path
 
 

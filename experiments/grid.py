@@ -1,0 +1,456 @@
+"""Grids: settings x methods x seeds, one raw result each.
+
+A table is a file of data: its settings (columns), its methods (rows), each with how it
+is trained and drawn, and a score. `run` measures what is missing; `experiments.tables`
+makes Markdown, CSV and JSON of the raw results, `experiments.plots` figures.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from experiments import programs, results, stages
+from experiments.results import Raw
+from experiments.style import Style
+from psec_jax.cli import seeds as table_seeds
+from psec_jax.errors import InputError, lookup
+from psec_jax.evaluation import Act, evaluate
+from psec_jax.files import read_json
+from psec_jax.policy import compose, load_base
+
+STAGES = {
+    "base": stages.pretrain,
+    "skill": stages.expand,
+    "gate": stages.compose,
+    "critics": stages.train_critics,
+}
+
+
+class Made(NamedTuple):
+    """A trained policy, and fields that its raw result gets beside the episodes."""
+
+    act: Act
+    record: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One column of a table.
+
+    Attributes:
+      env: simulator of the roll-outs.
+      changes: fields of the job that differ here, by dotted name.
+      record: fields of its raw results, such as the "x" of a figure.
+      methods: those measured here; None is all of the table's.
+      same: the setting of Table 2 that holds the same results where the job is equal.
+      folder: of its runs, in the directory of the table's.
+    """
+
+    env: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+    methods: Sequence[str] | None = None
+    same: str = ""
+    folder: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting and method, with the seeds that are trained as one program.
+
+    Attributes:
+      job: everything that is trained and rolled out.
+      root: directory of runs.
+      name: of the setting.
+      setting: column.
+      method: row.
+      seeds: of training.
+      variant: of the runs of a changed job, their directory below each seed's.
+    """
+
+    job: ConfigDict
+    root: Path
+    name: str
+    setting: Any
+    method: str
+    seeds: tuple[int, ...]
+    variant: str = ""
+
+    def within(self, name: str) -> "Cell":
+        """The cell with its runs in a subdirectory."""
+        return dataclasses.replace(self, root=self.root / name)
+
+    def of(self, seed: int) -> "Cell":
+        """The cell with one seed alone."""
+        return dataclasses.replace(self, seeds=(seed,))
+
+    def library(self, seed: int, name: str = "library") -> Path:
+        """A library of one seed."""
+        return self.root / f"seed{seed}" / self.variant / name
+
+    def workdir(self, seed: int, name: str) -> Path:
+        """Directory of one run."""
+        return self.root / f"seed{seed}" / self.variant / "runs" / name
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of a table.
+
+    Attributes:
+      make: cell -> a trained policy for each of its seeds (`Made`), or whatever the
+        table's `measure` reads.
+      stages: trained on the way, each with the section of the job that is its budget.
+      style: in figures.
+    """
+
+    make: Callable[[Cell], Sequence[Any]]
+    stages: Mapping[str, str]
+    style: Style
+
+
+class Order(NamedTuple):
+    """A claim: the mean of a metric is larger for `above` than for `below`."""
+
+    above: str
+    below: str
+    metric: str
+
+
+def roll_out(cell: Cell, seed: int, made: Made) -> dict[str, Any]:
+    """Raw fields of the episodes of the policy of one seed."""
+    del seed
+    count, start = cell.job.evaluation.episodes, cell.job.evaluation.seed
+    episodes = evaluate(made.act, cell.setting.env, count, start)
+    return {**made.record, **results.episode_fields(episodes, cell.setting.env, start)}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A grid: what is measured, and what the results say.
+
+    Attributes:
+      name: of its files.
+      settings: columns by name.
+      methods: rows by name.
+      score: raw result -> a number for each episode, by metric.
+      columns: under every setting, by heading: (summary of the setting, method) ->
+        text. The first heading is replaced by the setting's name.
+      orders: claims, checked by paired differences.
+      paper: {setting: {method: the paper's number or numbers}}.
+      identity: raw fields that the seeds of a grid cell, and a finished result and the
+        job at hand, have in common.
+      known: (job, setting's name, setting) -> raw fields known before training; raises
+        InputError for what cannot be measured.
+      measure: (cell, seed, what `Method.make` gave) -> raw fields.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    methods: Mapping[str, Method]
+    score: Callable[[Raw], Mapping[str, Sequence[float]]] = lambda raw: {}
+    columns: Mapping[str, Callable[[Mapping[str, Any], str], str]] = field(
+        default_factory=dict
+    )
+    orders: Sequence[Order] = ()
+    paper: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    identity: Sequence[str] = ("config_fingerprint", "data_fingerprint")
+    known: Callable[[ConfigDict, str, Any], dict[str, Any]] = lambda *_: {}
+    measure: Callable[[Cell, int, Any], dict[str, Any]] = roll_out
+
+    def path(self, folder: Path) -> Path:
+        """File of its raw results in a folder of results."""
+        return folder / f"{self.name}.jsonl"
+
+
+def paper(name: str) -> dict[str, Any]:
+    """The paper's numbers in experiments/paper/NAME.json."""
+    return read_json(Path(__file__).parent / "paper" / f"{name}.json")
+
+
+def changed(job: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """A copy of a job with other values under these dotted names."""
+    copy = ConfigDict(job.to_dict())
+    copy.update_from_flattened_dict(dict(changes))
+    return copy
+
+
+def train(
+    cell: Cell,
+    stage: str,
+    run: str,
+    *,
+    library: str = "library",
+    changes: Mapping[str, Any] | None = None,
+    **request: Any,
+) -> None:
+    """Trains a stage for all seeds of a cell as one program; finished runs are kept.
+
+    Args:
+      cell: whose seeds are trained.
+      stage: a key of `STAGES`.
+      run: name of the run's directory.
+      library: that the stage reads or writes.
+      changes: of the job, by dotted name.
+      **request: of the stage; functions are called with the seed.
+    """
+    job = changed(cell.job, changes or {})
+    works = {}
+    for seed in cell.seeds:
+        fields = _for_seed(request, seed)
+        works[f"seed {seed}" if len(cell.seeds) > 1 else ""] = STAGES[stage].work(
+            job,
+            workdir=cell.workdir(seed, run),
+            library=cell.library(seed, library),
+            seed=seed,
+            **fields | ({} if stage == "critics" else {"evaluate_after": False}),
+        )
+    programs.together(works)
+
+
+def bases(cell: Cell, library: str = "library") -> list[Made]:
+    """The base of each seed's library."""
+    return [Made(load_base(cell.library(seed, library)).act) for seed in cell.seeds]
+
+
+def composed(
+    cell: Cell,
+    skills: Sequence[str] = (),
+    record: Mapping[str, Any] | None = None,
+    library: str = "library",
+    **composition: Any,
+) -> list[Made]:
+    """What `psec_jax.policy.compose` makes of each seed's library.
+
+    Args:
+      cell: whose seeds.
+      skills: names.
+      record: fields of the raw results.
+      library: name.
+      **composition: of `compose`; functions are called with the seed.
+    """
+    return [
+        Made(
+            compose(
+                cell.library(seed, library), skills, **_for_seed(composition, seed)
+            ).act,
+            record or {},
+        )
+        for seed in cell.seeds
+    ]
+
+
+def _for_seed(fields: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    return {k: v(seed) if callable(v) else v for k, v in fields.items()}
+
+
+def run(
+    table: Table,
+    job: ConfigDict,
+    root: Path,
+    folder: Path,
+    report: Callable[[str], None] = print,
+    *,
+    settings: Sequence[str] = (),
+    methods: Sequence[str] = (),
+    together: bool = False,
+    variant: Callable[[Setting], str] = lambda setting: "",
+    borrow: Path | None = None,
+) -> None:
+    """Measures every missing result; finished ones are kept.
+
+    Args:
+      table: the grid.
+      job: of the preset; its `table.seeds` are measured.
+      root: directory of runs.
+      folder: of results.
+      report: receives a line for each new result.
+      settings: of the table; none are all.
+      methods: of the table; none are all.
+      together: train all seeds of a grid cell as one program.
+      variant: directory of the runs of a setting, see `Cell`.
+      borrow: raw results of Table 2, for settings with `same`.
+
+    Raises:
+      InputError: a setting that cannot be measured, or a finished result of another
+        job or of other data.
+    """
+    # Seeds and settings compile the same programs; the cache makes each one once.
+    jax.config.update("jax_compilation_cache_dir", str(root.absolute() / "compiled"))
+    jobs, known = {}, {}
+    for name in settings or table.settings:
+        setting = table.settings[name]
+        jobs[name] = changed(job, setting.changes)
+        known[name] = table.known(jobs[name], name, setting)
+    seeds = tuple(job.table.seeds)
+    for name in jobs:
+        setting = table.settings[name]
+        here = table.methods if setting.methods is None else setting.methods
+        for group in [seeds] if together else [(seed,) for seed in seeds]:
+            for method in [m for m in methods or table.methods if m in here]:
+                cell = Cell(
+                    jobs[name],
+                    root / setting.folder,
+                    name,
+                    setting,
+                    method,
+                    group,
+                    variant(setting),
+                )
+                for raw in _missing(table, cell, known[name], folder, borrow):
+                    if results.append(table.path(folder), raw):
+                        report(_line(table, raw))
+
+
+def _missing(
+    table: Table, cell: Cell, known: Raw, folder: Path, borrow: Path | None
+) -> Iterator[dict[str, Any]]:
+    """The results of a cell that are not in the file yet, measured or borrowed."""
+    expected = {**known, "config_fingerprint": results.fingerprint(cell.job)}
+    done = results.by_key(table.path(folder))
+    others = results.by_key(borrow) if borrow and cell.setting.same else {}
+    record, missing = {**cell.setting.record, **known}, []
+    for seed in cell.seeds:
+        if raw := done.get((cell.name, cell.method, seed)):
+            check(table.path(folder), raw, expected, table.identity)
+            continue
+        raw = others.get((cell.setting.same, cell.method, seed))
+        if raw and raw["config_fingerprint"] == expected["config_fingerprint"]:
+            yield {**raw, "setting": cell.name, **record}
+        else:
+            missing.append(seed)
+    if not missing:
+        return
+    cell = dataclasses.replace(cell, seeds=tuple(missing))
+    method = table.methods[cell.method]
+    for seed, made in zip(missing, method.make(cell), strict=True):
+        head = results.header(cell.job, cell.name, cell.method, seed, method.stages)
+        yield {**head, **record, **table.measure(cell, seed, made)}
+
+
+def check(path: Path, raw: Raw, expected: Raw, identity: Sequence[str]) -> None:
+    """Refuse a finished result of another job or of other data.
+
+    Raises:
+      InputError: the field that differs, with both values.
+    """
+    for name in identity:
+        if name in raw and name in expected and raw[name] != expected[name]:
+            raise InputError(
+                f"{path}: {results.name(raw)} was measured with {name} {raw[name]}, "
+                f"this is {expected[name]}; choose another --results folder, or delete "
+                "the line"
+            )
+
+
+def _line(table: Table, raw: Raw) -> str:
+    """One line about a new result: the mean of every metric."""
+    means = [f"{k} {np.mean(values):.2f}" for k, values in table.score(raw).items()]
+    return f"{results.name(raw)}: {', '.join(means) or 'measured'}"
+
+
+def tune(
+    cell: Cell,
+    grid: Sequence[Sequence[float]],
+    make: Callable[[Cell, Sequence[float]], Act],
+    value: Callable[[Raw], Any],
+) -> dict[str, Any]:
+    """The best fixed weights of a grid, by episodes from other start states.
+
+    The episodes are rolled out once and kept in ROOT/tuning.jsonl.
+
+    Args:
+      cell: of one seed.
+      grid: weights; the row of zeros, the base alone, is among them.
+      make: policy of a cell with given weights.
+      value: of a raw result; the weights of the largest are chosen.
+
+    Returns:
+      Fields of raw results: "alpha", the weights chosen, and "tried", all with their
+      mean return.
+    """
+    [seed] = cell.seeds
+    start = {
+        "evaluation.episodes": cell.job.table.tuning_episodes,
+        "evaluation.seed": cell.job.evaluation.seed + 1,
+    }
+    cell = dataclasses.replace(cell, job=changed(cell.job, start))
+    path = cell.root / "tuning.jsonl"
+    done, raws = results.by_key(path), []
+    for weights in grid:
+        label = f"{cell.method} ({', '.join(f'{w:g}' for w in weights)})"
+        raw = done.get((cell.name, label, seed))
+        if raw is None:
+            raw = results.header(cell.job, cell.name, label, seed, {})
+            raw |= {"alpha": list(weights)}
+            raw |= roll_out(cell, seed, Made(make(cell, weights)))
+            results.append(path, raw)
+        expected = {"config_fingerprint": results.fingerprint(cell.job)}
+        check(path, raw, expected, tuple(expected))
+        raws.append(raw)
+    best = max(raws, key=lambda raw: (value(raw), raw["alpha"]))
+    tried = [{"alpha": raw["alpha"], "mean": raw["mean"]} for raw in raws]
+    return {"alpha": best["alpha"], "tried": tried}
+
+
+def define_flags(
+    results_folder: str, runs: str, rows: bool = True
+) -> dict[str, flags.FlagHolder]:
+    """The flags of every table's command; `rows` also those of methods and seeds."""
+    given = {
+        "preset": flags.DEFINE_string(
+            "preset", "standard", "quick, standard or paper."
+        ),
+        "results": flags.DEFINE_string(
+            "results", results_folder, "Folder of raw results, tables and figures."
+        ),
+        "workdir": flags.DEFINE_string(
+            "workdir", None, f"Folder of runs; default {runs}/PRESET."
+        ),
+        "together": flags.DEFINE_bool(
+            "together",
+            False,
+            "Train each stage for all seeds as one program: faster on an accelerator, "
+            "no faster on a CPU; its numbers are the same apart from rounding.",
+        ),
+    }
+    if rows:
+        given |= {
+            "seeds": flags.DEFINE_list(
+                "seeds", [], "Seeds to run; default the preset's."
+            ),
+            "methods": flags.DEFINE_list("methods", [], "Rows to run; default all."),
+            "tables_only": flags.DEFINE_bool(
+                "tables_only", False, "Only make the tables again."
+            ),
+        }
+    return given
+
+
+def run_root(given: Mapping[str, flags.FlagHolder], runs: str) -> Path:
+    """The directory of runs that the flags name."""
+    return Path(given["workdir"].value or f"{runs}/{given['preset'].value}")
+
+
+def set_seeds(job: ConfigDict, given: Mapping[str, flags.FlagHolder]) -> ConfigDict:
+    """The job with the seeds that the flags name."""
+    chosen = given["seeds"].value
+    return changed(job, {"table.seeds": table_seeds(chosen)}) if chosen else job
+
+
+def known_names(names: Sequence[str], table: Mapping[str, Any], what: str) -> list[str]:
+    """Names given by flag, all of which are in a table.
+
+    Raises:
+      InputError: a name that is not; the message lists the choices.
+    """
+    for name in names:
+        lookup(table, name, what)
+    return list(names)

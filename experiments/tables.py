@@ -1,0 +1,260 @@
+"""Raw results to tables: scores, their statistics, Markdown, CSV and JSON."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import intervals, results
+from experiments.grid import Table
+from experiments.results import Raw
+from psec_jax.errors import InputError
+from psec_jax.files import write_atomic, write_json
+
+Scores = Mapping[str, Mapping[str, Mapping[int, Mapping[str, np.ndarray]]]]
+Entries = Mapping[str, Mapping[str, Any]]  # statistics of one setting, by method
+STATS = ("mean", "low", "high", "iqm")
+NO_COMMIT = "†"
+INTERVALS = "Mean and 95 % interval (seeds and start states resampled jointly)"
+
+
+def collect(table: Table, raws: Sequence[Raw]) -> Scores:
+    """{setting: {method: {seed: {metric: score of each episode}}}}, in table order.
+
+    Raises:
+      InputError: seeds of one grid cell that differ in config, data, start states or
+        number of episodes.
+    """
+    cells: dict[tuple[str, str], list[Raw]] = {}
+    for raw in sorted(raws, key=results.key):
+        cells.setdefault(results.key(raw)[:2], []).append(raw)
+    scores: dict[str, Any] = {}
+    for setting in table.settings:
+        for method in table.methods:
+            if group := cells.get((setting, method)):
+                _check_seeds(table, group)
+                scores.setdefault(setting, {})[method] = {
+                    raw["seed"]: {
+                        metric: np.asarray(values, float)
+                        for metric, values in table.score(raw).items()
+                    }
+                    for raw in group
+                }
+    return scores
+
+
+def _check_seeds(table: Table, group: Sequence[Raw]) -> None:
+    seen = [
+        {name: raw.get(name) for name in (*table.identity, "evaluation_seed")}
+        | {"number of episodes": len(raw.get("returns", []))}
+        for raw in group
+    ]
+    for name in seen[0]:
+        if len({json.dumps(fields[name]) for fields in seen}) > 1:
+            values = {
+                f"seed {r['seed']}": f[name] for r, f in zip(group, seen, strict=True)
+            }
+            raise InputError(
+                f"{group[0]['setting']}, {group[0]['method']}: results of different "
+                f"{name}, {values}; measure those that are wrong anew"
+            )
+
+
+def matrix(
+    cell: Mapping[int, Mapping[str, np.ndarray]],
+    metric: str,
+    seeds: Sequence[int] | None = None,
+) -> np.ndarray:
+    """Scores [S, E] of a grid cell, of all its seeds or of those given."""
+    return np.stack([cell[seed][metric] for seed in seeds or sorted(cell)])
+
+
+def summarise(table: Table, raws: Sequence[Raw]) -> dict[str, dict[str, Any]]:
+    """{setting: {method: {seeds, episodes, mark, METRIC: {mean, low, high, ...}}}}."""
+    unknown = {results.key(raw)[:2] for raw in raws if not raw["versions"]["commit"]}
+    summary: dict[str, dict[str, Any]] = {}
+    for setting, cells in collect(table, raws).items():
+        for method, cell in cells.items():
+            mark = NO_COMMIT if (setting, method) in unknown else ""
+            entry: dict[str, Any] = {"seeds": sorted(cell), "mark": mark}
+            for metric in cell[min(cell)]:
+                scores = matrix(cell, metric)
+                entry["episodes"] = scores.shape[1]
+                entry[metric] = intervals.describe(scores) | {
+                    "of_seeds": scores.mean(1).tolist()
+                }
+            summary.setdefault(setting, {})[method] = entry
+    return summary
+
+
+def of_metric(summary: Mapping[str, Entries], metric: str) -> dict[str, Any]:
+    """{setting: {method: statistics of one metric}}, as figures read them."""
+    return {
+        setting: {method: entry[metric] for method, entry in entries.items()}
+        for setting, entries in summary.items()
+    }
+
+
+def differences(table: Table, raws: Sequence[Raw]) -> list[dict[str, Any]]:
+    """The table's orders with their paired differences: same seeds and start states."""
+    rows = []
+    for setting, cells in collect(table, raws).items():
+        for order in table.orders:
+            if not {order.above, order.below} <= cells.keys():
+                continue
+            above, below = cells[order.above], cells[order.below]
+            seeds = sorted(above.keys() & below.keys())
+            if not seeds:
+                continue
+            scores = matrix(above, order.metric, seeds)
+            scores = scores - matrix(below, order.metric, seeds)
+            rows.append(
+                {"setting": setting, **order._asdict(), "seeds": seeds}
+                | intervals.describe(scores)
+            )
+    return rows
+
+
+def verdict(difference: Mapping[str, float]) -> str:
+    """What the interval of a paired difference says of the order."""
+    if difference["low"] > 0:
+        return "stands"
+    return "reversed" if difference["high"] < 0 else "not separated"
+
+
+def spread(stats: Mapping[str, float], digits: int = 0) -> str:
+    """Mean and interval as text."""
+    return "{mean:.{d}f} [{low:.{d}f}, {high:.{d}f}]".format(d=digits, **stats)
+
+
+def number(metric: str, digits: int = 0) -> Callable[[Entries, str], str]:
+    """A column: mean and interval of a metric."""
+    return lambda entries, method: (
+        spread(entries[method][metric], digits) + entries[method]["mark"]
+    )
+
+
+def middle(metric: str, digits: int = 0) -> Callable[[Entries, str], str]:
+    """A column: interquartile mean of a metric."""
+    return lambda entries, method: f"{entries[method][metric]['iqm']:.{digits}f}"
+
+
+def share(metric: str) -> Callable[[Entries, str], str]:
+    """A column: mean of a metric in per cent."""
+    return lambda entries, method: f"{100 * entries[method][metric]['mean']:.0f} %"
+
+
+def markdown(table: Table, summary: Mapping[str, Entries]) -> str:
+    """A row a method: the table's columns and the paper's number for each setting."""
+    measured = {method for entries in summary.values() for method in entries}
+    reported = {m: None for name in summary for m in table.paper.get(name, {})}
+    rows = [m for m in table.methods if m in measured]
+    rows += [m for m in reported if m not in table.methods]
+    head = ["method"]
+    for setting in summary:
+        head += [setting, *list(table.columns)[1:], *(["paper"] if reported else [])]
+    lines = [head, ["---"] * len(head)]
+    for method in rows:
+        texts = [method]
+        for setting, entries in summary.items():
+            for show in table.columns.values():
+                texts.append(show(entries, method) if method in entries else "-")
+            if reported:
+                texts.append(_paper(table.paper.get(setting, {}).get(method), "-"))
+        lines.append(texts)
+    return _lines(lines)
+
+
+def compared(rows: Sequence[Mapping[str, Any]], digits: int) -> str:
+    """A row an order: the paired difference and its verdict in each setting."""
+    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    lines = [["claimed order", *settings], ["---"] * (1 + len(settings))]
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        claim = f"{row['metric']}: {row['above']} > {row['below']}"
+        text = f"{spread(row, digits)} {verdict(row)}"
+        cells.setdefault(claim, {})[row["setting"]] = text
+    lines += [[c, *(texts.get(s, "-") for s in settings)] for c, texts in cells.items()]
+    return (
+        "Paired differences (the same seeds and start states), mean and 95 % interval; "
+        "an order whose interval includes 0 is not separated.\n\n" + _lines(lines)
+    )
+
+
+def untried(raws: Sequence[Raw]) -> str:
+    """A sentence about fixed rows whose raw results name no weights; else empty."""
+    fixed = [raw for raw in raws if raw["method"].endswith(" fixed")]
+    without = sum("tried" not in raw for raw in fixed)
+    if not without:
+        return ""
+    return (
+        f" {without} of {len(fixed)} results of fixed rows were tuned on grids without "
+        "0 (the base alone) and do not name all weights tried."
+    )
+
+
+def _lines(rows: Sequence[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _paper(value: Any, missing: str) -> str:
+    if value is None:
+        return missing
+    return " / ".join(f"{number:.4g}" for number in np.atleast_1d(value))
+
+
+def write(
+    table: Table,
+    folder: Path,
+    raws: Sequence[Raw],
+    note: str,
+    *,
+    summary: Mapping[str, Entries] | None = None,
+    name: str | None = None,
+    digits: int = 0,
+) -> str:
+    """Writes NAME.json, NAME.md and NAME.csv; returns the Markdown.
+
+    Args:
+      table: what is shown.
+      folder: of results.
+      raws: raw results.
+      note: below the table.
+      summary: default that of the raw results.
+      name: of the files; default the table's.
+      digits: of differences.
+    """
+    name = name or table.name
+    summary = summary or summarise(table, raws)
+    rows = differences(table, raws)
+    text = f"{markdown(table, summary)}\n{note} {results.conditions(raws)}\n"
+    if any(entry["mark"] for cells in summary.values() for entry in cells.values()):
+        text += f"\n{NO_COMMIT} the commit of the code was not recorded.\n"
+    if rows:
+        text += f"\n{compared(rows, digits)}"
+    write_json(folder / f"{name}.json", {"cells": summary, "differences": rows})
+    write_atomic(folder / f"{name}.md", text)
+    write_atomic(folder / f"{name}.csv", _csv(table, summary))
+    return text
+
+
+def _csv(table: Table, summary: Mapping[str, Entries]) -> str:
+    """A row a setting and method: every statistic of every metric."""
+    first = next(iter(next(iter(summary.values())).values()))
+    metrics = [k for k, v in first.items() if isinstance(v, Mapping)]
+    columns = [(metric, stat) for metric in metrics for stat in STATS]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    heads = ["_".join(column) for column in columns]
+    writer.writerow(["setting", "method", "seeds", "episodes", *heads, "paper"])
+    for setting, cells in summary.items():
+        for method, entry in cells.items():
+            reported = _paper(table.paper.get(setting, {}).get(method), "")
+            numbers = [f"{entry[metric][stat]:.4f}" for metric, stat in columns]
+            known = (len(entry["seeds"]), entry["episodes"])
+            writer.writerow([setting, method, *known, *numbers, reported])
+    return buffer.getvalue()
