@@ -65,9 +65,14 @@ def robot_of(target: str) -> str:
 
 @dataclass(frozen=True)
 class Setting(grid.Setting):
-    """A simulator and the target set that is learned from."""
+    """A simulator, and the target set, of the plain one, that is learned from."""
 
     target: str = ""
+
+    @property
+    def plain(self) -> str:
+        """The plain simulator."""
+        return d4rl_sets.task(f"{self.target}-v2").spec
 
 
 def setting(target: str, factor: float = 1.0, **fields: Any) -> Setting:
@@ -100,7 +105,7 @@ def target_request(cell: Cell) -> dict[str, Any]:
     """Data and simulator of what is trained on the target's transitions."""
     part = Selection(transitions=cell.job.table.transitions)
     return {
-        "env": cell.setting.env,
+        "env": cell.setting.plain,
         "data": data_path(cell.setting.target),
         "selection": part,
     }
@@ -147,16 +152,16 @@ def make_scratch(cell: Cell) -> list[Made]:
 
 def make_joint(shift: str, cell: Cell) -> list[Made]:
     """A base on the source and the target's transitions as one set."""
-    target = transitions(cell.job, cell.setting.target, cell.setting.env)
+    target = transitions(cell.job, cell.setting.target, cell.setting.plain)
     source = source_path(shift, cell)
-    whole = load_demos(cell.job, cell.setting.env, 0, source)
+    whole = load_demos(cell.job, cell.setting.plain, 0, source)
     both = dataset.concatenate([whole.dataset, target.dataset])
     file = f"{cell.setting.target}-{dataset.fingerprint(both)}.hdf5"
     path = cell.root / "joint" / file
     if not path.exists():
         names = {"source": Path(source).name, "target": Path(target.source).name}
         d4rl.save(path, both, names)
-    request = {"env": cell.setting.env, "data": str(path), "selection": FIRST}
+    request = {"env": cell.setting.plain, "data": str(path), "selection": FIRST}
     return make_whole(f"joint-{cell.setting.target}", cell, **request)
 
 
@@ -215,7 +220,7 @@ def _gaussian(objective: str, cell: Cell, seed: int) -> Made:
         weights=WeightConfig(reward_temperature=sizes.reward_temperature),
         batch_size=sizes.batch_size,
     )
-    demos = transitions(cell.job, cell.setting.target, cell.setting.env)
+    demos = transitions(cell.job, cell.setting.target, cell.setting.plain)
     normaliser = normalise.standard(demos.dataset.obs, cell.job.std_floor)
     rows = stages.transitions(cell.job, demos, normaliser, safety=False)
     record = {

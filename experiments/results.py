@@ -22,7 +22,7 @@ from psec_jax.files import reported, write_atomic
 from psec_jax.runtime.run import versions
 
 Raw = Mapping[str, Any]
-KEY = ("setting", "method", "seed")
+KEY = {"setting": str, "method": str, "seed": int}
 STAGES = ("base", "critics", "skill", "gate", "gaussian")
 
 
@@ -43,8 +43,9 @@ def read(path: Path | str) -> list[dict[str, Any]]:
             raw = json.loads(line)
         except ValueError as error:
             raise InputError(f"{path}, line {number}: not JSON ({error})") from error
-        missing = [k for k in KEY if not isinstance(raw, dict) or k not in raw]
-        if missing:
+        if not isinstance(raw, dict) or not all(
+            isinstance(raw.get(name), kind) for name, kind in KEY.items()
+        ):
             raise InputError(
                 f"{path}, line {number}: no raw result, which has {', '.join(KEY)}"
             )

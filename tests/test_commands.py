@@ -1,6 +1,7 @@
 """The commands end to end on dm_control's walker, with budgets of a few steps."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -18,6 +19,7 @@ import short
 import stages
 from shell import call
 
+from experiments import grid, results, table2
 from experiments.configs.dmc_walker import get_config
 from psec_jax import tree
 from psec_jax.data import d4rl, dataset
@@ -117,6 +119,7 @@ def quick_starts(environments, monkeypatch):
         return evaluate(act, env, episodes, seed, vector_env=environments(env))
 
     monkeypatch.setattr(multirun, "evaluate", quick)
+    monkeypatch.setattr(grid, "evaluate", quick)
 
 
 def done(module, *arguments):
@@ -368,44 +371,67 @@ def test_own_data_and_environment_by_flag(place):
 
 
 def test_table(place, quick_starts, monkeypatch):
-    from experiments import table2
-
     monkeypatch.setattr(table2, "ENV", short.SPEC)
-    monkeypatch.delitem(table2.SETTINGS, "S->R")
-    monkeypatch.setattr(table2, "GRIDS", {k: v[-1:] for k, v in table2.GRIDS.items()})
+    settings = {
+        "S->W": table2.target("walk", "walk"),
+        "S+W->R": table2.target("run", "run", "walk"),
+    }
+    table = dataclasses.replace(table2.TABLE, settings=settings)
+    monkeypatch.setattr(table2, "TABLE", table)
+    # The base alone, and one other choice.
+    few = {key: (weights[0], weights[-1]) for key, weights in table2.GRIDS.items()}
+    monkeypatch.setattr(table2, "GRIDS", few)
     methods = ("Base", "Scratch", "PSEC", "ASEC fixed")
-    config = tiny(
+    job = tiny(
         **{
             "base.env": short.SPEC.format("stand"),
             "data.policy": "random",
-            "table.methods": methods,
             "table.seeds": (0,),
             "table.tuning_episodes": 1,
         }
     )
     lines = []
     compiled = jax.config.jax_compilation_cache_dir
+    arguments = (table, job, Path("table"), Path("results"), lines.append)
     try:
-        table2.run_cells(config, Path("table"), Path("results"), lines.append)
+        grid.run(*arguments, methods=methods)
     finally:
         jax.config.update("jax_compilation_cache_dir", compiled)
-    assert len(lines) == 8 and lines[0].startswith("S->W Base seed 0: mean")
+    assert len(lines) == 8 and lines[0].startswith("S->W Base seed 0: return")
     text = table2.write_table(Path("results"))
-    table = json.loads(Path("results/table2.json").read_text())
-    assert list(table) == ["S->W", "S+W->R"]
-    for setting in table.values():
+    summary = json.loads(Path("results/table2.json").read_text())["cells"]
+    assert list(summary) == ["S->W", "S+W->R"]
+    for setting in summary.values():
         assert set(setting) == set(methods)
-        for cell in setting.values():
-            assert cell["low"] <= cell["mean"] <= cell["high"]
-            assert len(cell["returns"]) == cell["episodes"] == 1
+        for entry in setting.values():
+            assert entry["return"]["low"] <= entry["return"]["mean"]
+            assert entry["return"]["mean"] <= entry["return"]["high"]
+            assert entry["seeds"] == [0] and entry["episodes"] == 1
     assert Path("results/table2.md").read_text() == text and "| PSEC |" in text
     assert Path("results/table2.csv").read_text().count("\n") == 9
     tables = ("experiments.table2", "--tables_only", "--results=results")
     assert done(*tables) == text + "\n"
+    raws = results.by_key("results/table2.jsonl")
+    fixed = raws["S+W->R", "ASEC fixed", 0]
+    tried = [one["alpha"] for one in fixed["tried"]]
+    assert tried == [list(weights) for weights in few["shares", 2]]
+    assert fixed["alpha"] in tried and tried[0] == [1, 0, 0]
+    best = max(fixed["tried"], key=lambda one: (one["mean"], one["alpha"]))
+    assert fixed["alpha"] == best["alpha"]
+    tuning = results.by_key("table/tuning.jsonl")
+    starts = {raw["evaluation_seed"] for raw in tuning.values()}
+    assert starts == {job.evaluation.seed + 1}, "from other start states"
+    assert raws["S->W", "PSEC", 0]["budget"].keys() == {"base", "skill", "gate"}
 
-    monkeypatch.setattr(table2, "roll_out", None)
-    table2.run_cells(config, Path("table"), Path("results"), lines.append)
-    assert len(lines) == 8, "finished cells are kept"
+    def fail(cell):
+        raise AssertionError(f"{cell.method} is made again")
+
+    again = {
+        name: dataclasses.replace(m, make=fail) for name, m in table.methods.items()
+    }
+    unmade = dataclasses.replace(table, methods=again)
+    grid.run(unmade, *arguments[1:], methods=methods)
+    assert len(lines) == 8, "finished results are kept"
 
 
 def test_a_process(library):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import shell
 
-from experiments import dynamics_shift, shift_strength
+from experiments import dynamics_shift, grid, results, shift_strength
 from experiments.configs.d4rl import get_config
 from psec_jax.data import d4rl_sets, dataset
 from psec_jax.errors import InputError
@@ -26,7 +26,6 @@ def small_config():
             "network": {"width": 16, "blocks": 1, "time_features": 8, "time_width": 8},
             "critics": {"widths": (8,)},
             "table": {
-                "methods": METHODS,
                 "seeds": (0,),
                 "transitions": 30,
                 "gaussian": {"steps": 2, "batch_size": 8},
@@ -52,94 +51,102 @@ def place(tmp_path, monkeypatch):
 
 
 def test_table_and_study(place):
-    config, lines = small_config(), []
-    args = (config, [TARGET], Path("runs"), Path("results"), lines.append)
-    dynamics_shift.run_cells(*args)
+    job, lines = small_config(), []
+    table = dynamics_shift.TABLE
+    root, folder = Path("runs"), Path("results")
+    chosen = {"settings": [TARGET], "methods": METHODS}
+    grid.run(table, job, root, folder, lines.append, **chosen)
     assert len(lines) == len(METHODS)
     # The skill leaves the base as it is; fine-tuning starts from it and does not.
-    root = Path("runs/walker2d-gravity/seed0")
+    seed = Path("runs/walker2d-gravity/seed0")
     cards = {
-        name: json.loads((root / name / "base/base.json").read_text())
+        name: json.loads((seed / name / "base/base.json").read_text())
         for name in ("library", f"library-tuned-{TARGET}", f"library-joint-{TARGET}")
     }
     joint = cards[f"library-joint-{TARGET}"]["data"]
     assert joint["transitions"] == cards["library"]["data"]["transitions"] + 30
     tuned = cards[f"library-tuned-{TARGET}"]
     assert tuned["config"]["start"] == cards["library"]["fingerprint"]
-    skill = json.loads((root / f"library/skills/{TARGET}/skill.json").read_text())
+    skill = json.loads((seed / f"library/skills/{TARGET}/skill.json").read_text())
     assert skill["data"]["transitions"] == 30 and skill["objective"] == "reward"
-    text = dynamics_shift.write_table(Path("results"))
-    assert "| PSEC (gravity) |" in text and "(57.1)" in text
+    text = dynamics_shift.write_table(folder)
+    assert "| PSEC (gravity) |" in text and "57.1" in text
     assert "Of 1 cells" in text and "gaussian 2 steps of 8" in text
     assert "10 transitions" not in text and "30 transitions" in text
-    table = json.loads(Path("results/dynamics_shift.json").read_text())
-    raw = json.loads(Path("results/raw/walker2d-medium-BC_seed0.json").read_text())
-    scores, returns = raw["scores"], np.array(raw["returns"])
+    summary = json.loads(Path("results/dynamics_shift.json").read_text())["cells"]
+    raw = results.by_key(table.path(folder))[TARGET, "BC", 0]
+    scores = 100 * (np.array(raw["returns"]) - 1.629008) / (4592.3 - 1.629008)
     assert raw["budget"] == {"gaussian": {"steps": 2, "batch_size": 8}}
     assert raw["d4rl_environment"] == "Walker2d-v2"
     assert raw["env"] == "gymnasium:Walker2d-v5"
-    assert table[TARGET]["BC"]["mean"] == pytest.approx(np.mean(scores))
-    np.testing.assert_allclose(
-        scores, 100 * (returns - 1.629008) / (4592.3 - 1.629008), rtol=1e-9
-    )
+    mean = summary[TARGET]["BC"]["score"]["mean"]
+    assert mean == pytest.approx(np.mean(scores), rel=1e-9)
     assert Path("results/figures/dynamics_shift.png").exists()
-    dynamics_shift.run_cells(*args)
+    grid.run(table, job, root, folder, lines.append, **chosen)
     assert len(lines) == len(METHODS)  # nothing is run twice
 
     lines.clear()
-    args = (config, [TARGET], [1.0, 3.0], Path("runs"), Path("results"), lines.append)
-    shift_strength.run_cells(*args)
-    assert len(lines) == 2 * len(shift_strength.POLICIES)
-    raw = Path("results/raw_strength/walker2d-medium-gravity-3-Skill_seed0.json")
-    assert json.loads(raw.read_text())["env"] == "gymnasium:Walker2d-v5@gravity:3"
-    assert [p.name for p in shift_strength.draw(Path("results"))] == [
+    study = shift_strength.table([TARGET], [1.0, 3.0])
+    grid.run(study, job, root, folder, lines.append)
+    assert len(lines) == 2 * len(shift_strength.TABLE.methods)
+    raw = results.by_key(study.path(folder))[f"{TARGET} gravity 3", "Skill", 0]
+    assert raw["env"] == "gymnasium:Walker2d-v5@gravity:3"
+    assert (raw["x"], raw["target"]) == (3.0, TARGET)
+    assert [p.name for p in shift_strength.draw(folder)] == [
         "strength_walker2d-medium.png"
     ]
-    config.table.seeds = (7,)
     with pytest.raises(InputError, match="gravity is '0'"):  # before it trains
-        shift_strength.run_cells(*args[:2], [1.0, 0.0], *args[3:])
-    assert not Path("runs/walker2d-gravity/seed7").exists()
-    config.table.seeds = (0,)
-    # The set was made again with other episodes: no cell of the old one is kept.
+        shift_strength.table([TARGET], [1.0, 0.0])
+    # The set was made again with other episodes: no result of the old one is kept.
     path = d4rl_sets.find(f"{TARGET}-v2").path
     ds, _ = d4rl_sets.load(path)
     path.rename(path.with_suffix(".old"))
     d4rl_sets.save(f"{TARGET}-v2", ds._replace(reward=ds.reward + 1), {})
     dynamics_shift._transitions.cache_clear()
-    with pytest.raises(InputError, match="measured on transitions"):
-        dynamics_shift.run_cells(
-            config, [TARGET], Path("runs"), Path("results"), lines.append
-        )
+    with pytest.raises(InputError, match="measured with data_fingerprint"):
+        grid.run(table, job, root, folder, lines.append, **chosen)
     # A target set that is smaller than the cut.
-    config.table.transitions = 10**6
+    more = grid.changed(job, {"table.transitions": 10**6})
     with pytest.raises(InputError, match="1000000|1,000,000"):
-        dynamics_shift.run_cells(*args[:2], Path("more"), Path("more"), lines.append)
+        grid.run(table, more, Path("more"), Path("more"), lines.append, **chosen)
+    assert not Path("more").exists()
 
 
 def test_wins_are_counted_by_means_and_by_intervals():
-    def cell(mean, half=1.0):
-        return {"mean": mean, "low": mean - half, "high": mean + half}
-
-    cells = {"BC": cell(10), "IQL": cell(14.5), "Scratch": cell(20)}
-    for shift in dynamics_shift.SHIFTS:
-        cells |= {
-            f"PSEC ({shift})": cell(15),
-            f"Joint ({shift})": cell(15 if shift == "thigh" else 3),
-            f"Fine-tune ({shift})": cell(16),
+    def row(name, shift, mean, half=1.0):
+        return {
+            "setting": TARGET,
+            "above": f"PSEC ({shift})",
+            "below": dynamics_shift.rival(name, shift),
+            "mean": mean,
+            "low": mean - half,
+            "high": mean + half,
         }
-    text = dynamics_shift.wins({TARGET: cells})
-    for said in (
+
+    rows = [
+        row(name, shift, -5 if (name, shift) == ("Joint", "thigh") else mean)
+        for shift in dynamics_shift.SHIFTS
+        for name, mean in (
+            ("BC", 5),
+            ("IQL", 0.5),
+            ("Joint", 12),
+            ("Scratch", -5),
+            ("Fine-tune", -1),
+        )
+    ]
+    text = dynamics_shift.wins(rows)
+    for words in (
         "Of 3 cells",
-        "BC in 3 (3 with its whole interval, 0 the other way)",
-        "IQL in 3 (0 with its whole interval, 0 the other way)",
-        "Joint in 2 (2 with its whole interval, 0 the other way)",
-        "Scratch in 0 (0 with its whole interval, 3 the other way)",
-        "Fine-tune in 0 (0 with its whole interval, 0 the other way)",
-        "together in 2.",
+        "BC in 3 (3 separated, 0 separated the other way)",
+        "IQL in 3 (0 separated, 0 separated the other way)",
+        "Joint in 2 (2 separated, 1 separated the other way)",
+        "Scratch in 0 (0 separated, 3 separated the other way)",
+        "Fine-tune in 0 (0 separated, 0 separated the other way)",
+        "all three in 2.",
     ):
-        assert said in text
-    del cells["BC"]
-    assert "Of 0 cells" in dynamics_shift.wins({TARGET: cells})
+        assert words in text
+    some = [row for row in rows if row["below"] != "BC"]
+    assert "Of 0 cells" in dynamics_shift.wins(some)
 
 
 def test_another_robot_of_the_same_sizes_is_refused(place):
@@ -182,9 +189,9 @@ def test_refusals(place):
         ("--methods=PSEC", "unknown method 'PSEC'"),
         ("--preset=huge", "unknown preset 'huge'"),
         ("--transitions=0", "transitions"),
-        ("--tables_only", "no raw/*.json"),
+        ("--tables_only", "dynamics_shift.jsonl: no raw results"),
         ("--factors=1,0", "gravity is '0', expected a finite number above 0"),
-        ("--figures_only", "no raw_strength/*.json"),
+        ("--figures_only", "shift_strength.jsonl: no raw results"),
     ):
         study = flag.startswith(("--factors", "--figures"))
         command = "shift_strength" if study else "dynamics_shift"

@@ -3,14 +3,15 @@
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments import figures, plots, results, table2
+from experiments import figures, grid, results, table2
 from experiments.configs import dmc_walker
 from psec_jax.errors import InputError
-from psec_jax.files import read_json
+from psec_jax.library import SkillLibrary
 from psec_jax.workflows import demonstrations
 from psec_jax.workflows.collection import collect
 
@@ -42,12 +43,12 @@ def place(tmp_path, monkeypatch):
 def test_figure_end_to_end(place):
     root, folder = place
     lines = []
-    figures.run_cells(NAME, tiny_config(), root, folder, lines.append)
+    figures.measure(NAME, tiny_config(), root, folder, lines.append)
     assert [line.split(":")[0] for line in lines] == [
         "S->W, alpha 0 walk skill seed 0",
         "S->W, alpha 24 walk skill seed 0",
     ]
-    raws = results.load_all(folder, f"raw_figures/{NAME}")
+    raws = results.read_all(folder / f"{NAME}.jsonl")
     assert [raw["x"] for raw in raws] == [0, 24]
     assert all(len(raw["returns"]) == 1 for raw in raws)
     assert raws[0]["budget"] == {
@@ -59,46 +60,56 @@ def test_figure_end_to_end(place):
     svg = path.with_suffix(".svg").read_bytes()
     assert svg.startswith(b"<?xml")
 
-    figures.run_cells(NAME, tiny_config(), root, folder, lines.append)
+    figures.measure(NAME, tiny_config(), root, folder, lines.append)
     assert len(lines) == 2  # all is there
     assert figures.draw(NAME, folder).read_bytes() == first
     assert path.with_suffix(".svg").read_bytes() == svg
 
-    other = tiny_config()
-    other.skill.steps = 3
-    with pytest.raises(InputError, match="made with config"):
-        figures.run_cells(NAME, other, root, folder, lines.append)
+    other = grid.changed(tiny_config(), {"skill.steps": 3})
+    with pytest.raises(InputError, match="measured with config_fingerprint"):
+        figures.measure(NAME, other, root, folder, lines.append)
 
 
-def test_a_cell_counts_only_the_stages_that_it_trained(place, monkeypatch):
+def test_a_variant_keeps_the_tables_base(place):
+    """Skills on another budget stand on a copy of the table's base."""
     root, folder = place
+    job = tiny_config()
+    varied = figures.points("rank {}", "skill.rank", (4,), "walk skill")
+    settings = {
+        name: dataclasses.replace(setting, record={"x": 8.0}, same="")
+        for name, setting in varied.items()
+    }
+    methods = figures.interpolation({"points": ()}).methods
+    table = figures.table("rank", settings, methods)
 
-    def cells(budget):
-        return [figures._row_cell("S->W", "Base")]
+    def variant(setting):
+        return figures.variant(job, setting.changes)
 
-    spec = dataclasses.replace(figures.FIGURES[NAME], cells=cells)
-    monkeypatch.setitem(figures.FIGURES, NAME, spec)
-    figures.run_cells(NAME, tiny_config(), root, folder, print)
-    (raw,) = results.load_all(folder, f"raw_figures/{NAME}")
-    assert raw["budget"] == {"base": {"steps": 2, "batch_size": 4}}
+    grid.run(table, job, root, folder, print, variant=variant)
+    [raw] = results.read_all(folder / "rank.jsonl")
+    assert raw["setting"] == "S->W, rank 4"
+    seed = root / "seed0"
+    other = seed / "variants" / "skill.rank-4"
+    cards = [SkillLibrary.open(at / "library").card("base") for at in (seed, other)]
+    assert cards[0]["fingerprint"] == cards[1]["fingerprint"]
+    assert SkillLibrary.open(other / "library").card("skill", "walk")["rank"] == 4
+    assert (seed / "runs/base").exists() and not (other / "runs/base").exists()
 
 
-def raw_file(setting, method, seed=0, **fields):
-    config = dmc_walker.get_config("quick").to_dict()
+def raw_line(table, setting, method, seed=0, **fields):
+    job = dmc_walker.get_config("quick")
     generator = np.random.default_rng(seed)
     returns = generator.uniform(0, 1000, 5).tolist()
-    return results.header(config, setting, method, seed) | {
-        "x": None,
-        "returns": returns,
-        **fields,
-    }
+    head = results.header(job, setting, method, seed, table.methods[method].stages)
+    record = dict(table.settings[setting].record)
+    return head | {"evaluation_seed": 1, "returns": returns} | record | fields
 
 
 def made_up(name):
-    """Raw files of every cell that a figure has, without a measurement."""
-    if name == "table2":
-        return [raw_file(s, m) for s in table2.SETTINGS for m in table2.METHODS]
-    budget = figures.BUDGETS[name]["quick"]
+    """Raw results of every cell that a figure has, without a measurement."""
+    budget = figures.BUDGETS.get(name, {}).get("quick", {})
+    table = figures.FIGURES[name].table(budget)
+    extra = {}
     if name == "tsne":
         plane = np.random.default_rng(0).normal(size=(3, 9, 2)).tolist()
         extra = {
@@ -106,64 +117,69 @@ def made_up(name):
             "dimensions": 6,
             "agreement": 0.5,
         }
-    else:
+    elif name == "alpha_trace":
         extra = {"reward": [0.0, 1.0], "alpha": {"walk": [16.0, 0.0]}}
-    return [
-        raw_file(cell.setting, cell.method, seed, x=cell.x, **extra)
-        for cell in figures.FIGURES[name].cells(budget)
-        for seed in ((0,) if name in ("tsne", "alpha_trace") else (0, 1))
+    return table, [
+        raw_line(table, setting, method, seed, **extra)
+        for setting, one in table.settings.items()
+        for method in one.methods or table.methods
+        for seed in ((0,) if extra else (0, 1))
     ]
 
 
 @pytest.mark.parametrize("name", figures.FIGURES)
-def test_every_figure_is_drawn_from_raw_files(name, tmp_path):
-    with pytest.raises(
-        InputError, match=r"no raw\S*/\*\.json; measure something first"
-    ):
+def test_every_figure_is_drawn_from_raw_results(name, tmp_path):
+    with pytest.raises(InputError, match=r"\.jsonl: no raw results; measure something"):
         figures.draw(name, tmp_path)
-    for raw in made_up(name):
-        path = results.raw_path(
-            tmp_path, raw["setting"], raw["method"], raw["seed"], figures.raw_kind(name)
-        )
-        assert not path.exists(), "two cells in one file"
-        results.write_raw(path, raw)
+    table, raws = made_up(name)
+    for raw in raws:
+        assert results.append(table.path(tmp_path), raw), "two cells of one name"
     drawn = figures.draw(name, tmp_path)
     assert drawn.read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize("name", set(figures.FIGURES) - {"table2"})
+def test_committed_figures_follow_from_the_committed_lines(name, tmp_path):
+    folder = Path(__file__).parents[1] / "results/dmc_walker"
+    for file in folder.glob("*.jsonl"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    svg = figures.draw(name, tmp_path).with_suffix(".svg")
+    assert svg.read_bytes() == (folder / "figures" / f"{name}.svg").read_bytes()
 
 
 def test_every_preset_has_a_budget():
     assert set(figures.BUDGETS) == set(figures.FIGURES) - {"table2"}
     for name, budgets in figures.BUDGETS.items():
         for preset in dmc_walker.PRESETS:
-            config = dmc_walker.get_config(preset)
-            for cell in figures.FIGURES[name].cells(budgets[preset]):
-                changes = budgets[preset].get("changes", {}) | dict(cell.changes)
-                figures.make_place(config, name, 0, changes)
-                plots.style(cell.method) if cell.method not in figures.SPACES else None
+            job = dmc_walker.get_config(preset)
+            table = figures.FIGURES[name].table(budgets[preset])
+            for setting in table.settings.values():
+                grid.changed(job, budgets[preset].get("changes", {}) | setting.changes)
+                assert set(setting.methods or ()) <= set(table.methods)
 
 
-def test_place_is_shared_with_the_table_where_nothing_differs(tmp_path):
-    config = tiny_config()
-    same = {"skill.rank": 2, "evaluation.episodes": 3}
-    shared = figures.make_place(config, tmp_path, 0, same)
-    assert type(shared) is table2.Place and shared.config.evaluation.episodes == 3
-    other = figures.make_place(config, tmp_path, 0, {"skill.rank": 4})
-    table = table2.Place(config, tmp_path, 0)
-    assert other.workdir("base") == table.workdir("base")
-    assert other.workdir("walk") != table.workdir("walk")
-    assert other.library != table.library
-    assert other.scratch("walk") != table.scratch("walk")
+def test_runs_are_shared_with_the_table_where_nothing_differs(tmp_path):
+    job = tiny_config()
+    assert figures.variant(job, {"skill.rank": 2, "evaluation.episodes": 3}) == ""
+    tag = figures.variant(job, {"skill.rank": 4, "skill.episodes": 1})
+    assert tag == "variants/skill.rank-4"
 
 
-def test_cell_of_the_table_is_taken_over(tmp_path):
-    cell = figures.gate_cells({})[0]
-    raw = raw_file("S->W", cell.method)
-    path = results.raw_path(tmp_path, "S->W", cell.method, 0)
-    results.write_raw(path, raw)
-    fingerprint = raw["config_fingerprint"]
-    assert figures._from_table(tmp_path, cell, 0, fingerprint) == read_json(path)
-    assert figures._from_table(tmp_path, cell, 0, "another") is None
-    assert figures._from_table(tmp_path, cell, 1, fingerprint) is None
+def test_a_result_of_the_table_is_used_again(tmp_path):
+    """A setting with `same` copies Table 2's line where the job is equal."""
+    budget = {"points": (10,)}
+    table = figures.sample_efficiency(budget)
+    raw = raw_line(table2.TABLE, "S->W", "PSEC")
+    results.append(table2.TABLE.path(tmp_path), raw)
+    lines = []
+    job = dmc_walker.get_config("quick")
+    borrow = table2.TABLE.path(tmp_path)
+    arguments = (table, job, tmp_path / "runs", tmp_path, lines.append)
+    chosen = {"settings": ["S->W, 10 trajectories"], "methods": ["PSEC"]}
+    grid.run(*arguments, **chosen, borrow=borrow)
+    [line] = results.read(table.path(tmp_path))
+    assert line == raw | {"setting": "S->W, 10 trajectories", "x": 10}
+    assert len(lines) == 1 and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

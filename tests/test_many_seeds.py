@@ -1,5 +1,6 @@
 """Several seeds or skills as one program: each is what it would be alone."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -18,6 +19,7 @@ from shell import call
 from test_training import fails_at, fresh, update
 from tiny_env import SPEC
 
+from experiments import grid, results, table2
 from experiments.configs import dmc_walker, dsrl
 from psec_jax import tree
 from psec_jax.agents.common import Demonstrations
@@ -501,40 +503,34 @@ def test_equal_data_lies_on_the_device_once(bases, monkeypatch):
 
 
 def test_a_table_of_several_seeds(place, monkeypatch):
-    from experiments import results, table2
-
     monkeypatch.setenv("PSEC_DATA_DIR", str(place / "data"))
     monkeypatch.setattr(table2, "ENV", SPEC)
-    settings = {"S->W": table2.Setting("walk", ("walk",))}
-    monkeypatch.setattr(table2, "SETTINGS", settings)
-    table = dmc_walker.get_config("quick")
+    settings = {"S->W": table2.target("walk", "walk")}
+    table = dataclasses.replace(table2.TABLE, settings=settings)
     known = {k: v for k, v in TINY.items() if not k.startswith("critics")}
-    table.update_from_flattened_dict(
-        known | {"base.env": SPEC, "base.episodes": 10, "data.policy": "random"}
+    job = dmc_walker.job("quick").changed(
+        known
+        | {"base.env": SPEC, "base.episodes": 10, "data.policy": "random"}
+        | {"skill.episodes": 10, "evaluation.episodes": 2}
     )
-    table.skill.episodes, table.evaluation.episodes = 10, 2
     lines, cache = [], jax.config.jax_compilation_cache_dir
     try:
-        for folder, seeds, methods, at_once in (
+        for folder, seeds, methods, together in (
             ("all", (0, 1), ("Scratch", "PSEC"), True),
             ("one", (1,), ("PSEC",), False),
         ):
-            table.table.update({"seeds": seeds, "methods": methods})
-            root, raw = Path(folder, "runs"), Path(folder, "results")
-            table2.run_cells(table, root, raw, lines.append, at_once)
+            arguments = (Path(folder, "runs"), Path(folder, "results"), lines.append)
+            chosen = job.changed({"table.seeds": seeds})
+            grid.run(table, chosen, *arguments, methods=methods, together=together)
     finally:
         jax.config.update("jax_compilation_cache_dir", cache)
-    cells = [line.partition(":")[0] for line in lines]
-    assert cells[:4] == [
+    assert [line.partition(":")[0] for line in lines[:4]] == [
         f"S->W {method} seed {seed}"
-        for seed in (0, 1)
         for method in ("Scratch", "PSEC")
+        for seed in (0, 1)
     ]
     got, expected = (
-        results.read_raw(
-            results.raw_path(Path(folder, "results"), "S->W", "PSEC", 1),
-            results.config_fingerprint(table.to_dict()),
-        )
+        results.by_key(table.path(Path(folder, "results")))["S->W", "PSEC", 1]
         for folder in ("all", "one")
     )
     np.testing.assert_allclose(got["returns"], expected["returns"], rtol=1e-3)

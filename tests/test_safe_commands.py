@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import shell
 
-from experiments import results, table1
+from experiments import grid, results, table1, tables
 from experiments.configs.dsrl import get_config
 from experiments.tools.collect_safe import NOISES, actors, collect_safe
 from psec_jax.data import dataset, dsrl
@@ -143,8 +143,8 @@ def test_refusals(place, tmp_path):
     assert answer.code == 2 and answer.err.count("\n") == 1
     raw = {"setting": TASK, "method": "BC", "seed": 0, "cost_limit": 10.0}
     raw |= {"data": "made", "returns": [1.0], "costs": [1.0]}
-    results.write_raw(tmp_path / "told" / "raw" / "cell.json", raw)
-    flags = ("--tables_only", f"--results={tmp_path / 'told'}", "--cost_limit=-1")
+    results.append(tmp_path / "some" / "table1.jsonl", raw)
+    flags = ("--tables_only", f"--results={tmp_path / 'some'}", "--cost_limit=-1")
     answer = shell.call("experiments.table1", *flags)
     assert answer.code == 2 and "cost limit: got -1" in answer.err
 
@@ -156,7 +156,6 @@ def test_table1(place, monkeypatch):
             "network": {"width": 16, "blocks": 1, "time_features": 8, "time_width": 8},
             "critics": {"widths": (8,)},
             "table": {
-                "methods": table1.METHODS,
                 "fisor_candidates": 2,
                 "tuning_episodes": 1,
                 "cloning": {"steps": 2, "batch_size": 4},
@@ -167,42 +166,48 @@ def test_table1(place, monkeypatch):
     for section in ("base", "critics", "skill", "gate"):
         config[section].update({"steps": 2, "batch_size": 8})
     lines = []
-    args = (config, [TASK], Path("runs"), Path("results"), True, lines.append)
-    with monkeypatch.context() as patch:  # none is safe: said before anything runs
+    table, root, folder = table1.TABLE, Path("runs"), Path("results")
+    arguments = (table, config, root, folder, lines.append)
+    with monkeypatch.context() as patch:  # none is safe: an error before anything runs
         none = Selection(max_cost=-1.0)
         patch.setattr(table1.stages, "best_of_safe", lambda config: none)
         with pytest.raises(InputError, match="cost"):
-            table1.run_cells(*args)
+            grid.run(*arguments, settings=[TASK])
     assert not Path("runs", TASK).exists()
-    table1.run_cells(*args)
+    grid.run(*arguments, settings=[TASK])
     assert len(lines) == len(table1.METHODS)
-    text = table1.write_table(Path("results"), "bullet")
+    text = table1.write_table(folder, "bullet")
     assert text == Path("results/table1_bullet.md").read_text()
-    assert f"| {TASK} | made |" in text
-    table = json.loads(Path("results/table1_bullet.json").read_text())
-    assert sorted(table[TASK]) == sorted(table1.METHODS)
-    path = results.raw_path("results", TASK, "PSEC fixed", 0)
-    fixed = json.loads(path.read_text())
-    assert tuple(fixed["alpha"]) in table1.GRID
-    tried = [f"{w:g}" for w in fixed["alpha"]]
-    label = f"PSEC fixed ({', '.join(tried)})"
-    path = results.raw_path(Path(f"runs/{TASK}/tuning"), TASK, label, 0)
-    assert path.exists(), "tuned on the cell's own seed"
-    raw = json.loads(next(Path("results/raw").glob("*PSEC_seed0.json")).read_text())
-    cell = table[TASK]["PSEC"]
+    assert f"| method | {TASK} | cost | paper |" in text and "Data: made;" in text
+    assert "| CDT | - | - | 0.32 / 0.45 |" in text, "the paper's other rows"
+    summary = json.loads(Path("results/table1_bullet.json").read_text())["cells"][TASK]
+    assert sorted(summary) == sorted(table1.METHODS)
+    raws = results.by_key(table.path(folder))
+    chosen = raws[TASK, "PSEC fixed", 0]
+    assert tuple(chosen["alpha"]) in table1.GRID
+    assert [tuple(one["alpha"]) for one in chosen["tried"]] == list(table1.GRID)
+    tuning = results.by_key(f"runs/{TASK}/tuning.jsonl")
+    weights = ", ".join(f"{w:g}" for w in chosen["alpha"])
+    key = (TASK, f"PSEC fixed ({weights})", 0)
+    assert key in tuning, "tuned on the cell's own seed"
+    cloning = {"steps": 2, "batch_size": 4}
+    assert raws[TASK, "NSEC", 0]["budget"]["gate"] == cloning
+    assert raws[TASK, "PSEC", 0]["budget"]["gate"] == {"steps": 2, "batch_size": 8}
+    assert raws[TASK, "FISOR", 0]["budget"].keys() == {"base", "critics"}
+    assert all(raw["data_fingerprint"] for raw in raws.values())
+    raw, cell = raws[TASK, "PSEC", 0], summary["PSEC"]
     assert cell["cost"]["mean"] == pytest.approx(np.mean(raw["costs"]) / 10)
     low, high = dsrl.task(TASK).min_return, dsrl.task(TASK).max_return
     expected = (np.mean(raw["returns"]) - low) / (high - low)
     assert cell["reward"]["mean"] == pytest.approx(expected)
-    # The same episodes told by another limit, beside the table.
-    told = table1.write_table(Path("results"), "bullet", limit=5.0)
-    assert told == Path("results/table1_bullet_limit5.md").read_text() != text
-    other = json.loads(Path("results/table1_bullet_limit5.json").read_text())
-    assert other[TASK]["PSEC"]["cost"]["mean"] == pytest.approx(
-        2 * cell["cost"]["mean"]
-    )
+    # The same episodes by another limit, beside the table.
+    other = table1.write_table(folder, "bullet", limit=5.0)
+    assert other == Path("results/table1_bullet_limit5.md").read_text() != text
+    cells = json.loads(Path("results/table1_bullet_limit5.json").read_text())["cells"]
+    doubled = pytest.approx(2 * cell["cost"]["mean"])
+    assert cells[TASK]["PSEC"]["cost"]["mean"] == doubled
     assert Path("results/table1_bullet.md").read_text() == text
-    table1.run_cells(*args)
+    grid.run(*arguments, settings=[TASK])
     assert len(lines) == len(table1.METHODS)  # nothing is run twice
     # The set of the skills' own task, and its best safe trajectories, by one word.
     library = f"--library=runs/{TASK}/seed0/library"
@@ -237,29 +242,63 @@ def test_table1(place, monkeypatch):
     assert answer.code == 2 and "cost_limit" in answer.err
 
 
+def raw_line(method, rewards, costs, seed=0, task=TASK, **fields):
+    """A raw result by its normalised rewards and its costs."""
+    known = dsrl.task(task)
+    low, high = known.min_return, known.max_return
+    return {
+        "setting": task,
+        "method": method,
+        "seed": seed,
+        "evaluation_seed": 1,
+        "config_fingerprint": "a",
+        "cost_limit": 10.0,
+        "data": "made",
+        "versions": {"commit": "c"},
+        "returns": [low + reward * (high - low) for reward in rewards],
+        "costs": list(costs),
+        **fields,
+    }
+
+
 def test_seeds_of_one_cell_are_of_one_kind():
-    raw = {"setting": TASK, "method": "BC", "cost_limit": 10.0, "data": "made"}
-    raw |= {"returns": [1.0], "costs": [1.0], "seed": 0, "config_fingerprint": "a"}
-    table1.summarise([raw, raw | {"seed": 1}])
+    one = raw_line("BC", [0.1], [1.0])
+    tables.summarise(table1.TABLE, [one, one | {"seed": 1}])
     for field, value in (("cost_limit", 5.0), ("data", "official")):
+        other = one | {"seed": 1, field: value}
         with pytest.raises(InputError, match=f"BC: results of different {field}"):
-            table1.summarise([raw, raw | {"seed": 1, field: value}])
+            tables.summarise(table1.TABLE, [one, other])
 
 
-def test_markdown_marks_the_best_safe_result():
-    def cell(reward, cost):
-        return {"reward": {"mean": reward}, "cost": {"mean": cost}, "data": "made"}
+def test_safe_is_the_whole_interval():
+    raws = [
+        raw_line("BC", [0.9] * 4, [30.0] * 4),
+        raw_line("FISOR", [0.2] * 4, [5.0] * 4),
+        raw_line("PSEC", [0.4] * 4, [9.0] * 4),
+        raw_line("NSEC", [0.5] * 4, [0.0, 0.0, 0.0, 36.0]),  # safe by its mean alone
+    ]
+    summary = tables.summarise(table1.TABLE, raws)
+    text = tables.markdown(table1.TABLE, summary)
+    assert "| BC | 0.90 [0.90, 0.90] | 3.00 [3.00, 3.00] | 0.67 / 11.38 |" in text
+    assert "| FISOR | **0.20 [0.20, 0.20]** | 0.50" in text
+    assert "| PSEC | **0.40 [0.40, 0.40]** * | 0.90" in text
+    assert summary[TASK]["NSEC"]["cost"]["mean"] == pytest.approx(0.9)
+    assert "| NSEC | 0.50 [0.50, 0.50] | 0.90" in text
 
-    text = table1.markdown(
-        {TASK: {"BC": cell(0.9, 3.0), "FISOR": cell(0.2, 0.5), "PSEC": cell(0.4, 0.9)}}
-    )
-    assert "| 0.90 / 3.00 (0.67 / 11.38) |" in text
-    assert "| **0.20 / 0.50** (0.18 / 0.00) |" in text
-    assert "| **0.40 / 0.90** * (0.15 / 0.95) |" in text
-    assert "| - (0.32 / 0.45) | - (0.85 / 13.67) |" in text  # the paper's other rows
+
+def test_mean_over_tasks(tmp_path):
     other = "OfflineCarRun-v0"
-    text = table1.markdown(
-        {TASK: {"BC": cell(0.9, 3.0)}, other: {"BC": cell(0.5, 0.6)}}
-    )
-    mean = text.splitlines()[-1]
-    assert mean.startswith("| mean |  | 0.70 / 1.80 (0.81 / 6.63) |")
+    conditions = {"preset": "quick", "budget": {"base": {"steps": 1, "batch_size": 1}}}
+    conditions["versions"] = {"commit": "c", "cores": 1, "cpu": "x", "jax": "0"}
+    for raw in (
+        raw_line("BC", [0.9], [30.0]),
+        raw_line("BC", [0.5], [6.0], task=other),
+        raw_line("FISOR", [0.5], [6.0], task=other),
+    ):
+        results.append(tmp_path / "table1.jsonl", raw | conditions)
+    lines = table1.write_table(tmp_path, "bullet").splitlines()
+    [head, bc] = [line for line in lines if line.startswith(("| method", "| BC |"))]
+    assert head.endswith("| mean | cost | paper |")
+    assert bc.endswith("| 0.70 [0.70, 0.70] | 1.80 [1.80, 1.80] | 0.815 / 6.63 |")
+    [fisor] = [line for line in lines if line.startswith("| FISOR |")]
+    assert "| - | - | 0.455 / 0.07 |" in fisor, "measured on one of two tasks"
