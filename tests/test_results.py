@@ -9,9 +9,12 @@ import pytest
 
 from experiments import dynamics_shift, intervals, results, table1, table2, tables
 from experiments.grid import Order
+from experiments.tools import include
 from psec_jax.errors import InputError
 
-RESULTS = Path(__file__).parents[1] / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+PAGES = ("reproducing", "safe", "dynamics")
 
 
 def raw(seed, returns=(100.0, 300.0), method="PSEC", **fields):
@@ -230,3 +233,10 @@ def test_table_puts_the_papers_number_beside_ours():
         0,
     )
     assert "| return: A > B | 5 [-1, 9] not separated |" in text
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p}.md" for p in PAGES)])
+def test_tables_in_the_docs_are_the_committed_ones(page):
+    text = (ROOT / page).read_text()
+    assert include.BLOCK.search(text), "a page without a table"
+    assert include.included(text) == text, f"python -m experiments.tools.include {page}"
