@@ -90,7 +90,7 @@ def test_a_variant_keeps_the_tables_base(place):
     assert raw["setting"] == "S->W, rank 4"
     seed = root / "seed0"
     other = seed / "variants" / "skill.rank-4"
-    cards = [SkillLibrary.open(at / "library").card("base") for at in (seed, other)]
+    cards = [SkillLibrary.open(at / "library").card("base", "base") for at in (seed, other)]
     assert cards[0]["fingerprint"] == cards[1]["fingerprint"]
     assert SkillLibrary.open(other / "library").card("skill", "walk")["rank"] == 4
     assert (seed / "runs/base").exists() and not (other / "runs/base").exists()
