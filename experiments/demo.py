@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import figures, grid, table2
-from experiments.configs.dmc_walker import get_config
+from experiments.configs import dmc_walker
 from experiments.tools import rollout
 from psec_jax.cli import no_arguments, run
 
@@ -23,7 +23,7 @@ from psec_jax.cli import no_arguments, run
 def main(argv: Sequence[str]) -> None:
     """Quick preset, one seed, then table, figure and video."""
     no_arguments(argv)
-    job = get_config("quick")
+    job = dmc_walker.job("quick")
     folder, root = Path(FLAGS["results"].value), Path(FLAGS["workdir"].value)
     grid.run(table2.TABLE, job, root, folder, methods=job.table.methods)
     text = table2.write_table(folder)

@@ -28,22 +28,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict, FrozenConfigDict
-from psec_jax.runtime.training import train
 
-from experiments import grid, plots, results, stages, tables
-from experiments.configs.d4rl import get_config
+from experiments import grid, plots, results, tables
+from experiments.configs import d4rl as config
 from experiments.grid import Cell, Made, Method, Order, Table
 from experiments.style import DOTTED, FIXED, Style
 from psec_jax import envs
 from psec_jax.agents import gaussian
 from psec_jax.agents.common import OptimiserConfig
+from psec_jax.agents.critics import CriticConfig
 from psec_jax.agents.gaussian import GaussianConfig
 from psec_jax.cli import no_arguments
 from psec_jax.data import d4rl, d4rl_sets, dataset, normalise
 from psec_jax.losses import WeightConfig
-from psec_jax.runtime.run import open_run
+from psec_jax.runtime.batches import Drawn
+from psec_jax.workflows import Job, critics, multirun
+from psec_jax.workflows.config import part
 from psec_jax.workflows.demonstrations import FIRST, Demos, Selection, load_demos
+from psec_jax.workflows.multirun import Plan
 
 RUNS = "runs/dynamics"
 ROBOTS = ("halfcheetah", "walker2d")
@@ -90,15 +92,11 @@ def data_path(target: str) -> str:
     return str(d4rl_sets.find(f"{target}-v2").path)
 
 
-def transitions(job: ConfigDict, target: str, env: str) -> Demos:
+def transitions(job: Job, target: str) -> Demos:
     """The target's transitions, the same for every seed and method."""
-    part = Selection(transitions=job.table.transitions)
-    return _transitions(FrozenConfigDict(job), env, data_path(target), part)
-
-
-@functools.cache
-def _transitions(job: FrozenConfigDict, env: str, data: str, part: Selection) -> Demos:
-    return load_demos(job, env, 0, data, part)
+    spec, part = d4rl_sets.task(f"{target}-v2").spec, job.table.transitions
+    selection = Selection(transitions=part)
+    return load_demos(job.data, spec, 0, data_path(target), selection)
 
 
 def target_request(cell: Cell) -> dict[str, Any]:
@@ -152,9 +150,9 @@ def make_scratch(cell: Cell) -> list[Made]:
 
 def make_joint(shift: str, cell: Cell) -> list[Made]:
     """A base on the source and the target's transitions as one set."""
-    target = transitions(cell.job, cell.setting.target, cell.setting.plain)
+    target = transitions(cell.job, cell.setting.target)
     source = source_path(shift, cell)
-    whole = load_demos(cell.job, cell.setting.plain, 0, source)
+    whole = load_demos(cell.job.data, cell.setting.plain, 0, source)
     both = dataset.concatenate([whole.dataset, target.dataset])
     file = f"{cell.setting.target}-{dataset.fingerprint(both)}.hdf5"
     path = cell.root / "joint" / file
@@ -206,46 +204,58 @@ def make_gate(shift: str, cell: Cell) -> list[Made]:
 
 def make_gaussian(objective: str, cell: Cell) -> list[Made]:
     """BC ("bc") or IQL ("reward") with a Gaussian policy."""
-    return [_gaussian(objective, cell, seed) for seed in cell.seeds]
-
-
-def _gaussian(objective: str, cell: Cell, seed: int) -> Made:
-    sizes = cell.job.table.gaussian
+    sizes, target = cell.job.table.gaussian, cell.setting.target
     agent = GaussianConfig(
         objective=objective,
-        optimiser=OptimiserConfig(
-            sizes.learning_rate, decay_steps=sizes.steps, weight_decay=0.0, ema=1.0
+        optimiser=part(
+            OptimiserConfig, sizes, decay_steps=sizes.steps, weight_decay=0.0, ema=1.0
         ),
-        critics=stages.critic_config(cell.job, sizes.batch_size),
+        critics=part(CriticConfig, cell.job.critics, batch_size=sizes.batch_size),
         weights=WeightConfig(reward_temperature=sizes.reward_temperature),
         batch_size=sizes.batch_size,
     )
-    demos = transitions(cell.job, cell.setting.target, cell.setting.plain)
+    demos = transitions(cell.job, target)
     normaliser = normalise.standard(demos.dataset.obs, cell.job.std_floor)
-    rows = stages.transitions(cell.job, demos, normaliser, safety=False)
-    record = {
-        "seed": seed,
-        "data": demos.card(),
-        "gaussian": dataclasses.asdict(agent),
-        "critics": cell.job.critics.to_dict(),
-        "std_floor": cell.job.std_floor,
-        "steps": sizes.steps,
-    }
-    workdir = cell.workdir(seed, f"{objective}-{cell.setting.target}")
-    init_key, train_key = jax.random.split(jax.random.key(seed))
-    state, _ = train(
-        functools.partial(gaussian.update, agent),
-        gaussian.init(agent, init_key, rows.obs.shape[1], rows.action.shape[1]),
-        rows,
-        train_key,
-        run=open_run(workdir, "gaussian", record),
-        steps=sizes.steps,
-        stage=f"gaussian {objective}",
-        **cell.job.run,
-    )
-    params = state.actor.params
+    rows = critics.transitions(cell.job.critics, demos, normaliser, ("reward",))
+    dims = rows.obs.shape[1], rows.action.shape[1]
+    plans = []
+    for seed in cell.seeds:
+        init_key, train_key = jax.random.split(jax.random.key(seed))
+        record = {
+            "seed": seed,
+            "data": demos.card(),
+            "gaussian": dataclasses.asdict(agent),
+            "critics": dataclasses.asdict(cell.job.critics),
+            "std_floor": cell.job.std_floor,
+            "steps": sizes.steps,
+        }
+        plans.append(
+            Plan(
+                kind="gaussian",
+                names=(),
+                workdir=cell.workdir(seed, f"{objective}-{target}"),
+                library=cell.library(seed),
+                record=record,
+                update=Drawn(gaussian.update, agent, sizes.batch_size),
+                rows=rows,
+                start=functools.partial(_fresh, agent, init_key, dims),
+                key=train_key,
+                steps=sizes.steps,
+                stage=f"gaussian {objective}",
+                label=f"seed {seed}",
+            )
+        )
     mean = jax.jit(functools.partial(gaussian.mean, agent))
-    return Made(lambda keys, obs: mean(params, jnp.asarray(normaliser(obs))))
+
+    def act(params: Any, keys: Any, obs: Any) -> Any:
+        return mean(params, jnp.asarray(normaliser(obs)))
+
+    trained = multirun.train(plans, cell.job.run)
+    return [Made(functools.partial(act, one.state.actor.params)) for one in trained]
+
+
+def _fresh(agent: GaussianConfig, key: Any, dims: tuple[int, int]) -> tuple[Any, None]:
+    return gaussian.init(agent, key, *dims), None
 
 
 BASE = {"base": "base"}
@@ -284,13 +294,14 @@ METHODS = ALONE | {
 RIVALS = ("BC", "IQL", "Joint", "Scratch", "Fine-tune")
 
 
-def known(job: ConfigDict, target: str, setting: Setting) -> dict[str, Any]:
+def known(job: Job, target: str, setting: Setting) -> dict[str, Any]:
     """The transitions that everything of a target set learns from.
 
     Raises:
       InputError: the set is not there, or smaller than the cut.
     """
-    demos = transitions(job, target, setting.env)
+    del setting
+    demos = transitions(job, target)
     source = d4rl_sets.find(f"{target}-v2").source
     return {
         "width": job.network.width,
@@ -390,10 +401,10 @@ def main(argv: Sequence[str]) -> None:
     no_arguments(argv)
     folder = Path(FLAGS["results"].value)
     if not FLAGS["tables_only"].value:
-        job = grid.set_seeds(get_config(FLAGS["preset"].value), FLAGS)
+        job = grid.set_seeds(config.job(FLAGS["preset"].value), FLAGS)
         if FLAGS["transitions"].value is not None:
             cut = {"table.transitions": FLAGS["transitions"].value}
-            job = grid.changed(job, cut)
+            job = job.changed(cut)
         methods = grid.known_names(FLAGS["methods"].value, METHODS, "method")
         targets = FLAGS["targets"].value
         grid.run(

@@ -32,10 +32,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from matplotlib import figure as mpl
-from ml_collections import ConfigDict
 
 from experiments import grid, plots, results, table2, tables
-from experiments.configs.dmc_walker import get_config
+from experiments.configs import dmc_walker
 from experiments.grid import Cell, Made, Method, Table
 from experiments.style import Style
 from experiments.table2 import ENV, METHODS, RUNS, SETTINGS, SKILL, Setting, target
@@ -44,6 +43,7 @@ from psec_jax.composition import network_of
 from psec_jax.errors import InputError, lookup
 from psec_jax.policy import Policy, compose
 from psec_jax.process import corrupt
+from psec_jax.workflows import Job
 from psec_jax.workflows.demonstrations import load_demos
 
 Budget = Mapping[str, Any]
@@ -271,7 +271,7 @@ def embed(count: int, cell: Cell, seed: int, library: Path) -> dict[str, Any]:
     for number, (task, (skill, alpha)) in enumerate(of_task.items()):
         policy = compose(library, [skill], alpha=[alpha])
         stage = job.base if task == "stand" else job.skill
-        demos = load_demos(job, ENV.format(task), stage.episodes)
+        demos = load_demos(job.data, ENV.format(task), stage.episodes)
         generator = np.random.default_rng(number)
         chosen = generator.choice(len(demos.dataset.obs), count, replace=False)
         keys = jax.random.split(jax.random.key(number), count)
@@ -482,7 +482,7 @@ FIGURES = {
 }
 
 
-def variant(job: ConfigDict, changes: Mapping[str, Any]) -> str:
+def variant(job: Job, changes: Mapping[str, Any]) -> str:
     """Directory of the runs of a changed job; "" where they are the table's own.
 
     Evaluation is no part of a run, so only changes of training need another one.
@@ -490,14 +490,14 @@ def variant(job: ConfigDict, changes: Mapping[str, Any]) -> str:
     tags = []
     for name, value in sorted(changes.items()):
         section, key = name.split(".")
-        if section != "evaluation" and job[section][key] != value:
+        if section != "evaluation" and getattr(getattr(job, section), key) != value:
             tags.append(f"{name}-{value}")
     return f"variants/{'_'.join(tags)}" if tags else ""
 
 
 def measure(
     name: str,
-    job: ConfigDict,
+    job: Job,
     root: Path,
     folder: Path,
     report: Callable[[str], None] = print,
@@ -510,7 +510,7 @@ def measure(
         common["evaluation.episodes"] = budget["episodes"]
     grid.run(
         FIGURES[name].table(budget),
-        grid.changed(job, common | {"table.seeds": budget["seeds"]}),
+        job.changed(common | {"table.seeds": budget["seeds"]}),
         root,
         folder,
         report,
@@ -553,7 +553,7 @@ def main(argv: Sequence[str]) -> None:
     figure = lookup(FIGURES, name, "figure")
     folder = Path(FLAGS["results"].value)
     if figure.measured and not FLAGS["plot_only"].value:
-        job, root = get_config(FLAGS["preset"].value), grid.run_root(FLAGS, RUNS)
+        job, root = dmc_walker.job(FLAGS["preset"].value), grid.run_root(FLAGS, RUNS)
         measure(name, job, root, folder, together=FLAGS["together"].value)
     print(f"figure   {draw(name, folder)}")
 

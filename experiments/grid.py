@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
-from experiments import programs, results, stages
+from experiments import results
 from experiments.results import Raw
 from experiments.style import Style
 from psec_jax.cli import seeds as table_seeds
@@ -24,13 +23,9 @@ from psec_jax.errors import InputError, lookup
 from psec_jax.evaluation import Act, evaluate
 from psec_jax.files import read_json
 from psec_jax.policy import compose, load_base
+from psec_jax.workflows import Job, base, critics, gate, skill
 
-STAGES = {
-    "base": stages.pretrain,
-    "skill": stages.expand,
-    "gate": stages.compose,
-    "critics": stages.train_critics,
-}
+STAGES = {"base": base, "skill": skill, "gate": gate, "critics": critics}
 
 
 class Made(NamedTuple):
@@ -75,7 +70,7 @@ class Cell:
       variant: of the runs of a changed job, their directory below each seed's.
     """
 
-    job: ConfigDict
+    job: Job
     root: Path
     name: str
     setting: Any
@@ -162,7 +157,7 @@ class Table:
     orders: Sequence[Order] = ()
     paper: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     identity: Sequence[str] = ("config_fingerprint", "data_fingerprint")
-    known: Callable[[ConfigDict, str, Any], dict[str, Any]] = lambda *_: {}
+    known: Callable[[Job, str, Any], dict[str, Any]] = lambda *_: {}
     measure: Callable[[Cell, int, Any], dict[str, Any]] = roll_out
 
     def path(self, folder: Path) -> Path:
@@ -173,13 +168,6 @@ class Table:
 def paper(name: str) -> dict[str, Any]:
     """The paper's numbers in experiments/paper/NAME.json."""
     return read_json(Path(__file__).parent / "paper" / f"{name}.json")
-
-
-def changed(job: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
-    """A copy of a job with other values under these dotted names."""
-    copy = ConfigDict(job.to_dict())
-    copy.update_from_flattened_dict(dict(changes))
-    return copy
 
 
 def train(
@@ -201,18 +189,19 @@ def train(
       changes: of the job, by dotted name.
       **request: of the stage; functions are called with the seed.
     """
-    job = changed(cell.job, changes or {})
-    works = {}
-    for seed in cell.seeds:
-        fields = _for_seed(request, seed)
-        works[f"seed {seed}" if len(cell.seeds) > 1 else ""] = STAGES[stage].work(
-            job,
+    workflow: Any = STAGES[stage]
+    requests = [
+        workflow.Request(
             workdir=cell.workdir(seed, run),
             library=cell.library(seed, library),
             seed=seed,
-            **fields | ({} if stage == "critics" else {"evaluate_after": False}),
+            label=f"seed {seed}" if len(cell.seeds) > 1 else "",
+            **_for_seed(request, seed),
+            **({} if stage == "critics" else {"evaluate": False}),
         )
-    programs.together(works)
+        for seed in cell.seeds
+    ]
+    workflow.run(cell.job.changed(changes or {}), *requests)
 
 
 def bases(cell: Cell, library: str = "library") -> list[Made]:
@@ -253,7 +242,7 @@ def _for_seed(fields: Mapping[str, Any], seed: int) -> dict[str, Any]:
 
 def run(
     table: Table,
-    job: ConfigDict,
+    job: Job,
     root: Path,
     folder: Path,
     report: Callable[[str], None] = print,
@@ -287,7 +276,7 @@ def run(
     jobs, known = {}, {}
     for name in settings or table.settings:
         setting = table.settings[name]
-        jobs[name] = changed(job, setting.changes)
+        jobs[name] = job.changed(setting.changes)
         known[name] = table.known(jobs[name], name, setting)
     seeds = tuple(job.table.seeds)
     for name in jobs:
@@ -381,7 +370,7 @@ def tune(
         "evaluation.episodes": cell.job.table.tuning_episodes,
         "evaluation.seed": cell.job.evaluation.seed + 1,
     }
-    cell = dataclasses.replace(cell, job=changed(cell.job, start))
+    cell = dataclasses.replace(cell, job=cell.job.changed(start))
     path = cell.root / "tuning.jsonl"
     done, raws = results.by_key(path), []
     for weights in grid:
@@ -439,10 +428,10 @@ def run_root(given: Mapping[str, flags.FlagHolder], runs: str) -> Path:
     return Path(given["workdir"].value or f"{runs}/{given['preset'].value}")
 
 
-def set_seeds(job: ConfigDict, given: Mapping[str, flags.FlagHolder]) -> ConfigDict:
+def set_seeds(job: Job, given: Mapping[str, flags.FlagHolder]) -> Job:
     """The job with the seeds that the flags name."""
     chosen = given["seeds"].value
-    return changed(job, {"table.seeds": table_seeds(chosen)}) if chosen else job
+    return job.changed({"table.seeds": table_seeds(chosen)}) if chosen else job
 
 
 def known_names(names: Sequence[str], table: Mapping[str, Any], what: str) -> list[str]:

@@ -5,6 +5,7 @@ budget of each stage, fingerprints of config and data, versions, hardware and co
 Tables and figures are made from these lines alone.
 """
 
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -14,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from psec_jax.errors import InputError
 from psec_jax.evaluation import Episodes
 from psec_jax.files import reported, write_atomic
 from psec_jax.runtime.run import versions
+from psec_jax.workflows import Job
 
 Raw = Mapping[str, Any]
 KEY = {"setting": str, "method": str, "seed": int}
@@ -106,19 +107,35 @@ def name(raw: Raw) -> str:
     return f"{raw['setting']} {raw['method']} seed {raw['seed']}"
 
 
-def fingerprint(config: ConfigDict) -> str:
-    """12 hex digits that change with any field but the table's rows and seeds.
+def fingerprint(job: Job) -> str:
+    """12 hex digits of the fields that differ from the defaults of a `Job`.
 
-    More seeds or rows leave the lines that are there as they are.
+    The table's rows and seeds do not count: more of them leave the lines that are there
+    as they are. Nor does a field that a later version adds, while it has its default.
     """
-    fields = config.to_dict()
-    table = {k: v for k, v in fields["table"].items() if k not in ("methods", "seeds")}
-    text = json.dumps({**fields, "table": table}, sort_keys=True)
+    fields = _differing(dataclasses.asdict(job), dataclasses.asdict(Job()))
+    for name in ("methods", "seeds"):
+        fields.get("table", {}).pop(name, None)
+    text = json.dumps(fields, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def _differing(
+    values: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The values of nested dicts that are not the defaults."""
+    fields = {}
+    for name, value in values.items():
+        default = defaults.get(name)
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            value, default = _differing(value, default), {}
+        if value != default:
+            fields[name] = value
+    return fields
+
+
 def header(
-    job: ConfigDict, setting: str, method: str, seed: int, stages: Mapping[str, str]
+    job: Job, setting: str, method: str, seed: int, stages: Mapping[str, str]
 ) -> dict[str, Any]:
     """What every line begins with: whose result it is and what it was made with.
 
@@ -140,7 +157,7 @@ def header(
     }
 
 
-def _budget(job: ConfigDict, section: str) -> dict[str, int]:
+def _budget(job: Job, section: str) -> dict[str, int]:
     sizes: Any = job
     for part in section.split("."):
         sizes = getattr(sizes, part)

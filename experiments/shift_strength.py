@@ -17,7 +17,7 @@ from typing import Any
 from absl import flags
 
 from experiments import dynamics_shift, grid, plots, results, tables
-from experiments.configs.d4rl import get_config
+from experiments.configs import d4rl
 from experiments.dynamics_shift import RUNS, TARGETS
 from experiments.grid import Table
 from experiments.style import Style
@@ -97,7 +97,7 @@ def main(argv: Sequence[str]) -> None:
         targets = grid.known_names(FLAGS["targets"].value, known, "target")
         grid.run(
             table(targets, floats("factors", FLAGS["factors"].value) or FACTORS),
-            grid.set_seeds(get_config(FLAGS["preset"].value), FLAGS),
+            grid.set_seeds(d4rl.job(FLAGS["preset"].value), FLAGS),
             grid.run_root(FLAGS, RUNS),
             folder,
             methods=grid.known_names(FLAGS["methods"].value, STYLES, "method"),

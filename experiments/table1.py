@@ -24,10 +24,9 @@ from typing import Any
 
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
-from experiments import grid, intervals, results, stages, tables
-from experiments.configs.dsrl import get_config
+from experiments import grid, intervals, results, tables
+from experiments.configs import dsrl as config
 from experiments.grid import Cell, Made, Method, Order, Setting, Table
 from experiments.style import DOTTED, FIXED, Style
 from experiments.table2 import level_changes
@@ -37,6 +36,7 @@ from psec_jax.data import dataset, dsrl
 from psec_jax.errors import InputError, lookup
 from psec_jax.evaluation import Act
 from psec_jax.policy import compose
+from psec_jax.workflows import Job
 from psec_jax.workflows.demonstrations import FIRST, Selection, load_demos
 
 RUNS = "runs/dsrl"
@@ -102,8 +102,8 @@ def train_skills(cell: Cell) -> None:
         cell,
         "skill",
         "skills",
-        changes={"skill.objective": ",".join(SKILLS)},
         name=SKILLS,
+        objectives=SKILLS,
         data=data,
         critics=functools.partial(cell.workdir, name="critics"),
     )
@@ -111,7 +111,7 @@ def train_skills(cell: Cell) -> None:
 
 def make_cloned(name: str, cell: Cell) -> list[Made]:
     """Behaviour cloning on the whole set, or on its safe trajectories."""
-    safe = Selection(max_cost=float(cell.job.cost_limit))
+    safe = Selection(max_cost=cell.job.cost_limit)
     library = "library" if name == "base" else f"library-{name}"
     train_base(cell, name, FIRST if name == "base" else safe)
     return grid.bases(cell, library)
@@ -183,7 +183,7 @@ def make_composition(form: Composition, cell: Cell) -> list[Made]:
         alpha=alpha,
         env=cell.setting.env,
         data=data_path(cell.name),
-        selection=stages.best_of_safe(cell.job),
+        selection=Selection.best_of_safe(cell.job),
     )
     return grid.composed(cell, gate=gate)
 
@@ -228,7 +228,7 @@ METHODS = {
 
 
 def known(
-    job: ConfigDict, task: str, setting: Setting, offline: bool = True
+    job: Job, task: str, setting: Setting, offline: bool = True
 ) -> dict[str, Any]:
     """Limit and data of a task, when all that its cells need is there.
 
@@ -238,8 +238,8 @@ def known(
     """
     envs.make(setting.env).close()
     path = dsrl.find(task, offline).path
-    best = stages.best_of_safe(job)
-    load_demos(job, setting.env, 0, str(path), best, with_costs=True)
+    best = Selection.best_of_safe(job)
+    load_demos(job.data, setting.env, 0, str(path), best, with_costs=True)
     return {
         "cost_limit": job.cost_limit,
         "data": "made" if path.name == dsrl.made_name(task) else "official",
@@ -362,9 +362,9 @@ def main(argv: Sequence[str]) -> None:
     names = lookup(SUITES, suite, "suite")
     limit = FLAGS["cost_limit"].value
     if not FLAGS["tables_only"].value:
-        job = grid.set_seeds(get_config(FLAGS["preset"].value), FLAGS)
+        job = grid.set_seeds(config.job(FLAGS["preset"].value), FLAGS)
         if limit is not None:
-            job = grid.changed(job, {"cost_limit": limit})
+            job = job.changed({"cost_limit": limit})
             dsrl.normalised_cost(np.zeros(1), limit)  # refuses a bad one
         methods = grid.known_names(FLAGS["methods"].value, METHODS, "method")
         what = f"task of the suite {suite}"

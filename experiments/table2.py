@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from experiments import grid, results, tables
-from experiments.configs.dmc_walker import get_config
+from experiments.configs import dmc_walker
 from experiments.grid import Cell, Made, Method, Order, Table
 from experiments.style import DOTTED, FIXED, Style
 from psec_jax.cli import no_arguments
 from psec_jax.evaluation import Act
 from psec_jax.library import SkillLibrary
 from psec_jax.policy import compose
+from psec_jax.workflows import Job
 
 ENV = "dm_control:walker-{}"
 RUNS = "runs/dmc_walker"
@@ -163,12 +164,13 @@ def tuned_weights(form: Composition, cell: Cell) -> dict[str, Any]:
     return grid.tune(cell, GRIDS[kind, len(skills)], act, lambda raw: raw["mean"])
 
 
-def level_changes(job: Any, level: str) -> dict[str, Any]:
+def level_changes(job: Job, level: str) -> dict[str, Any]:
     """What a gate at this level changes of a job: above the parameter level it is
     cloned through the sampler, by a budget of its own."""
     changes = {"gate.level": level}
     if level != "parameter":
-        changes |= {f"gate.{k}": value for k, value in job.table.cloning.items()}
+        budget = dataclasses.asdict(job.table.cloning)
+        changes |= {f"gate.{name}": value for name, value in budget.items()}
     return changes
 
 
@@ -266,7 +268,7 @@ def main(argv: Sequence[str]) -> None:
     no_arguments(argv)
     folder = Path(FLAGS["results"].value)
     if not FLAGS["tables_only"].value:
-        job = grid.set_seeds(get_config(FLAGS["preset"].value), FLAGS)
+        job = grid.set_seeds(dmc_walker.job(FLAGS["preset"].value), FLAGS)
         methods = grid.known_names(FLAGS["methods"].value, METHODS, "method")
         grid.run(
             TABLE,

@@ -30,7 +30,7 @@ from psec_jax.library import SkillLibrary
 from psec_jax.runtime import loop
 from psec_jax.runtime.loop import train
 from psec_jax.types import Dataset
-from psec_jax.workflows import demonstrations, multirun
+from psec_jax.workflows import Job, demonstrations, multirun
 from psec_jax.workflows.collection import collect
 from psec_jax.workflows.demonstrations import FIRST, load_demos
 
@@ -382,7 +382,7 @@ def test_table(place, quick_starts, monkeypatch):
     few = {key: (weights[0], weights[-1]) for key, weights in table2.GRIDS.items()}
     monkeypatch.setattr(table2, "GRIDS", few)
     methods = ("Base", "Scratch", "PSEC", "ASEC fixed")
-    job = tiny(
+    config = tiny(
         **{
             "base.env": short.SPEC.format("stand"),
             "data.policy": "random",
@@ -390,7 +390,7 @@ def test_table(place, quick_starts, monkeypatch):
             "table.tuning_episodes": 1,
         }
     )
-    lines = []
+    job, lines = Job.from_dict(config.to_dict()), []
     compiled = jax.config.jax_compilation_cache_dir
     arguments = (table, job, Path("table"), Path("results"), lines.append)
     try:

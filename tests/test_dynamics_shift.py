@@ -8,7 +8,7 @@ import pytest
 import shell
 
 from experiments import dynamics_shift, grid, results, shift_strength
-from experiments.configs.d4rl import get_config
+from experiments.configs import d4rl
 from psec_jax.data import d4rl_sets, dataset
 from psec_jax.errors import InputError
 from psec_jax.library import SkillLibrary
@@ -20,22 +20,14 @@ METHODS = ("BC", "IQL", "Scratch", *(f"{m} (gravity)" for m in dynamics_shift.SH
 
 
 def small_config():
-    config = get_config("quick")
-    config.update(
-        {
-            "network": {"width": 16, "blocks": 1, "time_features": 8, "time_width": 8},
-            "critics": {"widths": (8,)},
-            "table": {
-                "seeds": (0,),
-                "transitions": 30,
-                "gaussian": {"steps": 2, "batch_size": 8},
-            },
-            "evaluation": {"episodes": 2},
-        }
+    sizes = {"steps": 2, "batch_size": 8}
+    parts = ("base", "skill", "gate", "table.gaussian")
+    return d4rl.job("quick").changed(
+        {"network.width": 16, "network.blocks": 1, "network.time_features": 8}
+        | {"network.time_width": 8, "critics.widths": (8,), "table.transitions": 30}
+        | {"evaluation.episodes": 2}
+        | {f"{part}.{name}": n for part in parts for name, n in sizes.items()}
     )
-    for section in ("base", "skill", "gate"):
-        config[section].update({"steps": 2, "batch_size": 8})
-    return config
 
 
 @pytest.fixture
@@ -102,11 +94,10 @@ def test_table_and_study(place):
     ds, _ = d4rl_sets.load(path)
     path.rename(path.with_suffix(".old"))
     d4rl_sets.save(f"{TARGET}-v2", ds._replace(reward=ds.reward + 1), {})
-    dynamics_shift._transitions.cache_clear()
     with pytest.raises(InputError, match="measured with data_fingerprint"):
         grid.run(table, job, root, folder, lines.append, **chosen)
     # A target set that is smaller than the cut.
-    more = grid.changed(job, {"table.transitions": 10**6})
+    more = job.changed({"table.transitions": 10**6})
     with pytest.raises(InputError, match="1000000|1,000,000"):
         grid.run(table, more, Path("more"), Path("more"), lines.append, **chosen)
     assert not Path("more").exists()

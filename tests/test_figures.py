@@ -21,12 +21,12 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def tiny_config():
-    config = dmc_walker.get_config("quick")
-    config.network.update({"width": 8, "blocks": 1, "expansion": 1, "time_width": 8})
-    config.base.update({"episodes": 1, "steps": 2, "batch_size": 4})
-    config.skill.update({"episodes": 1, "steps": 2, "batch_size": 4, "rank": 2})
-    config.evaluation.episodes = 1
-    return config
+    sizes = {"episodes": 1, "steps": 2, "batch_size": 4}
+    return dmc_walker.job("quick").changed(
+        {"network.width": 8, "network.blocks": 1, "network.expansion": 1}
+        | {"network.time_width": 8, "skill.rank": 2, "evaluation.episodes": 1}
+        | {f"{part}.{k}": v for part in ("base", "skill") for k, v in sizes.items()}
+    )
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_figure_end_to_end(place):
     assert figures.draw(NAME, folder).read_bytes() == first
     assert path.with_suffix(".svg").read_bytes() == svg
 
-    other = grid.changed(tiny_config(), {"skill.steps": 3})
+    other = tiny_config().changed({"skill.steps": 3})
     with pytest.raises(InputError, match="measured with config_fingerprint"):
         figures.measure(NAME, other, root, folder, lines.append)
 
@@ -90,14 +90,16 @@ def test_a_variant_keeps_the_tables_base(place):
     assert raw["setting"] == "S->W, rank 4"
     seed = root / "seed0"
     other = seed / "variants" / "skill.rank-4"
-    cards = [SkillLibrary.open(at / "library").card("base", "base") for at in (seed, other)]
+    cards = [
+        SkillLibrary.open(at / "library").card("base", "base") for at in (seed, other)
+    ]
     assert cards[0]["fingerprint"] == cards[1]["fingerprint"]
     assert SkillLibrary.open(other / "library").card("skill", "walk")["rank"] == 4
     assert (seed / "runs/base").exists() and not (other / "runs/base").exists()
 
 
 def raw_line(table, setting, method, seed=0, **fields):
-    job = dmc_walker.get_config("quick")
+    job = dmc_walker.job("quick")
     generator = np.random.default_rng(seed)
     returns = generator.uniform(0, 1000, 5).tolist()
     head = results.header(job, setting, method, seed, table.methods[method].stages)
@@ -151,10 +153,10 @@ def test_every_preset_has_a_budget():
     assert set(figures.BUDGETS) == set(figures.FIGURES) - {"table2"}
     for name, budgets in figures.BUDGETS.items():
         for preset in dmc_walker.PRESETS:
-            job = dmc_walker.get_config(preset)
+            job = dmc_walker.job(preset)
             table = figures.FIGURES[name].table(budgets[preset])
             for setting in table.settings.values():
-                grid.changed(job, budgets[preset].get("changes", {}) | setting.changes)
+                job.changed(budgets[preset].get("changes", {}) | setting.changes)
                 assert set(setting.methods or ()) <= set(table.methods)
 
 
@@ -172,7 +174,7 @@ def test_a_result_of_the_table_is_used_again(tmp_path):
     raw = raw_line(table2.TABLE, "S->W", "PSEC")
     results.append(table2.TABLE.path(tmp_path), raw)
     lines = []
-    job = dmc_walker.get_config("quick")
+    job = dmc_walker.job("quick")
     borrow = table2.TABLE.path(tmp_path)
     arguments = (table, job, tmp_path / "runs", tmp_path, lines.append)
     chosen = {"settings": ["S->W, 10 trajectories"], "methods": ["PSEC"]}

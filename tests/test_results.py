@@ -1,16 +1,30 @@
 """Raw results: lines of a file, statistics by hand, tables from committed lines."""
 
 import concurrent.futures
+import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from experiments import dynamics_shift, intervals, results, table1, table2, tables
+from experiments import (
+    dynamics_shift,
+    figures,
+    grid,
+    intervals,
+    results,
+    shift_strength,
+    table1,
+    table2,
+    tables,
+)
+from experiments.configs import d4rl, dmc_walker, dsrl
 from experiments.grid import Order
 from experiments.tools import include
 from psec_jax.errors import InputError
+from psec_jax.workflows import Job
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -174,6 +188,86 @@ def test_committed_tables_follow_from_the_committed_lines(name, write, tmp_path)
     for ending in ("md", "csv"):
         expected = (RESULTS / f"{name}.{ending}").read_text()
         assert (tmp_path / f"{table}.{ending}").read_text() == expected
+
+
+FINISHED = {
+    "dmc_walker/table2": (table2.TABLE, dmc_walker.job("standard")),
+    "demo/table2": (table2.TABLE, dmc_walker.job("quick")),
+    "dsrl/table1": (table1.TABLE, dsrl.job("standard")),
+    "dynamics/dynamics_shift": (dynamics_shift.TABLE, d4rl.job("standard")),
+    "dynamics_1000/dynamics_shift": (
+        dynamics_shift.TABLE,
+        d4rl.job("standard").changed({"table.transitions": 1000}),
+    ),
+    "dynamics/shift_strength": (
+        shift_strength.table(
+            ("halfcheetah-medium", "walker2d-medium"), shift_strength.FACTORS
+        ),
+        d4rl.job("standard"),
+    ),
+}
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """Whatever would be measured anew fails."""
+
+    def fail(*arguments, **options):
+        raise AssertionError("a finished result is measured again")
+
+    monkeypatch.setattr(grid, "train", fail)
+    monkeypatch.setattr(dynamics_shift.multirun, "train", fail)
+    cache = jax.config.jax_compilation_cache_dir
+    yield
+    jax.config.update("jax_compilation_cache_dir", cache)
+
+
+@pytest.mark.parametrize("name", FINISHED)
+def test_committed_lines_are_finished_results_of_their_preset(
+    name, no_training, tmp_path
+):
+    table, job = FINISHED[name]
+    path = tmp_path / Path(name).with_suffix(".jsonl").name
+    path.write_bytes((RESULTS / f"{name}.jsonl").read_bytes())
+    table = dataclasses.replace(table, known=lambda *_: {})  # sets are not in git
+    measured = {results.key(line)[:2] for line in results.read(path)}
+    chosen = job.changed(
+        {"table.seeds": sorted({r["seed"] for r in results.read(path)})}
+    )
+    for setting in {key[0] for key in measured}:
+        rows = [method for name, method in measured if name == setting]
+        options = {"settings": [setting], "methods": rows}
+        grid.run(table, chosen, tmp_path / "runs", tmp_path, print, **options)
+    assert path.read_bytes() == (RESULTS / f"{name}.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("name", set(figures.FIGURES) - {"table2"})
+def test_committed_figures_are_finished(name, no_training, tmp_path):
+    for file in (RESULTS / "dmc_walker").glob("*.jsonl"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    job, report = dmc_walker.job("standard"), []
+    figures.measure(name, job, tmp_path / "runs", tmp_path, report.append)
+    assert not report
+
+
+def test_a_new_field_with_a_default_changes_no_fingerprint():
+    job = dmc_walker.job("standard")
+    fields, defaults = dataclasses.asdict(job), dataclasses.asdict(Job())
+    before = results._differing(fields, defaults)
+    for values in (fields, defaults):
+        values["skill"]["more"], values["section"] = 7, {"more": [1]}
+    assert results._differing(fields, defaults) == before
+    fields["section"]["more"] = [2]
+    assert results._differing(fields, defaults) == before | {"section": {"more": [2]}}
+
+
+def test_more_seeds_or_rows_keep_what_is_there():
+    job = dmc_walker.job("quick")
+    before = results.fingerprint(job)
+    more = {"table.seeds": (0, 1, 2), "table.methods": ("Base",)}
+    assert results.fingerprint(job.changed(more)) == before
+    for change in ({"skill.rank": 4}, {"data.seeds": {}}, {"table.transitions": 7}):
+        assert results.fingerprint(job.changed(change)) != before
 
 
 def test_summary_by_hand():

@@ -10,7 +10,7 @@ import pytest
 import shell
 
 from experiments import grid, results, table1, tables
-from experiments.configs.dsrl import get_config
+from experiments.configs import dsrl as config
 from experiments.tools.collect_safe import NOISES, actors, collect_safe
 from psec_jax.data import dataset, dsrl
 from psec_jax.errors import InputError
@@ -150,27 +150,21 @@ def test_refusals(place, tmp_path):
 
 
 def test_table1(place, monkeypatch):
-    config = get_config("quick")
-    config.update(
-        {
-            "network": {"width": 16, "blocks": 1, "time_features": 8, "time_width": 8},
-            "critics": {"widths": (8,)},
-            "table": {
-                "fisor_candidates": 2,
-                "tuning_episodes": 1,
-                "cloning": {"steps": 2, "batch_size": 4},
-            },
-            "evaluation": {"episodes": 2},
-        }
+    sizes = {"steps": 2, "batch_size": 8}
+    parts = ("base", "critics", "skill", "gate")
+    job = config.job("quick").changed(
+        {"network.width": 16, "network.blocks": 1, "network.time_features": 8}
+        | {"network.time_width": 8, "critics.widths": (8,), "evaluation.episodes": 2}
+        | {"table.fisor_candidates": 2, "table.tuning_episodes": 1}
+        | {"table.cloning": {"steps": 2, "batch_size": 4}}
+        | {f"{part}.{name}": n for part in parts for name, n in sizes.items()}
     )
-    for section in ("base", "critics", "skill", "gate"):
-        config[section].update({"steps": 2, "batch_size": 8})
     lines = []
     table, root, folder = table1.TABLE, Path("runs"), Path("results")
-    arguments = (table, config, root, folder, lines.append)
+    arguments = (table, job, root, folder, lines.append)
     with monkeypatch.context() as patch:  # none is safe: an error before anything runs
         none = Selection(max_cost=-1.0)
-        patch.setattr(table1.stages, "best_of_safe", lambda config: none)
+        patch.setattr(Selection, "best_of_safe", lambda job: none)
         with pytest.raises(InputError, match="cost"):
             grid.run(*arguments, settings=[TASK])
     assert not Path("runs", TASK).exists()
