@@ -113,24 +113,22 @@ def fingerprint(job: Job) -> str:
     The table's rows and seeds do not count: more of them leave the lines that are there
     as they are. Nor does a field that a later version adds, while it has its default.
     """
-    fields = _differing(dataclasses.asdict(job), dataclasses.asdict(Job()))
+    fields = differing(job, Job())
     for name in ("methods", "seeds"):
         fields.get("table", {}).pop(name, None)
-    text = json.dumps(fields, sort_keys=True)
+    text = json.dumps({k: v for k, v in fields.items() if v != {}}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _differing(
-    values: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The values of nested dicts that are not the defaults."""
+def differing(config: Any, default: Any) -> dict[str, Any]:
+    """The fields of a tree of dataclasses that differ from the default's, nested."""
     fields = {}
-    for name, value in values.items():
-        default = defaults.get(name)
-        if isinstance(value, Mapping) and isinstance(default, Mapping):
-            value, default = _differing(value, default), {}
-        if value != default:
-            fields[name] = value
+    for name in (field.name for field in dataclasses.fields(config)):
+        value, usual = getattr(config, name), getattr(default, name)
+        if value == usual:
+            continue
+        nested = dataclasses.is_dataclass(value)
+        fields[name] = differing(value, usual) if nested else value
     return fields
 
 

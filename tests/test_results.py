@@ -24,7 +24,6 @@ from experiments.configs import d4rl, dmc_walker, dsrl
 from experiments.grid import Order
 from experiments.tools import include
 from psec_jax.errors import InputError
-from psec_jax.workflows import Job
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -251,14 +250,17 @@ def test_committed_figures_are_finished(name, no_training, tmp_path):
 
 
 def test_a_new_field_with_a_default_changes_no_fingerprint():
-    job = dmc_walker.job("standard")
-    fields, defaults = dataclasses.asdict(job), dataclasses.asdict(Job())
-    before = results._differing(fields, defaults)
-    for values in (fields, defaults):
-        values["skill"]["more"], values["section"] = 7, {"more": [1]}
-    assert results._differing(fields, defaults) == before
-    fields["section"]["more"] = [2]
-    assert results._differing(fields, defaults) == before | {"section": {"more": [2]}}
+    def tree(*more):
+        skill = dataclasses.make_dataclass("Skill", [("rank", int, 8), *more])
+        part = dataclasses.field(default_factory=skill)
+        return skill, dataclasses.make_dataclass("Tree", [("skill", skill, part)])
+
+    for skill, job in (tree(), tree(("more", int, 7))):
+        assert results.differing(job(), job()) == {}
+        assert results.differing(job(skill(4)), job()) == {"skill": {"rank": 4}}
+    assert results.differing(job(skill(4, 5)), job()) == {
+        "skill": {"rank": 4, "more": 5}
+    }
 
 
 def test_more_seeds_or_rows_keep_what_is_there():
