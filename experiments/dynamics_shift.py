@@ -152,7 +152,7 @@ def make_joint(shift: str, cell: Cell) -> list[Made]:
     """A base on the source and the target's transitions as one set."""
     target = transitions(cell.job, cell.setting.target)
     source = source_path(shift, cell)
-    whole = load_demos(cell.job.data, cell.setting.plain, 0, source)
+    whole = load_demos(cell.job.data, None, 0, source)
     both = dataset.concatenate([whole.dataset, target.dataset])
     file = f"{cell.setting.target}-{dataset.fingerprint(both)}.hdf5"
     path = cell.root / "joint" / file
@@ -303,13 +303,13 @@ def known(job: Job, target: str, setting: Setting) -> dict[str, Any]:
     del setting
     demos = transitions(job, target)
     source = d4rl_sets.find(f"{target}-v2").source
+    returns = dataset.episode_returns(demos.dataset)
+    scores = np.asarray(d4rl_sets.normalised_score(robot_of(target), returns))
     return {
         "width": job.network.width,
         "data": demos.card() | {"made_or_official": source},
         "data_fingerprint": dataset.fingerprint(demos.dataset),
-        "data_scores": d4rl_sets.normalised_score(
-            robot_of(target), dataset.episode_returns(demos.dataset)
-        ).tolist(),
+        "data_scores": scores.tolist(),
         "d4rl_environment": d4rl_sets.task(f"{target}-v2").d4rl_environment,
     }
 

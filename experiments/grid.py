@@ -82,6 +82,12 @@ class Cell:
         """The cell with its runs in a subdirectory."""
         return dataclasses.replace(self, root=self.root / name)
 
+    @property
+    def seed(self) -> int:
+        """The seed of a cell with one alone."""
+        [seed] = self.seeds
+        return seed
+
     def of(self, seed: int) -> "Cell":
         """The cell with one seed alone."""
         return dataclasses.replace(self, seeds=(seed,))
@@ -365,7 +371,6 @@ def tune(
       Fields of raw results: "alpha", the weights chosen, and "tried", all with their
       mean return.
     """
-    [seed] = cell.seeds
     start = {
         "evaluation.episodes": cell.job.table.tuning_episodes,
         "evaluation.seed": cell.job.evaluation.seed + 1,
@@ -375,11 +380,11 @@ def tune(
     done, raws = results.by_key(path), []
     for weights in grid:
         label = f"{cell.method} ({', '.join(f'{w:g}' for w in weights)})"
-        raw = done.get((cell.name, label, seed))
+        raw = done.get((cell.name, label, cell.seed))
         if raw is None:
-            raw = results.header(cell.job, cell.name, label, seed, {})
+            raw = results.header(cell.job, cell.name, label, cell.seed, {})
             raw |= {"alpha": list(weights)}
-            raw |= roll_out(cell, seed, Made(make(cell, weights)))
+            raw |= roll_out(cell, cell.seed, Made(make(cell, weights)))
             results.append(path, raw)
         expected = {"config_fingerprint": results.fingerprint(cell.job)}
         check(path, raw, expected, tuple(expected))

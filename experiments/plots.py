@@ -35,7 +35,7 @@ FRAMES = 8  # images above a trace of one episode
 LEGEND_ROWS = 11  # beside it
 RETURN = "return of an episode (0 to 1000)"
 
-_RC = {
+_RC: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -139,7 +139,9 @@ def _bars(
         if method in cells:
             cell = cells[method]
             colour, hatch = COLOURS[styles[method].colour], styles[method].hatch
-            face = {"color": colour} if not hatch else {"fc": "white", "ec": colour}
+            face: dict[str, Any] = (
+                {"color": colour} if not hatch else {"fc": "white", "ec": colour}
+            )
             axes.barh(y, cell["mean"], 0.7, hatch=hatch, **face)
             axes.errorbar(
                 cell["mean"], y, xerr=_whiskers(cell), color=BLACK, capsize=2.5, lw=1
@@ -208,7 +210,9 @@ def _upright(
     axes: Axes, x: float, cell: Mapping[str, Any], style: Style, paper: float | None
 ) -> None:
     colour, hatch = COLOURS[style.colour], style.hatch
-    face = {"color": colour} if not hatch else {"fc": "white", "ec": colour}
+    face: dict[str, Any] = (
+        {"color": colour} if not hatch else {"fc": "white", "ec": colour}
+    )
     axes.bar(x, cell["mean"], 0.8, hatch=hatch, **face)
     axes.errorbar(x, cell["mean"], _whiskers(cell), color=BLACK, capsize=3, lw=1)
     _seeds(axes, x, cell)
@@ -248,7 +252,7 @@ def lines(
       y_label: of the score.
       top: the highest score shown.
     """
-    curves: dict[str, list[tuple[float | None, Any]]] = {}
+    curves: dict[str, list[tuple[Any, Any]]] = {}
     for setting, cells in stats.items():
         for method, cell in cells.items():
             curves.setdefault(method, []).append((number[setting], cell))

@@ -37,7 +37,12 @@ from psec_jax.errors import InputError, lookup
 from psec_jax.evaluation import Act
 from psec_jax.policy import compose
 from psec_jax.workflows import Job
-from psec_jax.workflows.demonstrations import FIRST, Selection, load_demos
+from psec_jax.workflows.demonstrations import (
+    FIRST,
+    Selection,
+    Wanted,
+    load_demos,
+)
 
 RUNS = "runs/dsrl"
 SKILLS = ("reward", "safety")
@@ -149,7 +154,7 @@ def make_fixed(cell: Cell) -> list[Made]:
 
 def fixed(cell: Cell, weights: Sequence[float]) -> Act:
     """Both skills with fixed weights."""
-    return compose(cell.library(*cell.seeds), GATED, alpha=weights).act
+    return compose(cell.library(cell.seed), GATED, alpha=weights).act
 
 
 def _safest(cell: Cell) -> Any:
@@ -239,7 +244,14 @@ def known(
     envs.make(setting.env).close()
     path = dsrl.find(task, offline).path
     best = Selection.best_of_safe(job)
-    load_demos(job.data, setting.env, 0, str(path), best, with_costs=True)
+    load_demos(
+        job.data,
+        setting.env,
+        0,
+        str(path),
+        best,
+        wanted=Wanted(costs=True, rewards=True),
+    )
     return {
         "cost_limit": job.cost_limit,
         "data": "made" if path.name == dsrl.made_name(task) else "official",

@@ -158,7 +158,7 @@ def tuned_weights(form: Composition, cell: Cell) -> dict[str, Any]:
     kind = "parameter" if form.level == "parameter" else "shares"
 
     def act(cell: Cell, weights: Sequence[float]) -> Act:
-        library = cell.library(*cell.seeds)
+        library = cell.library(cell.seed)
         return compose(library, skills, alpha=weights, level=form.level).act
 
     return grid.tune(cell, GRIDS[kind, len(skills)], act, lambda raw: raw["mean"])

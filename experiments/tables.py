@@ -75,7 +75,9 @@ def matrix(
 
 def summarise(table: Table, raws: Sequence[Raw]) -> dict[str, dict[str, Any]]:
     """{setting: {method: {seeds, episodes, mark, METRIC: {mean, low, high, ...}}}}."""
-    unknown = {results.key(raw)[:2] for raw in raws if not raw["versions"]["commit"]}
+    unknown = {
+        results.key(raw)[:2] for raw in raws if not raw["versions"].get("commit")
+    }
     summary: dict[str, dict[str, Any]] = {}
     for setting, cells in collect(table, raws).items():
         for method, cell in cells.items():

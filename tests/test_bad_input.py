@@ -364,7 +364,7 @@ UNKNOWN = {
     ),
     "method of the table": (
         ("experiments.table2", "--methods=Luck", "--results=r", "--workdir=w"),
-        "unknown method 'Luck'; choose from Base, Scratch",
+        "unknown method 'Luck'; choose from ASEC, ASEC fixed, Base",
     ),
     "preset of the table": (
         ("experiments.table2", "--preset=huge", "--results=r", "--workdir=w"),
@@ -372,7 +372,7 @@ UNKNOWN = {
     ),
     "results of the table": (
         ("experiments.table2", "--tables_only", "--results=r"),
-        "r: no raw/*.json; measure something first",
+        "r/table2.jsonl: no raw results; measure something first",
     ),
     "library": (
         ("launch.evaluate", "--library=none", "--env=dm_control:walker-walk"),

@@ -142,7 +142,7 @@ def test_refusals(place, tmp_path):
     answer = shell.call("experiments.table1", "--tables_only", "--results=none")
     assert answer.code == 2 and answer.err.count("\n") == 1
     raw = {"setting": TASK, "method": "BC", "seed": 0, "cost_limit": 10.0}
-    raw |= {"data": "made", "returns": [1.0], "costs": [1.0]}
+    raw |= {"data": "made", "returns": [1.0], "costs": [1.0], "versions": {}}
     results.append(tmp_path / "some" / "table1.jsonl", raw)
     flags = ("--tables_only", f"--results={tmp_path / 'some'}", "--cost_limit=-1")
     answer = shell.call("experiments.table1", *flags)
