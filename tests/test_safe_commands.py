@@ -231,9 +231,6 @@ def test_table1(place, monkeypatch):
     flags = (library, "--workdir=gate2", "--name=other", "--skills=safety,mine")
     answer = shell.call("launch.compose", CONFIG, *flags, "--data=best")
     assert answer.code == 2 and "'mine' was learned from mine.hdf5" in answer.err
-    walker = CONFIG.replace("dsrl", "dmc_walker")
-    answer = shell.call("launch.compose", walker, *flags, "--data=best")
-    assert answer.code == 2 and "cost_limit" in answer.err
 
 
 def raw_line(method, rewards, costs, seed=0, task=TASK, **fields):
