@@ -152,7 +152,7 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
             "std_floor": job.std_floor,
             "network": dataclasses.asdict(network),
             "process": dataclasses.asdict(process),
-            request.section: dataclasses.asdict(section),
+            request.section: dataclasses.asdict(section) | {"env": env},
         },
         update=learner.update,
         rows=learner.rows,

@@ -96,6 +96,7 @@ class Published(NamedTuple):
     result: Mapping[str, Any] = {}
 
 
+@jax.enable_x64(False)  # the same numbers under JAX_ENABLE_X64
 def train(
     plans: Sequence[Plan],
     options: LoopConfig,
@@ -134,6 +135,7 @@ def train(
     return trained
 
 
+@jax.enable_x64(False)
 def finish(
     trained: Sequence[Trained],
     publish: Callable[[Trained], Published],

@@ -160,7 +160,8 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
             "env": env,
             "data": demos.card(),
             "base_fingerprint": card["fingerprint"],
-            "skill": dataclasses.asdict(section) | {"objective": ",".join(objectives)},
+            "skill": dataclasses.asdict(section)
+            | {"env": env, "objective": ",".join(objectives)},
         },
         update=learner.update,
         rows=learner.rows,
