@@ -252,25 +252,6 @@ def raw_line(method, rewards, costs, seed=0, task=TASK, **fields):
     }
 
 
-def raw_line(method, rewards, costs, seed=0, task=TASK, **fields):
-    """A raw result by its normalised rewards and its costs."""
-    known = dsrl.task(task)
-    low, high = known.min_return, known.max_return
-    return {
-        "setting": task,
-        "method": method,
-        "seed": seed,
-        "evaluation_seed": 1,
-        "config_fingerprint": "a",
-        "cost_limit": 10.0,
-        "data": "made",
-        "versions": {"commit": "c"},
-        "returns": [low + reward * (high - low) for reward in rewards],
-        "costs": list(costs),
-        **fields,
-    }
-
-
 def test_seeds_of_one_cell_are_of_one_kind():
     one = raw_line("BC", [0.1], [1.0])
     tables.summarise(table1.TABLE, [one, one | {"seed": 1}])
