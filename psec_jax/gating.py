@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
+from psec_jax import tree
 from psec_jax.errors import InputError, lookup
-from psec_jax.networks.mlp import MLP, apply
+from psec_jax.networks.mlp import MLP, apply, mlp_shapes
 from psec_jax.types import Params
 
 
@@ -233,3 +234,59 @@ def gate_alpha(
     return jnp.concatenate(
         [alpha[:1] + jnp.sum(alpha[1:] - skills, keepdims=True), skills]
     )
+
+
+def check_gate(
+    config: GateConfig, params: Params, obs_dim: int, skills: int, name: str = "gate"
+) -> None:
+    """Refuse a gate whose arrays are not those of its form.
+
+    Args:
+      config: the form.
+      params: {"head", "support"}, without a support where the form has none.
+      obs_dim: S.
+      skills: K.
+      name: named in messages.
+
+    Raises:
+      InputError: an array is missing, unknown or of another shape or type.
+    """
+    got = {path: _kind(leaf) for path, leaf in tree.flatten(params).items()}
+    outputs = skills + config.base_member
+    if not 1 <= config.top_k <= outputs:
+        raise InputError(f"{name}: top_k {config.top_k} of {outputs} weights")
+    expected: dict[str, tuple[tuple[int, ...], str]] = {}
+    mlp = {"linear": "head/"} | dict.fromkeys(BOUNDED_HEADS, "head/mlp/")
+    if config.head != "linear":
+        start = "alpha" if config.head == "constant" else "strength"
+        expected[f"head/{start}"] = ((outputs,), "f")
+    if config.head in mlp:
+        for path, shape in mlp_shapes(config.widths, obs_dim, outputs).items():
+            expected[f"{mlp[config.head]}{path}"] = (shape, "f")
+    sizes = {"K": skills, "S": obs_dim}
+    if config.support == "neighbour":
+        shape = got.get("support/valid", ((skills, 1), "b"))[0]
+        sizes["M"] = shape[1] if len(shape) == 2 else 1
+    for leaf, axes in _SUPPORT_LEAVES[config.support].items():
+        kind = "b" if leaf == "valid" else "f"
+        expected[f"support/{leaf}"] = (tuple(sizes[axis] for axis in axes), kind)
+    if config.support == "learned":
+        for path, shape in mlp_shapes(_DISTANCE_NET.widths, obs_dim, 1).items():
+            expected[f"support/net/{path}"] = ((skills, *shape), "f")
+    for path in sorted(expected.keys() | got.keys()):
+        if got.get(path) != expected.get(path):
+            shape = got[path][0] if path in got else "missing"
+            wanted = expected[path][0] if path in expected else "nothing"
+            raise InputError(f"{name}: {path} is {shape}, expected {wanted}")
+
+
+def _kind(leaf: Any) -> tuple[tuple[int, ...], str]:
+    return tuple(jnp.shape(leaf)), jnp.result_type(leaf).kind
+
+
+# The arrays of a support; K skills, S numbers of a state, M demonstration states.
+_SUPPORT_LEAVES: dict[str, dict[str, str]] = {
+    "none": {},
+    "neighbour": {"demos": "KMS", "valid": "KM", "tau": "K", "scale": "KS"},
+    "learned": {"tau": "K", "scale": "KS", "low": "KS", "high": "KS", "reach": "K"},
+}
