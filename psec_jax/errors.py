@@ -1,4 +1,4 @@
-"""The errors that a command tells its user in one line."""
+"""The errors that a command reports in one line."""
 
 from collections.abc import Mapping
 from typing import TypeVar
@@ -6,11 +6,26 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-class InputError(ValueError):
-    """Bad input, told in one line: what it is in, what was got, what was expected.
+def printable(text: str) -> str:
+    """The text with every control character but newlines escaped.
 
-    The command line prints the message and exits with code 2.
+    Names and values from files would otherwise drive the terminal they are printed on.
     """
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
+        for c in text
+    )
+
+
+class InputError(ValueError):
+    """Bad input, reported in one line: what it is in, what was got, what was expected.
+
+    The command line prints the message and exits with code 2. Control characters are
+    escaped where the message is shown.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class TrainingError(RuntimeError):

@@ -4,28 +4,36 @@
     ROOT/skills/NAME/skill.safetensors    ROOT/skills/NAME/skill.json
     ROOT/gates/NAME/gate.safetensors      ROOT/gates/NAME/gate.json
 
-Arrays lie in safetensors files under "/"-joined paths of their pytree; the JSON card
+Arrays are in safetensors files under "/"-joined paths of their pytree; the JSON card
 beside them says what they are, with the SHA-256 of the arrays' file and of the card
-itself. A folder appears whole or not at all.
+itself. A folder appears whole or not at all. What is added, replaced or removed is
+decided under a lock, ROOT/.lock; readers need none.
+
+A library may come from anybody: hashes only show accidents, so that every field of a
+card and every array is checked for what it has to be.
 """
 
 import hashlib
 import json
-import re
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from psec_jax import tree
-from psec_jax.errors import InputError
+from psec_jax.cards import DTYPES, NAME, check_card
+from psec_jax.errors import InputError, printable
 from psec_jax.files import (
     beside,
+    left_over,
+    locked,
+    read_bytes,
     read_json,
     recover,
     remove_folder,
@@ -35,12 +43,15 @@ from psec_jax.files import (
     write_atomic,
     write_json,
 )
+from psec_jax.gating import check_gate, gate_form
 from psec_jax.lora import adapter_of, check_skill, rank_of
 from psec_jax.types import Normaliser, Params
 
 FORMAT_VERSION = 1
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _FOLDERS = {"skill": "skills", "gate": "gates"}
+_MAX_LEVELS = 16  # of an array's path
+
+T = TypeVar("T")
 
 
 def base_fingerprint(params: Params, normaliser: Normaliser) -> str:
@@ -58,6 +69,9 @@ class SkillLibrary:
     def __init__(self, root: str | Path) -> None:
         """Use `open` or `create`."""
         self.root = Path(root).expanduser()
+
+    def _lock(self, shared: bool = False) -> Any:
+        return locked(self.root / ".lock", shared)
 
     @classmethod
     def open(cls, root: str | Path) -> "SkillLibrary":
@@ -89,9 +103,21 @@ class SkillLibrary:
         return library
 
     def _recover(self) -> None:
-        for folder in (self.root, *(self.root / f for f in _FOLDERS.values())):
-            if folder.is_dir():
-                recover(folder)
+        folders = (self.root, *(self.root / f for f in _FOLDERS.values()))
+        folders = [f for f in folders if f.is_dir() and left_over(f)]
+        # A reader of a library that it may not write leaves everything as it is.
+        if folders and os.access(self.root, os.W_OK):
+            with self._lock():
+                for folder in folders:
+                    recover(folder)
+
+    def _again(self, read: Callable[[], T]) -> T:
+        """What `read` returns, read once more where a writer may have been at it."""
+        try:
+            return read()
+        except InputError:
+            with self._lock(shared=True):
+                return read()
 
     def skills(self) -> list[str]:
         """Names of the skills, sorted."""
@@ -105,7 +131,7 @@ class SkillLibrary:
         folder = self.root / _FOLDERS[kind]
         if not folder.is_dir():
             return []
-        return sorted(p.name for p in folder.iterdir() if _NAME.fullmatch(p.name))
+        return sorted(p.name for p in folder.iterdir() if NAME.fullmatch(p.name))
 
     def add_base(
         self,
@@ -121,29 +147,31 @@ class SkillLibrary:
           normaliser: of observations.
           card: "name", "obs_dim", "action_dim", "network", "process" and whatever
             else says where it comes from.
-          overwrite: replace a base; refused while skills or gates need it.
+          overwrite: replace a base that a run of the same "config" made; refused while
+            skills or gates need it.
 
         Raises:
-          InputError: there is a base already, or the disk is full.
+          InputError: there is a base already, also one that another run added since,
+            or the disk is full.
         """
-        fingerprint = base_fingerprint(params, normaliser)
-        existing = self.root / "base" / "base.json"
-        if existing.exists():
-            old = self._read_card("base", "base")["fingerprint"]
-            dependants = self.skills() + self.gates()
-            if old != fingerprint and dependants:
-                raise InputError(
-                    f"{self.root}: the base {old} cannot be replaced by {fingerprint}: "
-                    f"{', '.join(dependants)} were made for it"
-                )
-            if not overwrite:
-                raise InputError(f"{self.root} has a base already")
-        self._add(
-            "base",
-            str(card["name"]),
-            _base_tensors(params, normaliser),
-            dict(card) | {"fingerprint": fingerprint},
-        )
+        tensors = _base_tensors(params, normaliser)
+        fingerprint = tree.fingerprint(tensors)
+        name = str(card["name"])
+        _check_base(f"base {name!r}", tensors, card)
+        with self._lock():
+            if os.path.lexists(self._folder("base", "base")):
+                old = self._read_card("base", "base")
+                dependants = self.skills() + self.gates()
+                if old["fingerprint"] != fingerprint and dependants:
+                    raise InputError(
+                        f"{self.root}: the base {old['fingerprint']} cannot be "
+                        f"replaced by {fingerprint}: {', '.join(dependants)} were made "
+                        "for it"
+                    )
+                if not overwrite:
+                    raise InputError(f"{self.root} has a base already")
+                self._same_run("base", "base", old, card)
+            self._add("base", name, tensors, dict(card) | {"fingerprint": fingerprint})
 
     def add_skill(
         self,
@@ -159,21 +187,26 @@ class SkillLibrary:
           params: {layer: {"a", "b"}}.
           card: "alpha" (the strength it was trained at), "objective", "env", ... If it
             names a "base_fingerprint" or "obs_dim", they must be the base's.
-          overwrite: replace a skill of that name.
+          overwrite: replace a skill of that name that a run of the same "config" made;
+            refused while gates need it.
 
         Raises:
-          InputError: a bad name, another base, other layers, or a full disk.
+          InputError: a bad name, one that another run used since, another base, other
+            layers, numbers that are not finite, or a full disk.
         """
-        _check_card("skill", name, card, ("alpha",))
-        base, _, base_card = self.load_base()
-        check_skill(base, params, f"skill {name!r}")
-        card = self._adopt("skill", name, card, base_card, overwrite)
-        card |= {
-            "adapter": adapter_of(params),
-            "rank": rank_of(params),
-            "fingerprint": tree.fingerprint(params),
-        }
-        self._add("skill", name, params, card)
+        _check_fields("skill", name, card, ("alpha",))
+        with self._lock():
+            base, _, base_card = self._load_base()
+            check_skill(base, params, f"skill {name!r}")
+            _check_finite(f"skill {name!r}", params)
+            print_ = tree.fingerprint(params)
+            card = self._adopt("skill", name, card, base_card, overwrite, print_)
+            card |= {
+                "adapter": adapter_of(params),
+                "rank": rank_of(params),
+                "fingerprint": print_,
+            }
+            self._add("skill", name, params, card)
 
     def add_gate(
         self,
@@ -189,20 +222,24 @@ class SkillLibrary:
           params: {"head": ..., "support": ...}.
           card: "skills" (names in the order of alpha), "level", "gate" (its form). If
             it names "skill_fingerprints", they must be those of the library's skills.
-          overwrite: replace a gate of that name.
+          overwrite: replace a gate of that name that a run of the same "config" made.
 
         Raises:
-          InputError: a bad name, an unknown skill, another base, a skill that was
-            replaced, or a full disk.
+          InputError: a bad name, one that another run used since, an unknown skill,
+            another base, a skill that was replaced, arrays of another form than the
+            card's, numbers that are not finite, or a full disk.
         """
-        _check_card("gate", name, card, ("skills", "level", "gate"))
-        _, _, base_card = self.load_base()
-        card = self._adopt("gate", name, card, base_card, overwrite)
-        prints = self._skill_fingerprints(card["skills"])
-        card = {"skill_fingerprints": prints} | card
-        self._same_skills(name, card, prints)
-        card |= {"fingerprint": tree.fingerprint(params)}
-        self._add("gate", name, params, card)
+        _check_fields("gate", name, card, ("skills", "level", "gate"))
+        print_ = tree.fingerprint(params)
+        with self._lock():
+            _, _, base_card = self._load_base()
+            card = self._adopt("gate", name, card, base_card, overwrite, print_)
+            prints = self._skill_fingerprints(card["skills"])
+            card = {"skill_fingerprints": prints} | card
+            self._same_skills(name, card, prints)
+            _check_gate(f"gate {name!r}", params, card)
+            card |= {"fingerprint": print_}
+            self._add("gate", name, params, card)
 
     def _adopt(
         self,
@@ -211,11 +248,13 @@ class SkillLibrary:
         card: Mapping[str, Any],
         base_card: Mapping[str, Any],
         overwrite: bool,
+        fingerprint: str,
     ) -> dict[str, Any]:
         """The card with the base's identity; refuses a name or a base that is wrong."""
-        folder = self._folder(kind, name)
-        if folder.exists() and not overwrite:
-            raise InputError(f"{self.root} has a {kind} {name!r} already")
+        if os.path.lexists(self._folder(kind, name)):
+            if not overwrite:
+                raise InputError(f"{self.root} has a {kind} {name!r} already")
+            self._check_replaced(kind, name, card, fingerprint)
         mine = {
             "base_fingerprint": base_card["fingerprint"],
             "obs_dim": base_card["obs_dim"],
@@ -229,12 +268,40 @@ class SkillLibrary:
                 )
         return dict(card) | mine
 
+    def _check_replaced(
+        self, kind: str, name: str, card: Mapping[str, Any], fingerprint: str
+    ) -> None:
+        """Refuse to replace an entry of another run, or a skill that a gate needs."""
+        if self._folder(kind, name).is_symlink():
+            return  # what it names stays
+        old = self._read_card(kind, name)
+        self._same_run(kind, name, old, card)
+        if kind == "skill" and old["fingerprint"] != fingerprint:
+            self._refuse_needed(name)
+
+    def _same_run(
+        self, kind: str, name: str, old: Mapping[str, Any], card: Mapping[str, Any]
+    ) -> None:
+        if old.get("config") != _as_json(card.get("config")):
+            raise InputError(
+                f"{self._made_by_another(kind, name)}; what this run trained stays in "
+                "its workdir, and the same command adds it once there is none"
+            )
+
+    def _made_by_another(self, kind: str, name: str) -> str:
+        what = "a base" if kind == "base" else f"a {kind} {name!r}"
+        advice = "another library" if kind == "base" else "another name, or remove it"
+        return f"{self.root} has {what} already, made by another run; choose {advice}"
+
     def load_base(self) -> tuple[Params, Normaliser, dict[str, Any]]:
         """Parameters, normaliser and card of the base.
 
         Raises:
           InputError: the library is damaged; the file is named.
         """
+        return self._again(self._load_base)
+
+    def _load_base(self) -> tuple[Params, Normaliser, dict[str, Any]]:
         tensors, card = self._load("base", "base")
         normaliser = Normaliser(**tensors["normaliser"])
         return tensors["params"], normaliser, card
@@ -245,10 +312,19 @@ class SkillLibrary:
         Raises:
           InputError: an unknown name, a damaged file, or a skill of another base.
         """
+        return self._again(lambda: self._load_skill(name))
+
+    def _load_skill(self, name: str) -> tuple[Params, dict[str, Any]]:
         params, card = self._load("skill", name)
-        base, _, base_card = self.load_base()
+        base, _, base_card = self._load_base()
         self._same_base("skill", name, card, base_card)
         check_skill(base, params, f"skill {name!r}")
+        got = (adapter_of(params), rank_of(params))
+        if got != (card["adapter"], card["rank"]):
+            raise InputError(
+                f"skill {name!r}: is a {got[0]} of rank {got[1]}, its card says "
+                f"{card['adapter']} of rank {card['rank']}"
+            )
         return params, card
 
     def load_gate(self, name: str) -> tuple[Params, dict[str, Any]]:
@@ -258,9 +334,13 @@ class SkillLibrary:
           InputError: an unknown name, a damaged file, a gate of another base, or a
             skill that was replaced since.
         """
+        return self._again(lambda: self._load_gate(name))
+
+    def _load_gate(self, name: str) -> tuple[Params, dict[str, Any]]:
         params, card = self._load("gate", name)
         self._same_base("gate", name, card, self._read_card("base", "base"))
         self._same_skills(name, card, self._skill_fingerprints(card["skills"]))
+        _check_gate(f"gate {name!r}", params, card)
         return params, card
 
     def _skill_fingerprints(self, names: Sequence[str]) -> list[str]:
@@ -298,29 +378,52 @@ class SkillLibrary:
             )
 
     def set_returns(self, kind: str, name: str, returns: Mapping[str, Any]) -> None:
-        """Record evaluation returns on the card of a "skill" or "gate"."""
-        card = self._read_card(kind, name)
-        card["returns"] = dict(returns)
-        write_json(self._folder(kind, name) / f"{kind}.json", _sealed(card))
+        """Record evaluation returns on the card of a "skill" or "gate".
+
+        Raises:
+          InputError: an unknown name, a symbolic link, a damaged card, or a file that
+            cannot be written.
+        """
+        folder = self._folder(kind, name)
+        with self._lock():
+            card = self._read_card(kind, name)
+            if folder.is_symlink():
+                raise InputError(f"{folder} is a symbolic link, which is not written")
+            card["returns"] = dict(returns)
+            write_json(folder / f"{kind}.json", _sealed(card))
 
     def remove(self, kind: str, name: str) -> None:
-        """Remove a "skill" or "gate".
+        """Remove a "skill" or "gate"; of a symbolic link the link alone.
 
         Raises:
           InputError: an unknown name, or a skill that a gate needs.
         """
         if kind not in _FOLDERS:
             raise InputError(f"cannot remove a {kind}; expected skill or gate")
-        self._require(kind, name)
-        if kind == "skill":
-            for gate in self.gates():
-                if name in self._read_card("gate", gate)["skills"]:
-                    raise InputError(
-                        f"skill {name!r} is needed by gate {gate!r}; remove that first"
-                    )
         folder = self._folder(kind, name)
-        with reported(f"remove {folder}"):
-            remove_folder(folder)
+        self._refuse_linked(kind)
+        with self._lock():
+            if not folder.is_symlink():
+                self._require(kind, name)
+            if kind == "skill":
+                self._refuse_needed(name)
+            with reported(f"remove {folder}"):
+                remove_folder(folder)
+
+    def _refuse_needed(self, skill: str) -> None:
+        for gate in self.gates():
+            if skill in self._read_card("gate", gate)["skills"]:
+                raise InputError(
+                    f"skill {skill!r} is needed by gate {gate!r}; remove that first"
+                )
+
+    def _refuse_linked(self, kind: str) -> None:
+        folder = self._folder(kind, "any").parent
+        if kind != "base" and folder.is_symlink():
+            raise InputError(
+                f"{folder} is a symbolic link, through which nothing is written; move "
+                "the folder itself there"
+            )
 
     def entries(self) -> list[tuple[str, str]]:
         """("base", "base"), then every ("skill", name) and ("gate", name)."""
@@ -336,18 +439,11 @@ class SkillLibrary:
         Raises:
           InputError: a bad name, a damaged card, or an entry that another run made.
         """
-        folder = self._folder(kind, name)
-        if not folder.exists():
+        if not self._folder(kind, name).exists():
             return False
-        # As JSON holds it: lists for tuples.
-        mine = json.loads(json.dumps(dict(config)))
-        if self._read_card(kind, name).get("config") == mine:
+        if self.card(kind, name).get("config") == _as_json(dict(config)):
             return True
-        what = "a base" if kind == "base" else f"a {kind} {name!r}"
-        advice = "another library" if kind == "base" else "another name, or remove it"
-        raise InputError(
-            f"{self.root} has {what} already, made by another run; choose {advice}"
-        )
+        raise InputError(self._made_by_another(kind, name))
 
     def card(self, kind: str, name: str) -> dict[str, Any]:
         """One card.
@@ -355,7 +451,7 @@ class SkillLibrary:
         Raises:
           InputError: an unknown name or a damaged card.
         """
-        return self._read_card(kind, name)
+        return self._again(lambda: self._read_card(kind, name))
 
     def verify(self) -> list[str]:
         """One line for each thing wrong; an empty list means every file is whole."""
@@ -369,14 +465,15 @@ class SkillLibrary:
                 else:
                     self.load_gate(name)
             except InputError as error:
-                problems.append(str(error))
-        # A damaged base is found again by every skill.
+                if kind == "base" or os.path.lexists(self._folder(kind, name)):
+                    problems.append(str(error))  # else it was removed meanwhile
+        # A damaged base is reported again for every skill.
         return list(dict.fromkeys(problems))
 
     def _folder(self, kind: str, name: str) -> Path:
         if kind == "base":
             return self.root / "base"
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             raise InputError(
                 f"{kind} name {name!r}: expected letters, digits, '.', '_' and '-', "
                 "not starting with '.'"
@@ -403,22 +500,19 @@ class SkillLibrary:
             )
         if card.get("card_sha256") != _card_hash(card):
             raise InputError(f"{path}: does not match its own hash; it was edited")
+        check_card(str(path), kind, name, card)
         return card
 
     def _load(self, kind: str, name: str) -> tuple[Params, dict[str, Any]]:
         card = self._read_card(kind, name)
         path = self._folder(kind, name) / f"{kind}.safetensors"
-        with reported(f"read {path}"):
-            content = path.read_bytes()
+        content = read_bytes(path)
         found = hashlib.sha256(content).hexdigest()
         if found != card["sha256"]:
             raise InputError(
                 f"{path}: SHA-256 is {found[:12]}, its card says {card['sha256'][:12]}"
             )
-        try:
-            flat = safetensors.numpy.load(content)
-        except safetensors.SafetensorError as error:
-            raise InputError(f"{path} is not a safetensors file: {error}") from error
+        flat = read_arrays(path, content)
         found = _layout(flat)
         if found != card["tensors"]:
             wrong = min(
@@ -430,10 +524,20 @@ class SkillLibrary:
                 f"{path}: holds {wrong!r} as {found.get(wrong)}, its card says "
                 f"{card['tensors'].get(wrong)}"
             )
-        return tree.unflatten(flat), card
+        params = tree.unflatten(flat)
+        _check_finite(str(path), params)
+        if kind == "base":
+            _check_base(str(path), params, card)
+        if (print_ := tree.fingerprint(params)) != card["fingerprint"]:
+            raise InputError(
+                f"{path}: its numbers have the fingerprint {print_}, its card says "
+                f"{card['fingerprint']}"
+            )
+        return params, card
 
     def _add(self, kind: str, name: str, params: Params, card: dict[str, Any]) -> None:
         folder = self._folder(kind, name)
+        self._refuse_linked(kind)
         # Not np.ascontiguousarray: that turns a scalar into an array of one element.
         flat = {
             path: np.asarray(leaf, order="C")
@@ -448,19 +552,41 @@ class SkillLibrary:
             "sha256": hashlib.sha256(content).hexdigest(),
             "tensors": _layout(flat),
         }
+        sealed = _sealed(card)
+        check_card(f"{kind} {name!r}", kind, name, sealed)
         temporary = beside(folder, "tmp")
         try:
             with reported(f"write {folder}"):
                 temporary.mkdir(parents=True, exist_ok=True)
                 write_atomic(temporary / f"{kind}.safetensors", content)
-                write_json(temporary / f"{kind}.json", _sealed(card))
+                write_json(temporary / f"{kind}.json", sealed)
                 sync_folder(temporary)
                 replace_folder(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_card(
+def read_arrays(path: Path | str, content: bytes) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file, by path.
+
+    Raises:
+      InputError: not such a file, or types and paths that no tree of this project has.
+    """
+    try:
+        flat = safetensors.numpy.load(content)
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is not a safetensors file: {error}") from error
+    for name, array in flat.items():
+        parts = name.split("/")
+        if len(parts) > _MAX_LEVELS or "" in parts or str(array.dtype) not in DTYPES:
+            raise InputError(
+                f"{path}: array {name!r:.80} of type {array.dtype}, expected "
+                f"LAYER/NAME and one of {', '.join(DTYPES)}"
+            )
+    return flat
+
+
+def _check_fields(
     kind: str, name: str, card: Mapping[str, Any], fields: Sequence[str]
 ) -> None:
     for field in fields:
@@ -468,13 +594,54 @@ def _check_card(
             raise InputError(f"{kind} {name!r}: its card has no {field!r}")
 
 
+def _check_base(source: str, tensors: Params, card: Mapping[str, Any]) -> None:
+    """Refuse a base whose arrays are not a network's and a normaliser's, or odd."""
+    if tensors.keys() != {"params", "normaliser"} or not isinstance(
+        tensors["params"], Mapping
+    ):
+        raise InputError(f"{source}: holds no params and normaliser")
+    normaliser = tensors["normaliser"]
+    shape = (card["obs_dim"],)
+    if not isinstance(normaliser, Mapping) or normaliser.keys() != {"mean", "std"}:
+        raise InputError(f"{source}: its normaliser has no mean and std")
+    for field, array in normaliser.items():
+        if np.shape(array) != shape:
+            raise InputError(
+                f"{source}: the normaliser's {field} has shape {np.shape(array)}, "
+                f"expected {shape}"
+            )
+    _check_finite(source, tensors)
+    if not np.all(np.asarray(normaliser["std"]) > 0):
+        raise InputError(f"{source}: the normaliser's std is not above 0")
+
+
+def _check_gate(source: str, params: Params, card: Mapping[str, Any]) -> None:
+    _check_finite(source, params)
+    form = gate_form(card["gate"], source)
+    check_gate(form, params, card["obs_dim"], len(card["skills"]), source)
+
+
+def _check_finite(source: str, params: Params) -> None:
+    for path, leaf in tree.flatten(params).items():
+        array = np.asarray(leaf)
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            bad = array.size - np.count_nonzero(np.isfinite(array))
+            raise InputError(
+                f"{source}: {path} holds {bad} NaN or infinite of {array.size} values"
+            )
+
+
+def _as_json(value: Any) -> Any:
+    """As it will be read back: JSON has no tuples, and only strings for keys."""
+    return json.loads(json.dumps(value, default=_plain))
+
+
 def _layout(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {path: [list(x.shape), str(x.dtype)] for path, x in flat.items()}
 
 
 def _sealed(card: Mapping[str, Any]) -> dict[str, Any]:
-    # As it will be read back: JSON has no tuples, and only strings for keys.
-    card = dict(json.loads(json.dumps(dict(card), default=_plain)))
+    card = _as_json(dict(card))
     return card | {"card_sha256": _card_hash(card)}
 
 
@@ -496,6 +663,7 @@ def _card_hash(card: Mapping[str, Any]) -> str:
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of text in aligned columns; the first row is the head."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from psec_jax.errors import InputError
 from psec_jax.types import Params
 
 
@@ -24,14 +25,20 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Inverse of `flatten`."""
+    """Inverse of `flatten`.
+
+    Raises:
+      InputError: a path leads through another one's leaf.
+    """
     tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
+    for path in sorted(flat):  # a leaf comes before what would be inside it
         *parents, name = path.split("/")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[name] = leaf
+            if not isinstance(node, dict):
+                raise InputError(f"array {path!r} is inside another array")
+        node[name] = flat[path]
     return tree
 
 

@@ -71,7 +71,8 @@ def main(folder: Path) -> int:
                 library = SkillLibrary.open(root)
                 assert library.verify() == [], root
                 assert library.skills() in (["old"], ["new", "old"]), root
-                assert not list(root.rglob(".*")), root
+                left = [path.name for path in root.rglob(".*")]
+                assert left == [".lock"], (root, left)
             left, _ = library.load_skill(name)  # of the one that did not die
             jax.tree.map(np.testing.assert_array_equal, left, new)
     return kills

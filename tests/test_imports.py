@@ -24,6 +24,7 @@ ROOMS = [
         "psec_jax.networks",
         "psec_jax.gating",
         "psec_jax.support",
+        "psec_jax.cards",
         "psec_jax.library",
     ],
     ["psec_jax.process", "psec_jax.composition"],

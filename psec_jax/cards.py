@@ -1,0 +1,155 @@
+"""The schema of a library's cards: what every field is, and what it has to be.
+
+A card's own hash shows accidents. This is for cards that somebody wrote: nothing below
+the library sees a field of another type, range or length.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from psec_jax.errors import InputError
+
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # of a skill or gate
+DTYPES = ("float32", "float64", "float16", "int32", "int64", "uint32", "bool")
+_PRINT = re.compile(r"[0-9a-f]{16}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MAX_SIZE = 2**20  # of an observation, an action, a rank
+
+
+def _whole(low: int, high: int) -> Callable[[Any], bool]:
+    return lambda x: type(x) is int and low <= x <= high
+
+
+def _number(x: Any) -> bool:
+    return type(x) in (int, float) and abs(x) < 1e30
+
+
+def _text(x: Any) -> bool:
+    return isinstance(x, str) and len(x) < 10_000
+
+
+def _form(pattern: re.Pattern[str]) -> Callable[[Any], bool]:
+    return lambda x: isinstance(x, str) and pattern.fullmatch(x) is not None
+
+
+def _list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda x: isinstance(x, list) and all(map(check, x))
+
+
+def _none_or(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda x: x is None or check(x)
+
+
+def _object(x: Any) -> bool:
+    return isinstance(x, dict)
+
+
+def _returns(x: Any) -> bool:
+    return isinstance(x, dict) and _number(x.get("mean", 0.0))
+
+
+def _data(x: Any) -> bool:
+    return (
+        isinstance(x, dict)
+        and _text(x.get("source", ""))
+        and _form(_PRINT)(x.get("fingerprint"))
+        and all(_whole(1, 2**62)(x.get(n)) for n in ("transitions", "trajectories"))
+        and isinstance(x.get("selection", {}), dict)
+    )
+
+
+def _tensors(x: Any) -> bool:
+    def entry(value: Any) -> bool:
+        return (
+            isinstance(value, list)
+            and len(value) == 2
+            and _list_of(_whole(0, 2**40))(value[0])
+            and value[1] in DTYPES
+        )
+
+    return isinstance(x, dict) and all(map(entry, x.values()))
+
+
+_SIZE = (_whole(1, _MAX_SIZE), "a number of 1 or more")
+_FINGERPRINT = (_form(_PRINT), "16 hex digits")
+# What every card, and that of a kind, has to hold: field -> (check, what is expected).
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "name": (_text, "a text"),
+    "created": (_text, "a date"),
+    "sha256": (_form(_SHA256), "64 hex digits"),
+    "fingerprint": _FINGERPRINT,
+    "tensors": (_tensors, "shape and type of every array"),
+    "obs_dim": _SIZE,
+    "action_dim": _SIZE,
+}
+_KINDS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
+    "base": {
+        "network": (_object, "an object"),
+    },
+    "skill": {
+        "base_fingerprint": _FINGERPRINT,
+        "alpha": (_number, "a finite number"),
+        "adapter": (_text, "a text"),
+        "rank": _SIZE,
+    },
+    "gate": {
+        "base_fingerprint": _FINGERPRINT,
+        "skills": (_list_of(_form(NAME)), "a list of names"),
+        "skill_fingerprints": (_list_of(_form(_PRINT)), "a list of fingerprints"),
+        "level": (_text, "a text"),
+        "gate": (_object, "an object"),
+    },
+}
+# What a card may hold, and then has to be.
+_OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "env": (_none_or(_text), "a text"),
+    "objective": (_none_or(_text), "a text"),
+    "steps": (_none_or(_whole(0, 2**62)), "a number of 0 or more"),
+    "returns": (_none_or(_returns), "an object with a finite mean"),
+    "data": (_none_or(_data), "source, fingerprint, transitions and trajectories"),
+    "config": (_none_or(_object), "an object"),
+    "versions": (_none_or(_object), "an object"),
+}
+
+
+def check_card(source: str, kind: str, name: str, card: Mapping[str, Any]) -> None:
+    """Refuse a card that is not one of this kind and name, field by field.
+
+    Args:
+      source: the card's file, named in messages.
+      kind: "base", "skill" or "gate".
+      name: of the entry's folder.
+      card: what the file holds.
+
+    Raises:
+      InputError: a field that is missing or is not what it has to be.
+    """
+    needed = _FIELDS | _KINDS[kind]
+    for field in needed:
+        if field not in card:
+            raise InputError(f"{source}: the card has no {field!r}")
+    for field, (check, expected) in (needed | _OPTIONAL).items():
+        if field in card and not check(card[field]):
+            raise InputError(
+                f"{source}: {field} is {_short(card[field])}, expected {expected}"
+            )
+    if card.get("kind") != kind:
+        raise InputError(
+            f"{source}: is the card of a {_short(card.get('kind'))}, expected a {kind}"
+        )
+    if kind != "base" and card["name"] != name:
+        raise InputError(f"{source}: is the card of {card['name']!r}, not of {name!r}")
+    if kind == "gate" and not 0 < len(card["skills"]) == len(
+        card["skill_fingerprints"]
+    ):
+        raise InputError(
+            f"{source}: {len(card['skills'])} skills and "
+            f"{len(card['skill_fingerprints'])} fingerprints of skills, expected one "
+            "for each"
+        )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
