@@ -198,7 +198,7 @@ class SkillLibrary:
         with self._lock():
             base, _, base_card = self._load_base()
             check_skill(base, params, f"skill {name!r}")
-            _check_finite(f"skill {name!r}", params)
+            check_finite(f"skill {name!r}", params)
             print_ = tree.fingerprint(params)
             card = self._adopt("skill", name, card, base_card, overwrite, print_)
             card |= {
@@ -525,7 +525,7 @@ class SkillLibrary:
                 f"{card['tensors'].get(wrong)}"
             )
         params = tree.unflatten(flat)
-        _check_finite(str(path), params)
+        check_finite(str(path), params)
         if kind == "base":
             _check_base(str(path), params, card)
         if (print_ := tree.fingerprint(params)) != card["fingerprint"]:
@@ -610,18 +610,27 @@ def _check_base(source: str, tensors: Params, card: Mapping[str, Any]) -> None:
                 f"{source}: the normaliser's {field} has shape {np.shape(array)}, "
                 f"expected {shape}"
             )
-    _check_finite(source, tensors)
+    check_finite(source, tensors)
     if not np.all(np.asarray(normaliser["std"]) > 0):
         raise InputError(f"{source}: the normaliser's std is not above 0")
 
 
 def _check_gate(source: str, params: Params, card: Mapping[str, Any]) -> None:
-    _check_finite(source, params)
+    check_finite(source, params)
     form = gate_form(card["gate"], source)
     check_gate(form, params, card["obs_dim"], len(card["skills"]), source)
 
 
-def _check_finite(source: str, params: Params) -> None:
+def check_finite(source: str, params: Params) -> None:
+    """Refuse NaN and infinity.
+
+    Args:
+      source: what holds the arrays, named in the message.
+      params: a tree of arrays.
+
+    Raises:
+      InputError: there are some; the array is named.
+    """
     for path, leaf in tree.flatten(params).items():
         array = np.asarray(leaf)
         if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -641,8 +650,8 @@ def _layout(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _sealed(card: Mapping[str, Any]) -> dict[str, Any]:
-    card = _as_json(dict(card))
-    return card | {"card_sha256": _card_hash(card)}
+    plain = _as_json(dict(card))
+    return plain | {"card_sha256": _card_hash(plain)}
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from psec_jax import tree
-from psec_jax.agents import critic_file, critics
+from psec_jax.agents import critics
 from psec_jax.agents.common import Transitions, make_transitions, reward_scale
 from psec_jax.agents.critics import CRITICS, CriticConfig
 from psec_jax.errors import InputError
@@ -282,24 +282,3 @@ def test_a_sum_of_costs():
     got = critics.values(trained.trained, config.kinds, data.obs, data.action)
     np.testing.assert_allclose(got["cost"].q, 5, atol=0.05)
     np.testing.assert_allclose(got["cost"].v, 5, atol=0.05)
-
-
-def test_file(tmp_path):
-    params = state().trained
-    card = critic_file.save(tmp_path, params, IDENTITY, {"kinds": ["reward"]}).card
-    got, normaliser, read = critic_file.load(tmp_path)
-    tiny.assert_trees_equal(got, params)
-    tiny.assert_trees_equal(normaliser, IDENTITY)
-    assert read == card and len(card["fingerprint"]) == 16
-    path = tmp_path / critic_file.NAME
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(InputError, match="do not match its fingerprint"):
-        critic_file.load(tmp_path)
-    path.write_bytes(b"nothing")
-    with pytest.raises(InputError, match="is not a file of critics"):
-        critic_file.load(tmp_path)
-    path.unlink()
-    with pytest.raises(InputError, match="holds no finished critics"):
-        critic_file.load(tmp_path)

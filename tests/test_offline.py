@@ -319,6 +319,6 @@ def test_bad_input():
     made = critic_file.load("reward_alone")
     Path("wide").mkdir()
     critic_file.save("wide", *made[:2], made.card | {"obs_dim": 4})
-    with pytest.raises(InputError, match="read observations of 4 numbers, those of"):
+    with pytest.raises(InputError, match=r"mean is \(3,\), expected \(4,\)"):
         expand("bad", "bad", "reward", critics="wide")
     assert not Path("bad").exists()

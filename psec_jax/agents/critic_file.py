@@ -1,20 +1,25 @@
-"""Finished critics as one file of the run that trained them."""
+"""Finished critics as one file of the run that trained them.
+
+The file may come from anybody: every field that is read of its card, and the shape of
+every array, is checked.
+"""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import safetensors
 import safetensors.numpy
-from safetensors import safe_open
 
 from psec_jax import tree
 from psec_jax.agents.critics import CriticParams
 from psec_jax.errors import InputError
-from psec_jax.files import reported, write_atomic
+from psec_jax.files import parse_json, read_bytes, write_atomic
+from psec_jax.library import check_finite, read_arrays
+from psec_jax.networks.critics import init_q, init_v
 from psec_jax.types import Normaliser
 
 NAME = "critics.safetensors"
@@ -79,22 +84,88 @@ def load(workdir: str | Path) -> Finished:
       InputError: no finished critics there, or a damaged file.
     """
     path = Path(workdir) / NAME
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise InputError(
             f"{workdir} holds no finished critics ({NAME}); python -m launch.critics "
             "trains some"
         )
-    try:
-        with reported(f"read {path}"), safe_open(path, "numpy") as file:
-            card = json.loads((file.metadata() or {}).get("card", "{}"))
-            flat = {name: file.get_tensor(name) for name in file.keys()}
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is not a file of critics: {error}") from error
+    content = read_bytes(path)
+    flat = read_arrays(path, content)
+    card = _card(path, content)
     arrays = tree.unflatten(flat)
-    if card.get("fingerprint") != tree.fingerprint(arrays):
+    if card["fingerprint"] != tree.fingerprint(arrays):
         raise InputError(f"{path}: its numbers do not match its fingerprint")
+    _check(path, flat, card)
     normaliser = Normaliser(**arrays["normaliser"])
     return Finished(CriticParams(arrays["q"], arrays["v"]), normaliser, card)
+
+
+def _card(path: Path, content: bytes) -> dict[str, Any]:
+    """The card in the head of a file whose arrays could be read."""
+    length = int.from_bytes(content[:8], "little")
+    head = parse_json(content[8 : 8 + length], str(path))
+    text = (head.get("__metadata__") or {}).get("card", "{}")
+    card = parse_json(text, f"{path}: the card")
+    for field, (kind, expected) in _FIELDS.items():
+        value: Any = card.get(field)
+        if type(value) is not kind or (kind is int and not 1 <= value <= 2**62):
+            raise InputError(f"{path}: {field} is {value!r:.60}, expected {expected}")
+    kinds = card["kinds"]
+    if not kinds or not all(isinstance(k, str) for k in kinds):
+        raise InputError(f"{path}: kinds is {kinds!r:.60}, expected names")
+    return card
+
+
+_FIELDS = {
+    "fingerprint": (str, "16 hex digits"),
+    "kinds": (list, "a list of names"),
+    "obs_dim": (int, "a number of 1 or more"),
+    "action_dim": (int, "a number of 1 or more"),
+    "steps": (int, "a number of 1 or more"),
+    "data": (dict, "an object"),
+    "summary": (dict, "an object"),
+}
+
+
+def _check(path: Path, flat: Mapping[str, np.ndarray], card: dict[str, Any]) -> None:
+    """Refuse arrays that are not those of C critics of these sizes, or not finite."""
+    count, obs_dim, action_dim = (
+        len(card["kinds"]),
+        card["obs_dim"],
+        card["action_dim"],
+    )
+    key = jax.random.key(0)
+    expected: dict[str, tuple[int, ...]] = {
+        "normaliser/mean": (obs_dim,),
+        "normaliser/std": (obs_dim,),
+    }
+    for prefix, mlp, axes, init in (
+        ("q", "q", (count, 2), lambda w: init_q(w, key, obs_dim, action_dim)),
+        ("v", "v/mlp", (count,), lambda w: init_v(w, key, obs_dim)),
+    ):
+        widths = _widths(flat, mlp)
+        shapes = jax.eval_shape(lambda init=init, widths=widths: init(widths))
+        for name, leaf in tree.flatten(shapes).items():
+            expected[f"{prefix}/{name}"] = (*axes, *leaf.shape)
+    got = {name: array.shape for name, array in flat.items()}
+    for name in sorted(expected.keys() | got.keys()):
+        if got.get(name) != expected.get(name) or flat[name].dtype.kind != "f":
+            raise InputError(
+                f"{path}: {name} is {got.get(name, 'missing')}, expected "
+                f"{expected.get(name, 'nothing')}, of floats"
+            )
+    check_finite(str(path), flat)
+    if not (flat["normaliser/std"] > 0).all():
+        raise InputError(f"{path}: the normaliser's std is not above 0")
+
+
+def _widths(flat: Mapping[str, np.ndarray], mlp: str) -> tuple[int, ...]:
+    """Hidden widths of the networks under a path, read off their biases."""
+    widths = []
+    while (name := f"{mlp}/hidden_{len(widths)}/bias") in flat:
+        shape = flat[name].shape
+        widths.append(shape[-1] if shape else 0)
+    return tuple(widths)
 
 
 def _arrays(params: CriticParams, normaliser: Normaliser) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import jax
 
 import psec_jax
 from psec_jax.errors import InputError
-from psec_jax.files import read_json, recover, reported, write_json
+from psec_jax.files import opener, read_json, recover, reported, write_json
 
 _PACKAGES = (
     "jax",
@@ -84,7 +84,7 @@ class Run:
         """
         path = self.workdir / ".lock"
         with reported(f"write {path}"):
-            handle = open(path, "a")
+            handle = open(path, "a", opener=opener)
         with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -107,7 +107,7 @@ def open_run(
 
     Raises:
       InputError: the folder holds a run of another stage or config (the differing
-        fields are named), holds other files, or cannot be written.
+        fields are named), holds other files or symbolic links, or cannot be written.
     """
     workdir = Path(workdir).expanduser().absolute()
     mine = json.loads(json.dumps({"stage": stage, "config": dict(config or {})}))
@@ -115,7 +115,13 @@ def open_run(
     with reported(f"make workdir {workdir}"):
         workdir.mkdir(parents=True, exist_ok=True)
         recover(workdir)
-        others = sorted(p.name for p in workdir.iterdir() if p.name[0] != ".")
+        inside = sorted(workdir.iterdir())
+    others = [p.name for p in inside if p.name[0] != "."]
+    for file in inside:
+        if file.is_symlink():
+            raise InputError(
+                f"{file} is a symbolic link, through which no run is written; remove it"
+            )
     if path.exists():
         _refuse_other(workdir, read_json(path), mine)
     elif others:
