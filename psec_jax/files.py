@@ -135,19 +135,20 @@ def read_json(path: Path | str) -> dict[str, Any]:
     return parse_json(read_bytes(path, MAX_JSON), str(path))
 
 
-def parse_json(data: bytes | str, source: str) -> dict[str, Any]:
+def parse_json(data: bytes | str, source: str, finite: bool = True) -> dict[str, Any]:
     """The JSON object of a text.
 
     Args:
       data: the text.
       source: where it comes from, named in messages.
+      finite: refuse NaN and infinity.
 
     Raises:
-      InputError: not a JSON object, NaN or infinity, or lists and objects more than
-        MAX_DEPTH deep.
+      InputError: not a JSON object, or lists and objects more than MAX_DEPTH deep.
     """
+    number = _number if finite else float
     try:
-        value = json.loads(data, parse_float=_number, parse_constant=_number)
+        value = json.loads(data, parse_float=number, parse_constant=number)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{source} is not a JSON file: {error}") from error
     if not isinstance(value, dict):

@@ -173,7 +173,7 @@ FILES = {
     "nan.hdf5": "obs holds 1 NaN or infinite of 576 values",
     "inf.hdf5": "reward holds 1 NaN or infinite of 24 values",
     "huge.hdf5": "reward holds 24 NaN or infinite of 24 values",
-    "words.hdf5": "action has type |S8, expected numbers",
+    "words.hdf5": "actions has type |S8, expected numbers",
     "unsure.hdf5": "terminals holds other values than 0 and 1",
     "no_action.hdf5": "action (24, 0), expected one number or more in each",
     "loud.hdf5": "2 of 144 action values lie outside [-1, 1] (largest magnitude 1.5)",

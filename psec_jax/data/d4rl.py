@@ -8,10 +8,11 @@ keeps the rows at a timeout: each is a transition like any other, and no true en
 marked both is a true end; the customary view leaves it out.
 """
 
-import contextlib
+import hashlib
 import io
+import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import h5py
 import numpy as np
 
 from psec_jax import files
-from psec_jax.data import dataset
+from psec_jax.data import dataset, hdf5
 from psec_jax.data.recording import say
 from psec_jax.errors import InputError
 from psec_jax.types import Dataset
@@ -45,6 +46,8 @@ ALIASES = {
 }
 # Ends of trajectories of either kind; read where terminals or timeouts are missing.
 DONES = ("dones", "done")
+CHECKSUM = "content_sha256"  # attribute of the files of this project
+TEXTS = ("action_units", "environment", "made_by", "observation_order", "task")
 OPTIONAL = ("reward", "next_obs", "terminal", "timeout", "cost")
 
 
@@ -93,15 +96,15 @@ def read(
 
     Raises:
       InputError: the file is missing, truncated or not HDF5, lacks a key, has one under
-        two names, or arrays of different lengths.
+        two names, arrays of different lengths, or another checksum than it says; see
+        also `hdf5`.
     """
     path = Path(path)
-    with _opened(path) as file:
+    with hdf5.opened(path) as file:
         attrs = _attributes(file)
-        arrays = {
-            name: np.asarray(array[()])
-            for name, array in _arrays(file, path, required).items()
-        }
+        keys = _keys(file, path, required)
+        arrays = {name: file.read(key) for name, key in keys.items()}
+    _check_sum({keys[name]: array for name, array in arrays.items()}, attrs, path)
     missing = tuple(
         name
         for name in ("reward", "terminal")
@@ -116,8 +119,8 @@ def attributes(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
       InputError: the file is missing, truncated or not HDF5.
     """
-    with _opened(Path(path)) as file:
-        return _attributes(file)
+    with hdf5.opened(Path(path)) as file:
+        return {n: v for n, v in _attributes(file).items() if n != CHECKSUM}
 
 
 def layout(
@@ -129,65 +132,65 @@ def layout(
       InputError: the file is missing, truncated or not HDF5, or lacks a key.
     """
     path = Path(path)
-    with _opened(path) as file:
-        shapes = {
-            name: array.shape for name, array in _arrays(file, path, required).items()
-        }
+    with hdf5.opened(path) as file:
+        keys = _keys(file, path, required)
+        shapes = {name: file.shape(key) for name, key in keys.items()}
         return shapes, _attributes(file)
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[h5py.File]:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        with h5py.File(path, "r") as file:
-            yield file
-    except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+def _attributes(file: hdf5.Reader) -> dict[str, Any]:
+    attrs = file.attributes()
+    hdf5.texts(attrs, TEXTS, str(file.path))
+    return attrs
+
+
+def _check_sum(
+    arrays: Mapping[str, np.ndarray], attrs: dict[str, Any], path: Path
+) -> None:
+    """Take the checksum out of the attributes, and compare it where there is one."""
+    told = attrs.pop(CHECKSUM, None)
+    if told is not None and told != _checksum(arrays, attrs):
         raise InputError(
-            f"{path}: not a readable HDF5 file, or a truncated one ({reason})"
-        ) from error
+            f"{path}: its arrays or attributes do not match its checksum: it is damaged"
+        )
 
 
-def _attributes(file: h5py.File) -> dict[str, Any]:
-    return {name: _plain(value) for name, value in file.attrs.items()}
+def _checksum(arrays: Mapping[str, np.ndarray], attrs: Mapping[str, Any]) -> str:
+    """The SHA-256 over names, types, shapes and bytes of arrays, and attributes."""
+    digest = hashlib.sha256()
+    for key in sorted(arrays):
+        array = np.ascontiguousarray(arrays[key])
+        digest.update(f"{key} {array.dtype.str} {array.shape}".encode())
+        digest.update(array.tobytes())
+    plain = {name: np.asarray(value).tolist() for name, value in attrs.items()}
+    text = json.dumps(plain, sort_keys=True, default=bytes.decode)
+    return hashlib.sha256(digest.digest() + text.encode()).hexdigest()
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return value.decode()
-    if isinstance(value, np.generic):
-        return value.item()
-    return value
-
-
-def _arrays(
-    file: h5py.File, path: Path, required: Collection[str]
-) -> dict[str, h5py.Dataset]:
-    """The arrays of the file by field; those of DONES are "done"."""
+def _keys(file: hdf5.Reader, path: Path, required: Collection[str]) -> dict[str, str]:
+    """The name of each field's array in the file; those of DONES are "done"."""
     names = {name: (key, *ALIASES[name]) for name, key in KEYS.items()}
-    arrays = {}
+    found = {}
     for name, keys in (names | {"done": DONES}).items():
-        there = [key for key in keys if isinstance(file.get(key), h5py.Dataset)]
+        there = [key for key in keys if file.has(key)]
         if len(there) > 1:
             raise InputError(
                 f"{path}: {' and '.join(map(repr, there))} are names of one field; "
                 "remove all but one"
             )
         if there:
-            arrays[name] = file[there[0]]
+            found[name] = there[0]
     for name, key in KEYS.items():
         optional = name in OPTIONAL and name not in required
         if name == "terminal":
-            optional &= "done" in arrays
-        if name not in arrays and not optional:
-            held = ", ".join(sorted(file)) or "nothing"
+            optional &= "done" in found
+        if name not in found and not optional:
+            held = ", ".join(file.names()) or "nothing"
             older = ", as in D4RL v0" if name in ("next_obs", "timeout") else ""
             raise InputError(
                 f"{path}: no dataset {key!r}{older}; the file holds {held}"
             )
-    return arrays
+    return found
 
 
 def _assemble(arrays: Mapping[str, np.ndarray], path: Path) -> Dataset:
@@ -296,7 +299,7 @@ def save(
     Args:
       path: the file; its folder is made.
       ds: what to write.
-      attrs: file attributes: numbers, strings, arrays.
+      attrs: file attributes: numbers, strings, arrays. CHECKSUM is added.
       costs: write costs even where all of them are zero.
 
     Raises:
@@ -305,12 +308,17 @@ def save(
     path = Path(path)
     content = io.BytesIO()
     # The format of HDF5 1.10 holds attributes longer than 64 kB.
+    arrays = {
+        key: np.asarray(getattr(ds, name))
+        for name, key in KEYS.items()
+        if name != "cost" or costs or np.any(ds.cost)
+    }
     with h5py.File(content, "w", libver=("v110", "v110")) as file:
-        for name, key in KEYS.items():
-            if name != "cost" or costs or np.any(ds.cost):
-                file.create_dataset(key, data=getattr(ds, name))
+        for key, array in arrays.items():
+            file.create_dataset(key, data=array)
         for name, value in attrs.items():
             file.attrs[name] = value
+        file.attrs[CHECKSUM] = _checksum(arrays, attrs)
     with files.reported(f"make the folder {path.parent}"):
         path.parent.mkdir(parents=True, exist_ok=True)
     files.write_atomic(path, content.getvalue())

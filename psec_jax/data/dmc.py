@@ -56,12 +56,15 @@ def load(
 
 def _order(path: Path) -> list[tuple[int, int, str]]:
     """Sort key that puts episode_2 before episode_10."""
-    parts = re.findall(r"\d+|\D+", path.stem)
-    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in parts]
+    parts = re.findall(r"[0-9]+|[^0-9]+", path.stem)  # not "²", which is no number
+    return [(0, int(p), "") if p[0] in "0123456789" else (1, 0, p) for p in parts]
 
 
 def _read(path: Path) -> Dataset:
     arrays = npz.read(path, KEYS)
+    for key, array in arrays.items():
+        if array.dtype.kind not in "biuf":
+            raise InputError(f"{path}: {key} has type {array.dtype}, expected numbers")
     lengths = {key: len(np.atleast_1d(array)) for key, array in arrays.items()}
     if len(set(lengths.values())) > 1:
         got = ", ".join(f"{key} {n}" for key, n in lengths.items())

@@ -2,11 +2,14 @@
 
 Minari's own sets of MuJoCo robots are new data from Gymnasium's v5 simulators: they are
 not D4RL v2 and have no reference scores.
+
+Metadata and episodes are read here and not by Minari's package, which makes the
+environment that the metadata name, and so runs its code, where they lack a space.
 """
 
 import contextlib
 import dataclasses
-import json
+import math
 import os
 import re
 import shutil
@@ -15,12 +18,12 @@ import sys
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from psec_jax import files
-from psec_jax.data import dataset, keywords, spaces
+from psec_jax.data import dataset, hdf5, keywords, spaces
 from psec_jax.data.actions import ActionBox, Units, scale
 from psec_jax.data.recording import Recording, say
 from psec_jax.data.sets import Found
@@ -28,6 +31,8 @@ from psec_jax.errors import InputError
 from psec_jax.types import Dataset
 
 PREFIX = "minari:"
+VERSIONS = re.compile(r"0\.[45]\.[0-9]+")
+MAX_SIZE = 2**20  # numbers of an observation or an action
 # What Minari raises for a dataset that it cannot read or write.
 FAILURES = (OSError, ValueError, KeyError, TypeError, RuntimeError, AssertionError)
 
@@ -38,11 +43,15 @@ def names(text: str) -> bool:
 
 
 def task_of(path: str | os.PathLike[str]) -> str | None:
-    """The name of the Minari dataset in a folder; None for anything else."""
+    """The name of the Minari dataset in a folder; None for anything else.
+
+    Raises:
+      InputError: its metadata are damaged.
+    """
     if not _metadata(path).is_file():
         return None
-    named = files.read_json(_metadata(path)).get("dataset_id", Path(path).name)
-    return f"{PREFIX}{named}"
+    named = _field(Path(path), files.read_json(_metadata(path)), "dataset_id", str)
+    return f"{PREFIX}{_checked_id(named)}"
 
 
 def environment(data: str | os.PathLike[str]) -> str | None:
@@ -51,29 +60,43 @@ def environment(data: str | os.PathLike[str]) -> str | None:
 
 
 def _recording(folder: Path) -> Recording:
-    """What the metadata of a dataset know of its simulator.
+    """What the metadata of a dataset know of its simulator, which is not made.
 
     Keyword arguments and a time limit are part of the simulator's name where they are
     not those of the registered environment.
     """
-    with _reported(f"{_metadata(folder)}: not of a Minari dataset"):
-        text = files.read_json(_metadata(folder)).get("env_spec")
-        if not text:
-            return Recording()
-        spec = json.loads(text)
-        name, options = spec["id"], dict(spec.get("kwargs") or {})
-        limit = spec.get("max_episode_steps")
-        options.pop("render_mode", None)
-        registered = _registered(name)
-        if registered is not None:
-            same = registered.kwargs.items()
-            options = {k: v for k, v in options.items() if (k, v) not in same}
-            if limit not in (None, registered.max_episode_steps):
-                options["max_episode_steps"] = limit
-        elif isinstance(spec.get("entry_point"), str):
-            name = f"{spec['entry_point'].partition(':')[0]}:{name}"
-        named = keywords.join(f"gymnasium:{name}", options)
-        return Recording(named, max_steps=limit)
+    text = files.read_json(_metadata(folder)).get("env_spec")
+    if not text:
+        return Recording()
+    if not isinstance(text, str):
+        raise InputError(f"{_metadata(folder)}: not of a Minari dataset (env_spec)")
+    spec = files.parse_json(text, f"{_metadata(folder)}: env_spec", finite=False)
+    name: Any = spec.get("id")
+    options: Any = spec.get("kwargs") or {}
+    limit: Any = spec.get("max_episode_steps")
+    entry: Any = spec.get("entry_point")
+    for what, right in (
+        ("id", isinstance(name, str) and re.fullmatch(r"[\w./:-]{1,200}", name)),
+        ("kwargs", isinstance(options, dict) and all(map(str.isidentifier, options))),
+        ("max_episode_steps", limit is None or (type(limit) is int and limit > 0)),
+        ("entry_point", entry is None or isinstance(entry, str)),
+    ):
+        if not right:
+            raise InputError(
+                f"{_metadata(folder)}: not of a Minari dataset (env_spec has no usable "
+                f"{what})"
+            )
+    options = {key: value for key, value in options.items() if key != "render_mode"}
+    registered = None if ":" in name else _registered(name)
+    if registered is not None:
+        same = registered.kwargs.items()
+        options = {k: v for k, v in options.items() if (k, v) not in same}
+        if limit not in (None, registered.max_episode_steps):
+            options["max_episode_steps"] = limit
+    elif entry and ":" not in name:
+        name = f"{entry.partition(':')[0]}:{name}"
+    named = keywords.join(f"gymnasium:{name}", options)
+    return Recording(named, max_steps=limit)
 
 
 def _registered(name: str) -> Any:
@@ -135,23 +158,35 @@ def read(path: Path, required: Collection[str] = ()) -> tuple[Dataset, dict[str,
     name = task_of(folder)
     if name is None:
         raise InputError(f"{folder}: no data/metadata.json, as Minari's datasets have")
-    package = _package()
+    _package()
     if name.startswith(f"{PREFIX}mujoco/"):
         say(
             f"{name}: Minari's mujoco sets are not D4RL v2: new data from Gymnasium's "
             "v5 simulators, without reference scores"
         )
-    with _reported(f"{folder}: not a readable Minari dataset"):
-        opened = package.MinariDataset(folder / "data")
-        observation, action = opened.observation_space, opened.action_space
-        version = opened.spec.minari_version
-        episodes = list(opened.iterate_episodes())
+    metadata = files.read_json(_metadata(folder))
+    version = _field(folder, metadata, "minari_version", str)
+    storage = metadata.get("data_format", "hdf5")
+    if not VERSIONS.fullmatch(version) or storage != "hdf5":
+        raise InputError(
+            f"{folder}: not a readable Minari dataset (of version {version!r:.40} in "
+            f"{storage!r:.40}, expected 0.4 or 0.5 in hdf5)"
+        )
+    observation, action = (
+        _space(folder, _field(folder, metadata, name, str), name)
+        for name in ("observation_space", "action_space")
+    )
     _check_spaces(folder, observation, action)
-    if not episodes:
+    count = _field(folder, metadata, "total_episodes", int)
+    if count < 1:
         raise InputError(f"{folder}: holds no episodes")
-    if "cost" in required and "cost" not in (episodes[0].infos or {}):
-        raise InputError(f"{folder}: holds no costs (infos/cost)")
-    parts = [_dataset(e, folder, observation) for e in episodes]
+    with hdf5.opened(folder / "data" / "main_data.hdf5") as file:
+        if "cost" in required and not file.has("episode_0/infos/cost"):
+            raise InputError(f"{folder}: holds no costs (infos/cost)")
+        parts = [
+            _dataset(_episode(file, i, observation, action), folder, observation)
+            for i in range(count)
+        ]
     known = dataclasses.replace(
         _recording(folder),
         units="env",
@@ -283,6 +318,8 @@ def _reported(what: str) -> Iterator[None]:
     """Turn what Minari raises in the body into one line."""
     try:
         yield
+    except InputError:
+        raise
     except FAILURES as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{what} ({reason})") from error
@@ -329,10 +366,104 @@ def _check_spaces(folder: Path, observation: Any, action: Any) -> None:
         )
 
 
-def _dataset(episode: Any, folder: Path, observation_space: Any) -> Dataset:
+def _field(folder: Path, metadata: Mapping[str, Any], name: str, kind: type) -> Any:
+    """A field of the metadata.
+
+    Raises:
+      InputError: it is missing or of another type.
+    """
+    if type(metadata.get(name)) is not kind:
+        raise InputError(
+            f"{folder}: not a readable Minari dataset ({name} in its metadata is "
+            f"{metadata.get(name, 'missing')!r:.40})"
+        )
+    return metadata[name]
+
+
+def _space(folder: Path, text: str, name: str) -> Any:
+    """The space that a text of the metadata describes."""
+    source = f"{folder}: {name}"
+    with _reported(f"{source} is not one of Minari's"):
+        return _parsed_space(files.parse_json(text, source, finite=False))
+
+
+def _parsed_space(fields: Mapping[str, Any]) -> Any:
+    """A Box, a Discrete, or a Dict or Tuple of spaces.
+
+    Raises:
+      KeyError, TypeError, ValueError: something else, or a Box of too many numbers.
+    """
+    from gymnasium import spaces as gym
+
+    kind = fields["type"]
+    if kind == "Dict":
+        parts = fields["subspaces"].items()
+        return gym.Dict({str(key): _parsed_space(part) for key, part in parts})
+    if kind == "Tuple":
+        return gym.Tuple([_parsed_space(part) for part in fields["subspaces"]])
+    if kind == "Discrete":
+        n, start = fields["n"], fields.get("start", 0)
+        if type(n) is not int or type(start) is not int or not 0 < n <= MAX_SIZE:
+            raise ValueError(f"a Discrete of {n!r:.40}")
+        return gym.Discrete(n, start=start)
+    if kind != "Box":
+        raise ValueError(f"a space of type {kind!r:.40}, expected Box or Dict")
+    shape, dtype = tuple(fields["shape"]), np.dtype(str(fields["dtype"]))
+    whole = all(type(size) is int and size >= 0 for size in shape)
+    if not whole or math.prod(shape) > MAX_SIZE or dtype.kind not in "iuf":
+        raise ValueError(f"a Box of shape {shape!r:.40} and type {dtype}")
+    low, high = (np.array(fields[bound], dtype) for bound in ("low", "high"))
+    if low.shape != shape or high.shape != shape or not (low <= high).all():
+        raise ValueError(f"a Box of shape {shape} with bounds of other shapes")
+    return gym.Box(low, high, shape, dtype.type)
+
+
+class _Episode(NamedTuple):
+    """One episode of n steps as stored; observations in the form of their space."""
+
+    id: int
+    observations: Any
+    actions: np.ndarray
+    rewards: np.ndarray
+    terminations: np.ndarray
+    truncations: np.ndarray
+    cost: np.ndarray | None
+
+
+def _episode(file: hdf5.Reader, index: int, observation: Any, action: Any) -> _Episode:
+    group = f"episode_{index}"
+    flags = (f"{group}/{name}" for name in ("rewards", "terminations", "truncations"))
+    cost = f"{group}/infos/cost"
+    return _Episode(
+        index,
+        _values(file, f"{group}/observations", observation),
+        _values(file, f"{group}/actions", action),
+        *map(file.read, flags),
+        file.read(cost) if file.has(cost) else None,
+    )
+
+
+def _values(file: hdf5.Reader, name: str, space: Any) -> Any:
+    from gymnasium import spaces as gym
+
+    if isinstance(space, gym.Dict):
+        parts = space.spaces.items()
+        return {key: _values(file, f"{name}/{key}", part) for key, part in parts}
+    if isinstance(space, gym.Tuple):
+        parts = enumerate(space.spaces)
+        return tuple(_values(file, f"{name}/_index_{i}", part) for i, part in parts)
+    return file.read(name)
+
+
+def _dataset(episode: _Episode, folder: Path, observation_space: Any) -> Dataset:
     """One episode, whose observations are one more than its steps."""
-    n = len(episode.rewards)
-    action = np.asarray(episode.actions)
+    n, action = episode.rewards.size, episode.actions
+    for name in ("rewards", "terminations", "truncations"):
+        if (shape := getattr(episode, name).shape) != (n,):
+            raise InputError(
+                f"{folder}: episode {episode.id} has {name} of shape {shape} and "
+                f"rewards of shape {episode.rewards.shape}, expected T of each"
+            )
     with _reported(
         f"{folder}: observations of episode {episode.id} are not {observation_space}"
     ):
@@ -342,7 +473,12 @@ def _dataset(episode: Any, folder: Path, observation_space: Any) -> Dataset:
             f"{folder}: episode {episode.id} has {obs.shape[:1]} observations, "
             f"{action.shape[:1]} actions and {n} rewards, expected T + 1, T and T"
         )
-    cost = np.asarray((episode.infos or {}).get("cost", np.zeros(n)), np.float32)
+    cost = np.zeros(n) if episode.cost is None else episode.cost
+    if cost.shape not in ((n,), (n + 1,)):
+        raise InputError(
+            f"{folder}: episode {episode.id} has costs of shape {cost.shape}, expected "
+            f"{n} or {n + 1}"
+        )
     last = np.arange(n) == n - 1
     ended = np.asarray(episode.terminations, bool)
     for what, flags in (

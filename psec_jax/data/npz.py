@@ -100,8 +100,8 @@ def _array(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
     size = math.prod(shape) * dtype.itemsize
     if len(content) != size or any(n < 0 for n in shape):
         raise ValueError(
-            f"{info.filename!r:.80} has {len(content):,} bytes, its shape {shape} takes "
-            f"{size:,}"
+            f"{info.filename!r:.80} has {len(content):,} bytes, its shape {shape} "
+            f"takes {size:,}"
         )
     array = np.frombuffer(content, dtype) if size else np.zeros(0, dtype)
     if dtype.kind == "b":  # a byte may be anything
