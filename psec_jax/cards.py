@@ -4,9 +4,10 @@ A card's own hash shows accidents. This is for cards that somebody wrote: nothin
 the library sees a field of another type, range or length.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from psec_jax.errors import InputError
 
@@ -15,6 +16,8 @@ DTYPES = ("float32", "float64", "float16", "int32", "int64", "uint32", "bool")
 _PRINT = re.compile(r"[0-9a-f]{16}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_SIZE = 2**20  # of an observation, an action, a rank
+
+T = TypeVar("T")
 
 
 def _whole(low: int, high: int) -> Callable[[Any], bool]:
@@ -153,3 +156,39 @@ def check_card(source: str, kind: str, name: str, card: Mapping[str, Any]) -> No
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def form_of(kind: type[T], fields: object, source: str) -> T:
+    """The frozen config of a card: a dataclass whose fields all have defaults.
+
+    Args:
+      kind: the dataclass.
+      fields: of the card; lists for tuples.
+      source: the card and its field, named in messages.
+
+    Raises:
+      InputError: an unknown field, or a value of another type or range.
+    """
+    known = {field.name: field.default for field in dataclasses.fields(cast(Any, kind))}
+    if not isinstance(fields, dict):
+        raise InputError(f"{source} is {_short(fields)}, expected an object")
+    plain = {}
+    for name, value in fields.items():
+        if name not in known or not _like(value, known[name]):
+            raise InputError(f"{source} has no {_short(name)} of {_short(value)}")
+        plain[name] = tuple(value) if isinstance(value, list | tuple) else value
+    try:
+        return kind(**plain)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+
+
+def _like(value: object, default: object) -> bool:
+    """Whether a value has the type of a field's default, and a size that can be."""
+    if isinstance(default, tuple):
+        return isinstance(value, list | tuple) and all(_like(x, 0) for x in value)
+    if isinstance(default, float):
+        return _number(value)
+    if type(value) is not type(default):
+        return False
+    return not isinstance(value, int) or abs(value) <= _MAX_SIZE

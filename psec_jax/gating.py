@@ -5,8 +5,7 @@ part that is tuned or learned; the support, in [0, 1], says whether skill k's
 demonstrations reach the state s, and lets the base act where they do not.
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from psec_jax import tree
 from psec_jax.errors import InputError, lookup
-from psec_jax.networks.mlp import MLP, apply
+from psec_jax.networks.mlp import MLP, apply, mlp_shapes
 from psec_jax.types import Params
 
 
@@ -237,32 +236,6 @@ def gate_alpha(
     )
 
 
-def gate_form(fields: Mapping[str, Any], source: str = "gate") -> GateConfig:
-    """The form of gate that a card describes.
-
-    Args:
-      fields: of `GateConfig`; lists for tuples.
-      source: the card, named in messages.
-
-    Raises:
-      InputError: an unknown field, or a value that it may not have.
-    """
-    kinds = {
-        field.name: type(field.default) for field in dataclasses.fields(GateConfig)
-    }
-    for name, value in fields.items():
-        sequence = isinstance(value, (list, tuple))
-        kind = tuple if sequence else type(value)
-        whole = not sequence or all(type(x) is int for x in value)
-        if kind is not kinds.get(name) or not whole:
-            raise InputError(f"{source}: its form has no {name!r} of {value!r:.60}")
-    widths = fields.get("widths", GateConfig.widths)
-    try:
-        return GateConfig(**{**fields, "widths": tuple(widths)})
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from error
-
-
 def check_gate(
     config: GateConfig, params: Params, obs_dim: int, skills: int, name: str = "gate"
 ) -> None:
@@ -279,21 +252,17 @@ def check_gate(
       InputError: an array is missing, unknown or of another shape or type.
     """
     got = {path: _kind(leaf) for path, leaf in tree.flatten(params).items()}
-    layers = sum(path.endswith("bias") for path in got)
-    if config.head != "constant" and len(config.widths) + 1 > layers:
-        raise InputError(f"{name}: {layers} layers, expected {len(config.widths) + 1}")
-    if not 1 <= config.top_k <= skills + config.base_member:
-        raise InputError(f"{name}: top_k {config.top_k} of {skills} skills")
-
-    def init() -> Params:
-        start = jnp.zeros(skills + config.base_member)
-        return {
-            "head": HEADS[config.head].init(config, jax.random.key(0), obs_dim, start)
-        }
-
-    expected = {
-        path: _kind(leaf) for path, leaf in tree.flatten(jax.eval_shape(init)).items()
-    }
+    outputs = skills + config.base_member
+    if not 1 <= config.top_k <= outputs:
+        raise InputError(f"{name}: top_k {config.top_k} of {outputs} weights")
+    expected: dict[str, tuple[tuple[int, ...], str]] = {}
+    mlp = {"linear": "head/"} | dict.fromkeys(BOUNDED_HEADS, "head/mlp/")
+    if config.head != "linear":
+        start = "alpha" if config.head == "constant" else "strength"
+        expected[f"head/{start}"] = ((outputs,), "f")
+    if config.head in mlp:
+        for path, shape in mlp_shapes(config.widths, obs_dim, outputs).items():
+            expected[f"{mlp[config.head]}{path}"] = (shape, "f")
     sizes = {"K": skills, "S": obs_dim}
     if config.support == "neighbour":
         shape = got.get("support/valid", ((skills, 1), "b"))[0]
@@ -302,9 +271,8 @@ def check_gate(
         kind = "b" if leaf == "valid" else "f"
         expected[f"support/{leaf}"] = (tuple(sizes[axis] for axis in axes), kind)
     if config.support == "learned":
-        net = jax.eval_shape(lambda: init_distance(jax.random.key(0), obs_dim))
-        for path, leaf in tree.flatten(net).items():
-            expected[f"support/net/{path}"] = ((skills, *leaf.shape), "f")
+        for path, shape in mlp_shapes(_DISTANCE_NET.widths, obs_dim, 1).items():
+            expected[f"support/net/{path}"] = ((skills, *shape), "f")
     for path in sorted(expected.keys() | got.keys()):
         if got.get(path) != expected.get(path):
             shape = got[path][0] if path in got else "missing"

@@ -27,7 +27,7 @@ import safetensors
 import safetensors.numpy
 
 from psec_jax import tree
-from psec_jax.cards import DTYPES, NAME, check_card
+from psec_jax.cards import DTYPES, NAME, check_card, form_of
 from psec_jax.errors import InputError, printable
 from psec_jax.files import (
     beside,
@@ -43,7 +43,7 @@ from psec_jax.files import (
     write_atomic,
     write_json,
 )
-from psec_jax.gating import check_gate, gate_form
+from psec_jax.gating import GateConfig, check_gate
 from psec_jax.lora import adapter_of, check_skill, rank_of
 from psec_jax.types import Normaliser, Params
 
@@ -617,7 +617,7 @@ def _check_base(source: str, tensors: Params, card: Mapping[str, Any]) -> None:
 
 def _check_gate(source: str, params: Params, card: Mapping[str, Any]) -> None:
     check_finite(source, params)
-    form = gate_form(card["gate"], source)
+    form = form_of(GateConfig, card["gate"], f"{source}: gate")
     check_gate(form, params, card["obs_dim"], len(card["skills"]), source)
 
 

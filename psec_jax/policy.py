@@ -16,6 +16,7 @@ from psec_jax import tree
 from psec_jax.agents import critic_file
 from psec_jax.agents.critic_file import Finished
 from psec_jax.agents.critics import of_kind
+from psec_jax.cards import form_of
 from psec_jax.composition import LEVELS, PolicyConfig, PolicyParams, act, weights
 from psec_jax.data.actions import ActionBox
 from psec_jax.data.recording import box_of_card
@@ -23,7 +24,7 @@ from psec_jax.errors import InputError, lookup
 from psec_jax.gating import GateConfig
 from psec_jax.library import SkillLibrary
 from psec_jax.lora import stack_skills
-from psec_jax.networks.denoiser import NetworkConfig
+from psec_jax.networks.denoiser import NetworkConfig, init_base
 from psec_jax.process import ProcessConfig
 from psec_jax.types import Normaliser, Params
 
@@ -224,21 +225,25 @@ def _weights_batch(config, params, obs):
 
 
 def network_config(card: dict[str, Any]) -> NetworkConfig:
-    """The network a base's card describes."""
+    """The network a base's card describes.
+
+    Raises:
+      InputError: no such network.
+    """
     # Cards of the first edition have the rate of dropout, which is a training's.
     fields = {k: v for k, v in card["network"].items() if k != "dropout"}
-    return NetworkConfig(**fields)
+    return form_of(NetworkConfig, fields, "base: network")
 
 
 def process_config(card: dict[str, Any]) -> ProcessConfig:
     """The generative process a base's card describes; older cards say "diffusion"."""
-    return ProcessConfig(**(card.get("process") or card["diffusion"]))
+    fields = card.get("process") or card.get("diffusion")
+    return form_of(ProcessConfig, fields, "base: process")
 
 
 def gate_config(card: dict[str, Any]) -> GateConfig:
     """The form of gate a gate's card describes."""
-    fields = card["gate"]
-    return GateConfig(**{**fields, "widths": tuple(fields["widths"])})
+    return form_of(GateConfig, card["gate"], "gate: gate")
 
 
 def load_base(root: str | Path) -> Policy:
@@ -248,11 +253,41 @@ def load_base(root: str | Path) -> Policy:
       InputError: no library there, or a damaged one.
     """
     params, normaliser, card = SkillLibrary.open(root).load_base()
-    config = PolicyConfig(
-        network_config(card), process_config(card), card["action_dim"]
-    )
+    network, process = network_config(card), process_config(card)
+    _check_arrays(str(root), network, process, params, card)
+    config = PolicyConfig(network, process, card["action_dim"])
     box = box_of_card(card.get("actions"))
     return Policy(config, _on_device(PolicyParams(params, normaliser)), box=box)
+
+
+def _check_arrays(
+    root: str,
+    network: NetworkConfig,
+    process: ProcessConfig,
+    params: Params,
+    card: dict[str, Any],
+) -> None:
+    """Refuse a base whose arrays are not those of the network that its card names."""
+    got = {path: jnp.shape(leaf) for path, leaf in tree.flatten(params).items()}
+    if network.blocks > len(got):
+        raise InputError(f"{root}: base: {len(got)} arrays for {network.blocks} blocks")
+    expected = _shapes(network, process.horizon, card["obs_dim"], card["action_dim"])
+    for path in sorted(got.keys() | expected.keys()):
+        if got.get(path) != expected.get(path):
+            raise InputError(
+                f"{root}: base: {path} is {got.get(path, 'missing')}, the network of "
+                f"its card has {expected.get(path, 'nothing')}"
+            )
+
+
+@functools.lru_cache(maxsize=16)
+def _shapes(
+    network: NetworkConfig, horizon: int, obs_dim: int, action_dim: int
+) -> dict[str, tuple[int, ...]]:
+    """Shape of each array of a base by its path."""
+    key, size = jax.random.key(0), horizon * action_dim
+    made = jax.eval_shape(lambda: init_base(network, key, obs_dim, size, horizon))
+    return {path: leaf.shape for path, leaf in tree.flatten(made).items()}
 
 
 def load_skills(
@@ -430,9 +465,13 @@ def _compose_gate(root, skills, gate, alpha) -> Policy:
             f"gate {gate!r} weighs the skills {card['skills']}, not {list(skills)}"
         )
     policy, library, strength, _ = load_skills(root, card["skills"])
-    config = dataclasses.replace(
-        policy.config, level=card["level"], gate=gate_config(card)
-    )
+    form = gate_config(card)
+    config = dataclasses.replace(policy.config, level=card["level"], gate=form)
+    if form.base_member != (card["level"] != "parameter"):
+        raise InputError(
+            f"gate {gate!r}: base_member is {form.base_member} at the {card['level']} "
+            "level, where it cannot be"
+        )
     params = policy.params._replace(
         library=library, strength=strength, gate=gate_params
     )

@@ -19,7 +19,7 @@ from psec_jax.agents.critics import CriticParams
 from psec_jax.errors import InputError
 from psec_jax.files import parse_json, read_bytes, write_atomic
 from psec_jax.library import check_finite, read_arrays
-from psec_jax.networks.critics import init_q, init_v
+from psec_jax.networks.mlp import mlp_shapes
 from psec_jax.types import Normaliser
 
 NAME = "critics.safetensors"
@@ -134,19 +134,18 @@ def _check(path: Path, flat: Mapping[str, np.ndarray], card: dict[str, Any]) -> 
         card["obs_dim"],
         card["action_dim"],
     )
-    key = jax.random.key(0)
     expected: dict[str, tuple[int, ...]] = {
         "normaliser/mean": (obs_dim,),
         "normaliser/std": (obs_dim,),
+        "v/norm/scale": (count, obs_dim),
+        "v/norm/bias": (count, obs_dim),
     }
-    for prefix, mlp, axes, init in (
-        ("q", "q", (count, 2), lambda w: init_q(w, key, obs_dim, action_dim)),
-        ("v", "v/mlp", (count,), lambda w: init_v(w, key, obs_dim)),
+    for prefix, axes, inputs in (
+        ("q", (count, 2), obs_dim + action_dim),
+        ("v/mlp", (count,), obs_dim),
     ):
-        widths = _widths(flat, mlp)
-        shapes = jax.eval_shape(lambda init=init, widths=widths: init(widths))
-        for name, leaf in tree.flatten(shapes).items():
-            expected[f"{prefix}/{name}"] = (*axes, *leaf.shape)
+        for name, shape in mlp_shapes(_widths(flat, prefix), inputs, 1).items():
+            expected[f"{prefix}/{name}"] = (*axes, *shape)
     got = {name: array.shape for name, array in flat.items()}
     for name in sorted(expected.keys() | got.keys()):
         if got.get(name) != expected.get(name) or flat[name].dtype.kind != "f":

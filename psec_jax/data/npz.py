@@ -2,6 +2,7 @@
 
 import math
 import stat
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ FAILURES = (
     NotImplementedError,
     OSError,
     RuntimeError,  # an encrypted file; RecursionError of a nested header
+    SyntaxError,
+    tokenize.TokenError,
     TypeError,
     ValueError,
     zipfile.BadZipFile,

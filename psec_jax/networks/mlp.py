@@ -25,3 +25,17 @@ class MLP(nn.Module):
 def apply(net: nn.Module, params: Params, *inputs: Any) -> Any:
     """The outputs alone: linen types them as if state could come with them."""
     return net.apply({"params": params}, *inputs)
+
+
+def mlp_shapes(
+    widths: Sequence[int], inputs: int, outputs: int
+) -> dict[str, tuple[int, ...]]:
+    """Shape of each of an MLP's parameters by its path."""
+    names = [*(f"hidden_{i}" for i in range(len(widths))), "output"]
+    sizes = [inputs, *widths, outputs]
+    kernels = zip(names, sizes[:-1], sizes[1:], strict=True)
+    return {
+        f"{name}/{leaf}": shape
+        for name, d, o in kernels
+        for leaf, shape in (("kernel", (d, o)), ("bias", (o,)))
+    }
