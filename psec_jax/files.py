@@ -114,6 +114,7 @@ def read_bytes(path: Path | str, limit: int | None = None) -> bytes:
       InputError: the file is missing, not readable, no regular file or too large.
     """
     with reported(f"read {path}"):
+        _regular(path, os.stat(path))  # opening a device may do something
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait
         try:
             size = _regular(path, os.fstat(handle))
