@@ -41,6 +41,7 @@ from psec_jax.files import read_json, reported, write_atomic, write_json
 from psec_jax.library import SkillLibrary
 from psec_jax.policy import compose
 from psec_jax.runtime.run import versions
+from psec_jax.workflows.demonstrations import card_env
 
 HEIGHT, WIDTH = 180, 240  # of a frame, pixels
 DECIMALS = 6  # of raw numbers
@@ -128,7 +129,7 @@ def play(
         same name with other content.
     """
     _, card = SkillLibrary.open(library).load_gate(gate)
-    env = env or card.get("env")
+    env = env or card_env(card, f"gate {gate!r}")
     if env is None:
         raise InputError(f"env: the card of gate {gate!r} names none; give one")
     identity = {

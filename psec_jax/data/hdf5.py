@@ -257,7 +257,7 @@ def _serve() -> None:
         signal.setitimer(signal.ITIMER_PROF, 0)
         pipe.send_bytes(json.dumps(answer).encode())
         if values is not None and values.nbytes:
-            pipe.send_bytes(memoryview(values.reshape(-1).view(np.uint8)))
+            pipe.send_bytes(values.reshape(-1).view(np.uint8).data)
 
 
 class _Server:

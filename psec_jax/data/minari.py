@@ -432,13 +432,14 @@ class _Episode(NamedTuple):
 
 def _episode(file: hdf5.Reader, index: int, observation: Any, action: Any) -> _Episode:
     group = f"episode_{index}"
-    flags = (f"{group}/{name}" for name in ("rewards", "terminations", "truncations"))
     cost = f"{group}/infos/cost"
     return _Episode(
         index,
         _values(file, f"{group}/observations", observation),
         _values(file, f"{group}/actions", action),
-        *map(file.read, flags),
+        file.read(f"{group}/rewards"),
+        file.read(f"{group}/terminations"),
+        file.read(f"{group}/truncations"),
         file.read(cost) if file.has(cost) else None,
     )
 

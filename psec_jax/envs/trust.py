@@ -5,20 +5,33 @@ name it; a library, a data set or a result that somebody else made may not.
 """
 
 import re
+from typing import Any
 
+from psec_jax.data import keywords
 from psec_jax.errors import InputError
 
-# A keyword argument that is a number or a truth value; a text may name a file.
-_PLAIN = re.compile(r"\w+=(true|false|none|[+-]?[\d.]+(e[+-]?\d+)?)", re.I | re.ASCII)
+_WORD = re.compile(r"[\w-]*")  # other texts may name a file
 
 
-def imports_code(spec: str) -> bool:
+def runs_code(spec: str) -> bool:
     """Whether making this environment imports a module that the name chooses, or hands
-    a text of the name to the environment."""
-    plain, _, arguments = spec.partition("?")
-    name = plain.partition("@")[0]
-    texts = [a for a in arguments.split("@")[0].split("&") if arguments]
-    return name.count(":") > 1 or not all(map(_PLAIN.fullmatch, texts))
+    a text to the environment that may name a file.
+
+    Raises:
+      InputError: malformed keyword arguments.
+    """
+    name, options = keywords.split(spec.partition("@")[0])
+    return name.count(":") > 1 or not all(map(_harmless, options.values()))
+
+
+def _harmless(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_harmless, (*value, *value.values())))
+    if isinstance(value, list | tuple | set):
+        return all(map(_harmless, value))
+    if isinstance(value, str | bytes):
+        return isinstance(value, str) and _WORD.fullmatch(value) is not None
+    return True
 
 
 def check_untrusted(spec: object, owner: str, flag: str = "--env") -> str:
@@ -36,10 +49,10 @@ def check_untrusted(spec: object, owner: str, flag: str = "--env") -> str:
       InputError: no text, or an environment that is code of the owner's choice.
     """
     if not isinstance(spec, str):
-        raise InputError(f"{owner}: the environment is {spec!r}, expected a name")
-    if imports_code(spec):
+        raise InputError(f"{owner}: the environment is {spec!r:.60}, expected a name")
+    if runs_code(spec):
         raise InputError(
-            f"{owner}: names the environment {spec}, which runs code of its choice; "
-            f"allow it with {flag}={spec} if you trust it"
+            f"{owner}: names the environment {spec:.300}, which runs code of its "
+            f"choice; allow it with {flag}={spec:.300} if you trust it"
         )
     return spec

@@ -1,7 +1,7 @@
 """Demonstrations: which trajectories of which data a run learns from."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from psec_jax.data import d4rl_sets, dataset
 from psec_jax.data.actions import ActionBox
 from psec_jax.data.recording import Recording, say
 from psec_jax.data.trajectories import apply_filter, cut, share, split
+from psec_jax.envs.trust import check_untrusted
 from psec_jax.errors import InputError
 from psec_jax.policy import Policy
 from psec_jax.types import Dataset, Normaliser
@@ -220,11 +221,36 @@ def environment_of(
       data: what it learns from; None collects.
       env: the environment named by the user, which comes first.
       collect_in: where data are collected.
-      otherwise: where data do not say what they were recorded in.
+      otherwise: where data do not say what they were recorded in; of a card.
+
+    Raises:
+      InputError: data or card name code of their choice; see `envs.trust`.
     """
     if env is not None:
         return env
-    return collect_in if data is None else datasets.environment(data) or otherwise
+    if data is None:
+        return collect_in
+    spec = datasets.environment(data)
+    if spec is None:
+        return None if otherwise is None else check_untrusted(otherwise, "the library")
+    return check_untrusted(spec, data)
+
+
+def card_env(
+    card: Mapping[str, Any], owner: str, named: str | None = None
+) -> str | None:
+    """The simulator that a library's card names, to be made; None where it names none.
+
+    Args:
+      card: of a base, skill or gate.
+      owner: the entry, named in the message.
+      named: a simulator that the user named, which may be any.
+
+    Raises:
+      InputError: it is code of the card's choice; see `envs.trust`.
+    """
+    spec = card.get("env")
+    return spec if spec in (None, named) else check_untrusted(spec, owner)
 
 
 def playable(env: str | None, evaluate: bool, label: str) -> str | None:

@@ -34,6 +34,7 @@ from psec_jax.workflows.demonstrations import (
     Load,
     Selection,
     Wanted,
+    card_env,
     check_fit,
     demonstrations,
     loader,
@@ -115,7 +116,7 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
         raise InputError("skills: got none, expected the names of one or more")
     section = job.gate
     policy, stacked, strength, cards = load_skills(request.library, request.skills)
-    env = request.env or cards[0].get("env")
+    env = request.env or card_env(cards[0], f"skill {request.skills[0]!r}")
     if env is None and request.data is None:
         raise InputError(
             f"env: the card of skill {request.skills[0]!r} names no environment; give "
@@ -138,10 +139,13 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
     skill_demos: list[Demos] = []
     background = None
     if section.support != "none":
-        skill_demos = _skill_demos(load, box, cards, request.support_data)
+        paths, named = request.support_data, request.env
+        skill_demos = _skill_demos(load, box, cards, paths, named)
     if section.support == "learned":
-        path = request.base_data
-        background = _card_demos(load, box, "base", base_card, path, "base_data")
+        path, named = request.base_data, request.env
+        background = _card_demos(
+            load, box, "base", base_card, path, "base_data", named
+        )
         check_fit(background, policy)
     normaliser = policy.params.normaliser
     init_key, train_key = jax.random.split(jax.random.key(request.seed))
@@ -328,6 +332,7 @@ def _skill_demos(
     box: ActionBox | None,
     cards: Sequence[Mapping[str, Any]],
     paths: Sequence[str],
+    named: str | None,
 ) -> list[Demos]:
     """Each skill's own demonstrations, checked against its card."""
     if paths and len(paths) != len(cards):
@@ -337,7 +342,7 @@ def _skill_demos(
     loaded = []
     for i, card in enumerate(cards):
         what, path = f"skill {card['name']!r}", paths[i] if paths else None
-        demos = _card_demos(load, box, what, card, path, "support_data")
+        demos = _card_demos(load, box, what, card, path, "support_data", named)
         trajectories = demos.card()["trajectories"]
         if trajectories < 2:
             raise InputError(
@@ -362,6 +367,7 @@ def _card_demos(
     card: Mapping[str, Any],
     path: str | None,
     flag: str,
+    named: str | None,
 ) -> Demos:
     """The demonstrations a card names, from a file or collected again."""
     known = card.get("data")
@@ -372,4 +378,5 @@ def _card_demos(
     trajectories = known["trajectories"] if known else 0
     selection = Selection(**(known or {}).get("selection", {}))
     wanted = Wanted(compare=False, box=box)
-    return load(card.get("env"), trajectories, path, selection, wanted)
+    env = card_env(card, what, named) if path is None else card.get("env")
+    return load(env, trajectories, path, selection, wanted)
