@@ -104,7 +104,9 @@ def _make_library(folder: Path) -> None:
         library.add_skill(name, tiny.skill(seed), {"alpha": 16.0, "env": card["env"]})
     for head in ("constant", "linear"):
         form = gating.GateConfig(head=head, widths=(8,))
-        params = gating.init_gate(form, jax.random.key(0), tiny.OBS_DIM, np.ones(2))
+        params = gating.init_gate(
+            form, jax.random.key(0), tiny.OBS_DIM, jax.numpy.ones(2)
+        )
         gate = {"skills": ["walk", "run"], "level": "parameter"}
         fields = {"gate": dataclasses.asdict(form), "returns": {"mean": 1.0}}
         library.add_gate(head, jax.tree.map(np.asarray, params), gate | fields)

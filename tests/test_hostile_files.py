@@ -216,7 +216,7 @@ def header(old, new):
     ("change", "words"),
     [
         (header(b"(9,), ", b"(-9,),"), "has 72 bytes, its shape"),
-        (header(b"(9,), }        ", b"(9999999999,), }"), "has 72 bytes, its shape"),
+        (header(b"(9,), }           ", b"(9999999999,), }"), "has 72 bytes, its shape"),
         (header(b"'<f8'", b"'|O'"), "expected numbers"),
         (header(b"'descr'", b"'x'"), "not a readable .npz file"),
         (lambda m: m.update({"reward.npy": m["reward.npy"][:-1]}), "has 71 bytes"),
