@@ -791,7 +791,7 @@ def run(
     """Run cases in worker processes, in each every `workers`-th one."""
     names = names or list(READERS)
     report = Report(collections.Counter(), [], 0.0)
-    end = time.monotonic() + seconds
+    end = float("inf")
     todo = [(first + i, first + cases, workers) for i in range(workers)]
     with contextlib.ExitStack() as stack:
         streams = [
@@ -807,6 +807,8 @@ def run(
                 except StopIteration:
                     streams.remove(stream)
                     continue
+                if not report.counts:  # to start takes long
+                    end = time.monotonic() + seconds
                 report.counts[name, result] += 1
                 report = report._replace(slowest=max(report.slowest, took))
                 if result not in ("read", "refused"):

@@ -5,9 +5,11 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -16,6 +18,7 @@ from absl.testing import flagsaver
 
 from psec_jax import cli
 from psec_jax.errors import InputError
+from psec_jax.gating import GateConfig, init_gate
 from psec_jax.library import SkillLibrary
 from psec_jax.types import Normaliser
 
@@ -222,15 +225,14 @@ def test_library_commands(tmp_path):
     library = SkillLibrary.create(root)
     normaliser = Normaliser(np.zeros(tiny.OBS_DIM), np.ones(tiny.OBS_DIM))
     sizes = {"obs_dim": tiny.OBS_DIM, "action_dim": tiny.ACTION_DIM}
-    library.add_base(tiny.base(), normaliser, {"name": "stand", **sizes})
+    library.add_base(tiny.base(), normaliser, {"name": "stand", "network": {}, **sizes})
     card = {"alpha": 16.0, "env": "dm_control:walker-walk", "steps": 50}
     library.add_skill("walk", tiny.skill(0), card)
     library.set_returns("skill", "walk", {"mean": 901.25})
-    form = {"head": "linear", "support": "none"}
+    form = GateConfig(head="linear", widths=(8,))
+    gate = init_gate(form, jax.random.key(0), tiny.OBS_DIM, jax.numpy.ones(1))
     library.add_gate(
-        "walk",
-        {"head": {"alpha": np.ones(1, np.float32)}},
-        {"skills": ["walk"], "level": "noise", "gate": form},
+        "walk", gate, {"skills": ["walk"], "level": "noise", "gate": asdict(form)}
     )
     flag = f"--library={root}"
     listed, shown, whole, several, unknown, missing, bare = run_all(

@@ -112,7 +112,7 @@ class Folders(NamedTuple):
         folders = (self.library, self.library / "skills", self.library / "gates")
         names = {name for folder in folders for name in _names(folder)}
         names |= {name for name in _names(self.run) if "safetensors" in name}
-        return {name for name in names if name.startswith(".")}
+        return {n for n in names if n.startswith(".") and n != ".lock"}
 
     def saved(self) -> int:
         """Step of the newest save."""
