@@ -62,6 +62,18 @@ def _data(x: Any) -> bool:
     )
 
 
+def _actions(x: Any) -> bool:
+    def bound(value: Any) -> bool:
+        return value is None or (isinstance(value, list) and all(map(_number, value)))
+
+    if not isinstance(x, dict):
+        return False
+    low, high = x.get("low"), x.get("high")
+    if low is None or high is None:
+        return low is high
+    return bound(low) and bound(high) and all(a <= b for a, b in zip(low, high))
+
+
 def _tensors(x: Any) -> bool:
     def entry(value: Any) -> bool:
         return (
@@ -111,6 +123,7 @@ _OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
     "steps": (_none_or(_whole(0, 2**62)), "a number of 0 or more"),
     "returns": (_none_or(_returns), "an object with a finite mean"),
     "data": (_none_or(_data), "source, fingerprint, transitions and trajectories"),
+    "actions": (_none_or(_actions), "an object with the bounds low and high"),
     "config": (_none_or(_object), "an object"),
     "versions": (_none_or(_object), "an object"),
 }
@@ -143,6 +156,13 @@ def check_card(source: str, kind: str, name: str, card: Mapping[str, Any]) -> No
         )
     if kind != "base" and card["name"] != name:
         raise InputError(f"{source}: is the card of {card['name']!r}, not of {name!r}")
+    for bound in ("low", "high"):
+        numbers = (card.get("actions") or {}).get(bound)
+        if numbers is not None and len(numbers) != card["action_dim"]:
+            raise InputError(
+                f"{source}: actions have {len(numbers)} bounds {bound}, expected "
+                f"{card['action_dim']}"
+            )
     if kind == "gate" and not 0 < len(card["skills"]) == len(
         card["skill_fingerprints"]
     ):

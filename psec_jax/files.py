@@ -15,7 +15,7 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -289,7 +289,7 @@ def recover(parent: Path) -> None:
                 if lost is None:
                     continue
                 if lost:
-                    os.rename(left, left.with_name(_match(left)["name"]))
+                    os.rename(left, _lost_name(left))
                 else:
                     _discard(left)
             except OSError as error:
@@ -297,19 +297,16 @@ def recover(parent: Path) -> None:
                     raise
 
 
-def _match(left: Path) -> Mapping[str, str | None] | None:
-    match = _LEFT.fullmatch(left.name)
-    return None if match is None else match.groupdict()
+def _lost_name(left: Path) -> Path:
+    return left.with_name(_LEFT.sub(r"\g<name>", left.name))
 
 
 def _state(left: Path) -> bool | None:
     """True for an entry that lost its name, False for rubbish, None for the rest."""
-    match = _match(left)
+    match = _LEFT.fullmatch(left.name)
     if match is None or len(match["pid"]) > 10 or int(match["pid"]) not in _PIDS:
         return None
-    lost = match["purpose"] == "old" and not os.path.lexists(
-        left.with_name(match["name"])
-    )
+    lost = match["purpose"] == "old" and not os.path.lexists(_lost_name(left))
     # What a process of another host may still write stays.
     ours = match["host"] in (None, platform.node())
     if not (lost or ours) or (ours and _alive(int(match["pid"]))):

@@ -143,9 +143,7 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
         skill_demos = _skill_demos(load, box, cards, paths, named)
     if section.support == "learned":
         path, named = request.base_data, request.env
-        background = _card_demos(
-            load, box, "base", base_card, path, "base_data", named
-        )
+        background = _card_demos(load, box, "base", base_card, path, "base_data", named)
         check_fit(background, policy)
     normaliser = policy.params.normaliser
     init_key, train_key = jax.random.split(jax.random.key(request.seed))
