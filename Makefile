@@ -2,12 +2,13 @@
 # make demo    set-up, the main job at the quick preset
 # make bench   set-up, speed of this machine and of every stage
 # make faults  set-up, 100 kills over all stages; what is left is compared
+# make fuzz    set-up, 100,000 damaged and hostile files for every reader
 # make lint    set-up, formatting, lint and types only
 # make setup-safe  set-up and the safe simulators, Bullet-Safety-Gym and MetaDrive; their
 #              tests, skipped without them, then run in make test
 # make clean   remove .venv and caches; results, runs and data stay
 .POSIX:
-.PHONY: test demo bench faults lint install setup-safe clean
+.PHONY: test demo bench faults fuzz lint install setup-safe clean
 
 # The first of these that is 3.11 or newer makes the environment.
 PYTHON = python3.11 python3 python3.12 python3.13
@@ -32,6 +33,9 @@ bench: install
 
 faults: install
 	$(VENV)/bin/python -m experiments.tools.faults $(FAULTS_ARGS)
+
+fuzz: install
+	$(VENV)/bin/python tests/fuzz.py --workers=$(JOBS) $(FUZZ_ARGS)
 
 lint: install
 	$(VENV)/bin/ruff format --check .

@@ -114,10 +114,11 @@ await() {
 }
 
 setup() {
-  local archive=${TMPDIR:-/tmp}/psec_jax-$name.tgz
+  local archive=/tmp/psec_jax-XXXXXX.tgz
+  if [[ -z $dry_run ]]; then archive=$(mktemp --suffix=.tgz -t psec_jax-XXXXXX); fi
   await
-  # What git tracks, with changes that are not committed; no runs, data or results.
-  do_it bash -c "git ls-files -z --cached --others --exclude-standard -- \
+  # What git tracks, with changes that are not committed; no other file of the checkout.
+  do_it bash -c "git ls-files -z --cached -- \
 ':!results' | tar --null --files-from=- -czf $(quoted "$archive")"
   do_it gcloud compute tpus tpu-vm scp "$archive" "$name:psec_jax.tgz" \
     "${where[@]}" --worker=all

@@ -71,7 +71,11 @@ def _actions(x: Any) -> bool:
     low, high = x.get("low"), x.get("high")
     if low is None or high is None:
         return low is high
-    return bound(low) and bound(high) and all(a <= b for a, b in zip(low, high))
+    return (
+        bound(low)
+        and bound(high)
+        and all(a <= b for a, b in zip(low, high, strict=False))
+    )
 
 
 def _tensors(x: Any) -> bool:

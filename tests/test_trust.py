@@ -13,7 +13,7 @@ from test_library import reseal
 from psec_jax import data
 from psec_jax.envs.trust import check_untrusted, runs_code
 from psec_jax.errors import InputError
-from psec_jax.workflows.demonstrations import card_env, known_env
+from psec_jax.workflows.demonstrations import card_env, environment_of
 
 CANARY = """
 import pathlib
@@ -87,7 +87,7 @@ def test_metadata_of_minari(canary, tmp_path):
                 data.read(folder)
             data.environment(folder)
             with pytest.raises(InputError, match="runs code of its choice"):
-                known_env(str(folder))
+                environment_of(str(folder), None, "here")
             answer = call(
                 "launch.pretrain",
                 f"--data={folder}",

@@ -16,7 +16,11 @@ from psec_jax.data import sets
 from psec_jax.errors import InputError, lookup
 from psec_jax.types import Dataset
 
-MIRRORS = ("http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/",)
+# The same server; plain http is tried where it does not answer otherwise.
+MIRRORS = tuple(
+    f"{scheme}://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
+    for scheme in ("https", "http")
+)
 
 
 class Robot(NamedTuple):

@@ -7,6 +7,7 @@ import http
 import http.client
 import os
 import re
+import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from psec_jax.errors import InputError
-from psec_jax.files import read_json, reported, write_json
+from psec_jax.files import opener, read_json, reported, write_json
 
 TIMEOUT = 30.0  # seconds without an answer or a byte
 CHUNK = 1 << 20
@@ -104,7 +105,7 @@ def _locked(target: Path) -> Iterator[Path]:
     """Keep other processes from the same download; the lock dies with the process."""
     path = target.with_name(f".{target.name}.lock")
     with reported(f"write {path}"):
-        handle = open(path, "a")
+        handle = open(path, "a", opener=opener)
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -134,7 +135,12 @@ def _kept(partial: Path) -> tuple[int, _Version]:
     if not partial.is_file() or not _record(partial).is_file():
         _forget(partial)
         return 0, _Version()
-    version = _Version(**read_json(_record(partial)))
+    record = read_json(_record(partial))
+    mark, whole = record.get("mark"), record.get("size")
+    if not isinstance(mark, str) or not (whole is None or type(whole) is int):
+        _forget(partial)
+        return 0, _Version()
+    version = _Version(mark, whole)
     have = partial.stat().st_size
     if version.size is not None and have > version.size:
         _forget(partial)
@@ -174,6 +180,7 @@ def _complete(url: str, partial: Path, size: int | None, report: Report | None) 
             return _complete(url, partial, size, report)
         if size is not None and version.size not in (None, size):
             raise _Failed(f"has a file of {version.size} bytes, expected {size}")
+        _check_space(partial, url, version.size, start)
         write_json(_record(partial), version._asdict())
         whole = version.size if version.size is not None else size
         have = _receive(answer, partial, start, _tenths(url, start, whole, report))
@@ -184,6 +191,16 @@ def _complete(url: str, partial: Path, size: int | None, report: Report | None) 
         raise _Failed(
             f"the connection broke after {have} of {whole} bytes, which are kept: the "
             "same command goes on from there"
+        )
+
+
+def _check_space(partial: Path, url: str, size: int | None, have: int) -> None:
+    """Refuse a file that the disk has no room for, before it is fetched."""
+    free = shutil.disk_usage(partial.parent).free
+    if size is not None and size - have > free:
+        raise InputError(
+            f"cannot write {partial}: {url} has {size - have:,} bytes more, {free:,} "
+            "are free"
         )
 
 
@@ -230,7 +247,7 @@ def _receive(
     """Write what arrives to the partial file from byte `start`; its bytes then."""
     have = start
     with reported(f"write {partial}"):
-        file = open(partial, "ab" if start else "wb")
+        file = open(partial, "ab" if start else "wb", opener=opener)
     with file:
         while chunk := _read(answer):
             with reported(f"write {partial}"):

@@ -16,6 +16,7 @@ from psec_jax.types import Dataset
 # The same files under each, in the order in which they are tried.
 MIRRORS = (
     "https://huggingface.co/datasets/YYY-45/DSRL/resolve/main/",
+    "https://data.offline-saferl.org/download/",
     "http://data.offline-saferl.org/download/",
 )
 
