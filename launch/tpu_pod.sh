@@ -122,6 +122,7 @@ setup() {
 ':!results' | tar --null --files-from=- -czf $(quoted "$archive")"
   do_it gcloud compute tpus tpu-vm scp "$archive" "$name:psec_jax.tgz" \
     "${where[@]}" --worker=all
+  if [[ -z $dry_run ]]; then rm -f "$archive"; fi
   on_workers all 'mkdir -p psec_jax && tar -xzf psec_jax.tgz -C psec_jax'
   # The VMs' own Python is older than what JAX needs.
   on_workers all 'cd psec_jax && python3 -m pip install --quiet --user uv && ~/.local/bin/uv venv --quiet --allow-existing --python=3.11 .venv && ~/.local/bin/uv pip install --quiet -r requirements.txt -e ".[tpu]"'
