@@ -15,6 +15,7 @@ from absl import flags
 
 from psec_jax import envs
 from psec_jax.cli import (
+    define_env,
     define_seeds,
     define_shift,
     floats,
@@ -29,7 +30,7 @@ from psec_jax.policy import compose
 from psec_jax.workflows.multirun import roll_out
 
 LIBRARY = flags.DEFINE_string("library", "runs/library", "Folder of the skill library.")
-ENV = flags.DEFINE_string("env", None, f"Simulator: {envs.FORMS}.", required=True)
+ENV = define_env()
 SHIFT = define_shift()
 SKILLS = flags.DEFINE_list("skills", [], "Names of skills; none is the base alone.")
 ALPHA = flags.DEFINE_list(

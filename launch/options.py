@@ -9,7 +9,14 @@ from absl import flags
 
 from psec_jax import data as datasets
 from psec_jax import envs
-from psec_jax.cli import Seed, define_config, define_seeds, define_shift, seeds_of
+from psec_jax.cli import (
+    ENV_HELP,
+    Seed,
+    define_config,
+    define_seeds,
+    define_shift,
+    seeds_of,
+)
 from psec_jax.errors import InputError
 from psec_jax.runtime import processes
 from psec_jax.workflows import Job, Selection
@@ -73,8 +80,8 @@ COMPILATION_CACHE = flags.DEFINE_string(
 ENV = flags.DEFINE_string(
     "env",
     None,
-    f"Simulator: {envs.FORMS}; default that of the data where they name one, of the "
-    "library's base for a skill, the config's where data are collected.",
+    f"{ENV_HELP} Default that of the data where they name one, of the library's base "
+    "for a skill, the config's where data are collected.",
 )
 SHIFT = define_shift()
 DATA = flags.DEFINE_string(

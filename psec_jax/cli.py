@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from psec_jax.envs import ENVS
+from psec_jax.envs import FORMS
 from psec_jax.envs.shifts import QUANTITIES
 from psec_jax.errors import InputError, Stopped, TrainingError
 
@@ -208,9 +208,7 @@ def define_env(required: bool = True) -> flags.FlagHolder:
     return flags.DEFINE_string("env", None, ENV_HELP, required=required)
 
 
-ENV_HELP = (
-    f"PREFIX:NAME, such as dm_control:walker-walk, PREFIX of {', '.join(sorted(ENVS))}."
-)
+ENV_HELP = f"Simulator: {FORMS}."
 
 
 def define_shift() -> flags.FlagHolder:
