@@ -54,7 +54,7 @@ BASE = CloningConfig(
     BATCH,
 )
 SKILL = CloningConfig(
-    NETWORK, PROCESS, OPTIMISER, BATCH, AdapterConfig(rank=4, alpha=STRENGTH)
+    NETWORK, PROCESS, OPTIMISER, BATCH, skill=AdapterConfig(rank=4, alpha=STRENGTH)
 )
 SIDE = 0.6  # how far the skills push
 OBS = tiny.normal(N, 2)
