@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from psec_jax.data.recording import box_of_card
 from psec_jax.errors import InputError, lookup
 from psec_jax.gating import GateConfig
 from psec_jax.library import SkillLibrary
-from psec_jax.lora import stack_skills
+from psec_jax.lora import adapter_of, merge, stack_skills
 from psec_jax.networks.denoiser import NetworkConfig, init_base
 from psec_jax.process import ProcessConfig
 from psec_jax.types import Normaliser, Params
@@ -68,7 +68,30 @@ class Policy:
         keys = _keys(keys, obs)
         one_or_batch = _act_batch if obs.ndim == 2 else _act_one
         with jax.enable_x64(False):  # the same numbers whatever the caller computes in
-            return _finite(one_or_batch(self.config, self.params, keys, obs), obs)
+            rows = _padded(keys, obs)
+            action = one_or_batch(*self._acting, *rows)
+            return _finite(action[: len(obs)] if obs.ndim == 2 else action, obs)
+
+    @functools.cached_property
+    def _acting(self) -> tuple[PolicyConfig, PolicyParams]:
+        """What `act` runs: LoRA skills of fixed weights are merged into the base once,
+        where that changes nothing but the rounding."""
+        config, params = self.config, self.params
+        leaves = jax.tree.leaves(params)
+        fixed = (
+            config.gate is not None
+            and (config.gate.head, config.gate.support) == ("constant", "none")
+            and (config.level, config.network.compat) == ("parameter", "paper")
+            and config.network.matmul_dtype == "float32"
+            and adapter_of(params.library) == "lora"
+        )
+        if not fixed or any(isinstance(leaf, Tracer) for leaf in leaves):
+            return config, params
+        alpha = cast(Any, params.gate)["head"]["alpha"]
+        with jax.enable_x64(False):
+            base = _merge(params.base, params.library, alpha)
+        alone = PolicyParams(base, params.normaliser, q_h=params.q_h)
+        return dataclasses.replace(config, gate=None), alone
 
     def alpha(self, obs: Any) -> Array:
         """The gate's weights [K] of one raw observation [S], or [B, K] of a batch.
@@ -113,6 +136,22 @@ class Policy:
                 f"expects {size}"
             )
         return array.astype(np.float32)
+
+
+_merge = jax.jit(merge)
+
+
+def _padded(keys: Any, obs: Any) -> tuple[Any, Any]:
+    """A batch with its last row repeated up to a power of two, so that batches of many
+    sizes are few programs."""
+    if obs.ndim != 2 or isinstance(obs, Tracer) or isinstance(keys, Tracer):
+        return keys, obs
+    count = len(obs)
+    size = 1 << max(count - 1, 0).bit_length()
+    if count in (0, size):
+        return keys, obs
+    rows = np.minimum(np.arange(size), count - 1)
+    return keys[rows], obs[rows]
 
 
 def _numbers(obs: Any) -> np.ndarray:

@@ -10,7 +10,13 @@ from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import RecordWriter
 
 from psec_jax.errors import InputError
-from psec_jax.files import reported, write_atomic
+from psec_jax.files import (
+    opener,
+    parse_json,
+    read_bytes,
+    reported,
+    write_atomic,
+)
 from psec_jax.runtime.run import Run
 
 # Protobuf makes these classes at run time.
@@ -39,7 +45,7 @@ class Writer:
             name = f"events.out.tfevents.{time.time_ns() // 10**6}.{os.getpid()}"
             before = max((path.name for path in run.events.iterdir()), default="")
             name = max(name, f"{before}.1")
-            self._file = open(run.metrics, "a")
+            self._file = open(run.metrics, "a", opener=opener)
             self._events = RecordWriter(str(run.events / name))
             self._event(0, file_version="brain.Event:2")
             # TensorBoard then hides later points of the run that was stopped.
@@ -82,28 +88,29 @@ def read(run: Run) -> list[dict[str, int | float]]:
     """The lines of metrics.jsonl, oldest first; [] if there are none.
 
     Raises:
-      InputError: a line is not JSON.
+      InputError: a line is not an object of numbers with a step.
     """
-    with reported(f"read {run.metrics}"):
-        if not run.metrics.exists():
-            return []
-        lines = run.metrics.read_bytes().splitlines()
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise InputError(f"{run.metrics} holds a line that is not JSON") from error
+    if not os.path.lexists(run.metrics):
+        return []
+    rows = []
+    for number, line in enumerate(read_bytes(run.metrics).splitlines(), 1):
+        row = parse_json(line, f"{run.metrics}: line {number}")
+        if "step" not in row or not all(type(x) in (int, float) for x in row.values()):
+            raise InputError(f"{run.metrics}: line {number} is no line of metrics")
+        rows.append(row)
+    return rows
 
 
 def _drop_after(run: Run, step: int) -> None:
     if not run.metrics.exists():
         return
-    lines = run.metrics.read_bytes().splitlines(keepends=True)
+    lines = read_bytes(run.metrics).splitlines(keepends=True)
     kept = []
     for number, line in enumerate(lines, 1):
         try:
             if json.loads(line)["step"] > step:
                 break
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             # A process killed while writing leaves half a line at the end.
             if number == len(lines) and not line.endswith(b"\n"):
                 break
