@@ -590,6 +590,10 @@ SWAPS = {
 }
 
 
+# What h5py raises where a file was changed before.
+FAILURES = (OSError, RuntimeError, LookupError, ValueError, TypeError, MemoryError)
+
+
 def change(random: Random, name: str, data: bytes) -> bytes:
     """A damaged or hostile form of one file."""
     swap = SWAPS.get(Path(name).suffix)
