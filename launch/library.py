@@ -97,8 +97,8 @@ def _find(library: SkillLibrary, name: str) -> tuple[str, str]:
 
 
 def _gate_form(card: dict[str, Any]) -> str:
-    form = f"{card['gate']['head']} gate over {', '.join(card['skills'])}"
-    support = card["gate"]["support"]
+    form = f"{card['gate'].get('head', 'linear')} gate over {', '.join(card['skills'])}"
+    support = card["gate"].get("support", "none")
     if support != "none":
         form += f", {support} support"
     return f"{form}, {card['level']} level"

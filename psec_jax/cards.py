@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 
 from psec_jax.errors import InputError
 
-NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # of a skill or gate
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")  # of a skill or gate
 DTYPES = ("float32", "float64", "float16", "int32", "int64", "uint32", "bool")
 _PRINT = re.compile(r"[0-9a-f]{16}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

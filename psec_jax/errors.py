@@ -20,12 +20,13 @@ def printable(text: str) -> str:
 class InputError(ValueError):
     """Bad input, reported in one line: what it is in, what was got, what was expected.
 
-    The command line prints the message and exits with code 2. Control characters are
-    escaped where the message is shown.
+    The command line prints the message and exits with code 2. Where it is shown,
+    control characters are escaped, and one of more than 4,000 characters is cut.
     """
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        text = super().__str__()
+        return printable(text if len(text) <= 4000 else f"{text[:4000]} ...")
 
 
 class TrainingError(RuntimeError):

@@ -27,6 +27,7 @@ _LEFT = re.compile(
     r"\.(?P<name>.+)\.(?P<purpose>tmp|old|removed)-((?P<host>.+)-)?(?P<pid>\d+)",
     re.ASCII,
 )
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 _PIDS = range(1, 2**31)
 # What a reader without permission to write meets when it tidies.
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -150,6 +151,8 @@ def parse_json(data: bytes | str, source: str, finite: bool = True) -> dict[str,
     number = _number if finite else float
     try:
         value = json.loads(data, parse_float=number, parse_constant=number)
+        if _SURROGATE.search(data if isinstance(data, str) else data.decode("latin-1")):
+            json.dumps(value, ensure_ascii=False).encode()  # half a character fails
     except (ValueError, RecursionError) as error:
         raise InputError(f"{source} is not a JSON file: {error}") from error
     if not isinstance(value, dict):

@@ -34,7 +34,16 @@ PREFIX = "minari:"
 VERSIONS = re.compile(r"0\.[45]\.[0-9]+")
 MAX_SIZE = 2**20  # numbers of an observation or an action
 # What Minari raises for a dataset that it cannot read or write.
-FAILURES = (OSError, ValueError, KeyError, TypeError, RuntimeError, AssertionError)
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def names(text: str) -> bool:
