@@ -32,7 +32,6 @@ from psec_jax.workflows.demonstrations import (
     check_sizes,
     environment_of,
     loader,
-    playable,
 )
 from psec_jax.workflows.multirun import Plan, Published, Trained
 
@@ -160,7 +159,8 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
         key=learner.key,
         steps=section.steps,
         stage=learner.stage,
-        env=playable(env, request.evaluate, request.label),
+        env=env,
+        evaluate=request.evaluate,
         label=request.label,
         content=learner,
     )

@@ -12,7 +12,7 @@ from psec_jax import envs
 from psec_jax.agents.common import Demonstrations
 from psec_jax.data import d4rl_sets, dataset
 from psec_jax.data.actions import ActionBox
-from psec_jax.data.recording import Recording, say
+from psec_jax.data.recording import Recording
 from psec_jax.data.trajectories import apply_filter, cut, share, split
 from psec_jax.envs.trust import check_untrusted
 from psec_jax.errors import InputError
@@ -251,14 +251,6 @@ def card_env(
     """
     spec = card.get("env")
     return spec if spec in (None, named) else check_untrusted(spec, owner)
-
-
-def playable(env: str | None, evaluate: bool, label: str) -> str | None:
-    """The environment to roll out in; None where it is not wanted or not known."""
-    if evaluate and env is None:
-        before = f"{label}: " if label else ""
-        say(f"{before}no environment is named (--env), so nothing is rolled out")
-    return env if evaluate else None
 
 
 def check_robot(env: str, other: str, owner: str) -> None:

@@ -38,7 +38,6 @@ from psec_jax.workflows.demonstrations import (
     check_fit,
     demonstrations,
     loader,
-    playable,
 )
 from psec_jax.workflows.multirun import Plan, Published, Trained
 
@@ -187,7 +186,8 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
         key=train_key,
         steps=section.steps,
         stage="gate",
-        env=playable(env, request.evaluate, request.label),
+        env=env,
+        evaluate=request.evaluate,
         label=request.label,
         content=Content(fresh, form, section.level, demos, cards),
     )

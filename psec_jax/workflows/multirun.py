@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from psec_jax import tree
+from psec_jax.data.recording import say
 from psec_jax.errors import InputError
 from psec_jax.evaluation import Episodes, evaluate, evaluate_together
 from psec_jax.files import beside
@@ -45,7 +46,8 @@ class Plan(NamedTuple):
       key: of the whole training.
       steps: updates.
       stage: name in the progress line.
-      env: environment to roll out in; None does not.
+      env: of the entries; None where nobody named it.
+      evaluate: roll the entries out in it.
       label: put before messages, such as "seed 3".
       content: what `publish` needs beside the trained state.
     """
@@ -62,6 +64,7 @@ class Plan(NamedTuple):
     steps: int
     stage: str
     env: str | None = None
+    evaluate: bool = False
     label: str = ""
     content: Any = None
 
@@ -149,11 +152,16 @@ def finish(
     if not processes.first():
         return []
     published = {i: publish(one) for i, one in enumerate(trained) if one.result is None}
+    for i in published:
+        plan = trained[i].plan
+        if plan.evaluate and plan.env is None:
+            before = f"{plan.label}: " if plan.label else ""
+            say(f"{before}no environment is named (--env), so nothing is rolled out")
     policies = {
         (i, name): policy
         for i, entry in published.items()
         for name, policy in entry.policies.items()
-        if trained[i].plan.env is not None
+        if trained[i].plan.evaluate and trained[i].plan.env is not None
     }
     envs = {key: str(trained[key[0]].plan.env) for key in policies}
     returns = roll_out(policies, envs, evaluation.episodes, evaluation.seed)

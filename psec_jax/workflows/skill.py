@@ -34,7 +34,6 @@ from psec_jax.workflows.demonstrations import (
     check_robot,
     environment_of,
     loader,
-    playable,
 )
 from psec_jax.workflows.multirun import Plan, Published, Trained
 
@@ -169,7 +168,8 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
         key=learner.key,
         steps=section.steps,
         stage=learner.stage,
-        env=playable(env, request.evaluate, request.label),
+        env=env,
+        evaluate=request.evaluate,
         label=request.label,
         content=(learner, objectives),
     )
