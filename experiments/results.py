@@ -182,10 +182,8 @@ def conditions(raws: Sequence[Raw]) -> str:
         measured += f", {_range(episodes)} episodes a seed"
     budget = []
     for stage in STAGES:
-        if sizes := [raw["budget"][stage] for raw in raws if stage in raw["budget"]]:
-            steps = _range(size["steps"] for size in sizes)
-            batch = _range(size["batch_size"] for size in sizes)
-            budget.append(f"{stage} {steps} steps of {batch}")
+        if methods := _methods_by_size(raws, stage):
+            budget.append(f"{stage} {_sizes(methods)}")
     presets = " and ".join(sorted({raw["preset"] for raw in raws}))
     machines = sorted(
         {
@@ -195,6 +193,31 @@ def conditions(raws: Sequence[Raw]) -> str:
         }
     )
     return f"{measured}. Preset {presets}: {', '.join(budget)}; {'; '.join(machines)}."
+
+
+def _methods_by_size(
+    raws: Sequence[Raw], stage: str
+) -> dict[tuple[int, int], list[str]]:
+    """{(steps, batch size): methods}, the size of most methods first."""
+    methods: dict[tuple[int, int], set[str]] = {}
+    for raw in raws:
+        if size := raw["budget"].get(stage):
+            sizes = size["steps"], size["batch_size"]
+            methods.setdefault(sizes, set()).add(raw["method"])
+    ordered = sorted(methods, key=lambda size: (-len(methods[size]), -size[0]))
+    return {size: sorted(methods[size]) for size in ordered}
+
+
+def _sizes(methods: Mapping[tuple[int, int], Sequence[str]]) -> str:
+    """A budget in words; two of them with the methods of the second."""
+    steps, batches = zip(*methods, strict=True)
+    if len(methods) == 2:
+        rest = list(methods.values())[1]
+        return (
+            f"{steps[0]} steps of {batches[0]} ({', '.join(rest)}: {steps[1]} of "
+            f"{batches[1]})"
+        )
+    return f"{_range(steps)} steps of {_range(batches)}"
 
 
 def _range(numbers: Iterable[int]) -> str:

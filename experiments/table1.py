@@ -318,7 +318,7 @@ def over_tasks(summary: Mapping[str, Any], scores: tables.Scores) -> dict[str, A
     for method in set.intersection(*(set(cells) for cells in scores.values())):
         entries = [cells[method] for cells in summary.values()]
         rows[method] = {key: entries[0][key] for key in ("seeds", "episodes")}
-        rows[method]["mark"] = max(entry["mark"] for entry in entries)
+        rows[method]["mark"] = "".join(sorted({m for e in entries for m in e["mark"]}))
         for metric in ("reward", "cost"):
             groups = [tables.matrix(c[method], metric) for c in scores.values()]
             low, high = intervals.interval_of_mean(groups)
@@ -356,13 +356,11 @@ def write_table(folder: Path, suite: str, limit: float | None = None) -> str:
         table = dataclasses.replace(TABLE, paper={**TABLE.paper, "mean": mean})
         summary["mean"] = over_tasks(summary, tables.collect(TABLE, raws))
     sources = sorted({raw["data"] for raw in raws})
-    unknown = sum("data_fingerprint" not in raw for raw in raws)
     note = (
         f"Normalised reward and cost. {tables.INTERVALS}; safe (the whole interval of "
         "the cost below 1) bold, * the safe one of highest reward; the paper's reward "
         "/ cost. Cost limit "
-        f"{limits}. Data: {' and '.join(sources)}; of {unknown} of {len(raws)} results "
-        f"the set's fingerprint was not recorded.{tables.untried(raws)}"
+        f"{limits}. Data: {' and '.join(sources)}.{tables.untried(raws)}"
     )
     return tables.write(table, folder, raws, note, summary=summary, name=name, digits=2)
 

@@ -243,6 +243,7 @@ TABLE = Table(
             ("NSEC", "NSEC fixed"),
             ("ASEC", "ASEC fixed"),
             ("PSEC", "Base"),
+            ("Support", "Base"),
             ("Support", "PSEC"),
             ("PSEC + support", "PSEC"),
             ("PSEC + support", "Support"),

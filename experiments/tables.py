@@ -18,7 +18,10 @@ from psec_jax.files import write_atomic, write_json
 Scores = Mapping[str, Mapping[str, Mapping[int, Mapping[str, np.ndarray]]]]
 Entries = Mapping[str, Mapping[str, Any]]  # statistics of one setting, by method
 STATS = ("mean", "low", "high", "iqm")
-NO_COMMIT = "†"
+MARKS = {  # of rows with a result of which something is not known
+    "†": "the commit of the code was not recorded",
+    "‡": "the set's fingerprint was not recorded",
+}
 INTERVALS = "Mean and 95 % interval (seeds and start states resampled jointly)"
 
 
@@ -75,13 +78,13 @@ def matrix(
 
 def summarise(table: Table, raws: Sequence[Raw]) -> dict[str, dict[str, Any]]:
     """{setting: {method: {seeds, episodes, mark, METRIC: {mean, low, high, ...}}}}."""
-    unknown = {
-        results.key(raw)[:2] for raw in raws if not raw["versions"].get("commit")
-    }
+    marks: dict[tuple[str, str], set[str]] = {}
+    for raw in raws:
+        marks.setdefault(results.key(raw)[:2], set()).update(_marks(raw))
     summary: dict[str, dict[str, Any]] = {}
     for setting, cells in collect(table, raws).items():
         for method, cell in cells.items():
-            mark = NO_COMMIT if (setting, method) in unknown else ""
+            mark = "".join(sorted(marks[setting, method]))
             entry: dict[str, Any] = {"seeds": sorted(cell), "mark": mark}
             for metric in cell[min(cell)]:
                 scores = matrix(cell, metric)
@@ -91,6 +94,13 @@ def summarise(table: Table, raws: Sequence[Raw]) -> dict[str, dict[str, Any]]:
                 }
             summary.setdefault(setting, {})[method] = entry
     return summary
+
+
+def _marks(raw: Raw) -> str:
+    """The marks of one raw result; sets named by a word alone have no fingerprint."""
+    commit = "" if raw["versions"].get("commit") else "†"
+    unknown = isinstance(raw.get("data"), str) and "data_fingerprint" not in raw
+    return commit + ("‡" if unknown else "")
 
 
 def of_metric(summary: Mapping[str, Entries], metric: str) -> dict[str, Any]:
@@ -234,8 +244,12 @@ def write(
     summary = summary or summarise(table, raws)
     rows = differences(table, raws)
     text = f"{markdown(table, summary)}\n{note} {results.conditions(raws)}\n"
-    if any(entry["mark"] for cells in summary.values() for entry in cells.values()):
-        text += f"\n{NO_COMMIT} the commit of the code was not recorded.\n"
+    shown = {mark for c in summary.values() for e in c.values() for mark in e["mark"]}
+    if shown:
+        known = (
+            f"{mark} {meaning}" for mark, meaning in MARKS.items() if mark in shown
+        )
+        text += f"\n{'; '.join(known)}.\n"
     if rows:
         text += f"\n{compared(rows, digits)}"
     write_json(folder / f"{name}.json", {"cells": summary, "differences": rows})

@@ -282,6 +282,20 @@ def test_summary_by_hand():
     assert (cell["seeds"], cell["episodes"], cell["mark"]) == ([0, 1], 2, "")
     without = [raw(0), raw(1) | {"versions": raw(1)["versions"] | {"commit": None}}]
     assert tables.summarise(table2.TABLE, without)["S->W"]["PSEC"]["mark"] == "†"
+    without[0] |= {"data": "made"}  # a set of which only the origin is known
+    assert tables.summarise(table2.TABLE, without)["S->W"]["PSEC"]["mark"] == "†‡"
+
+
+def test_conditions_name_the_budgets_that_were_used():
+    def gate(method, steps, batch):
+        budget = {"gate": {"steps": steps, "batch_size": batch}}
+        return raw(0, method=method) | {"budget": budget}
+
+    raws = [gate("PSEC", 500, 256), gate("Support", 500, 256), gate("NSEC", 200, 64)]
+    assert "gate 500 steps of 256 (NSEC: 200 of 64);" in results.conditions(raws)
+    assert "gate 500 steps of 256;" in results.conditions(raws[:2])
+    raws.append(gate("ASEC", 100, 64))
+    assert "gate 100 to 500 steps of 64 to 256;" in results.conditions(raws)
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,17 @@ replaces what is between
     <!-- include results/dmc_walker/table2.md -->
     <!-- end -->
 
-by that file; "include FILE table" leaves out its paired differences. Files are named
-from the root of the repository. tests/test_results.py checks every page.
+by that file; "include FILE table" leaves out its paired differences. Files of
+experiments/sentences/ are templates of sentences (`experiments.statements`). Files are
+named from the root of the repository. tests/test_results.py and
+tests/test_statements.py check every page.
 """
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments import statements
 from psec_jax.errors import InputError
 from psec_jax.files import reported, write_atomic
 
@@ -36,6 +39,8 @@ def included(page: str) -> str:
     def fill(block: re.Match[str]) -> str:
         with reported(f"read {block['file']}"):
             text = (ROOT / block["file"]).read_text()
+        if (ROOT / block["file"]).parent == statements.FOLDER:
+            text = statements.render(text)
         if block["part"]:
             text = text.partition("\nPaired differences")[0]
         return f"{block['head']}\n{text.strip()}\n\n{block['end']}"
