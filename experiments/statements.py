@@ -15,6 +15,7 @@ tests/test_statements.py checks that the pages hold no other numbers.
 
 import functools
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,30 @@ class Names(list[str]):
 
 
 def render(template: str) -> str:
-    """The template with its numbers."""
-    return template.format_map(known())
+    """The template with its numbers and wrapped paragraphs; tables stay as they are."""
+    blocks = template.format_map(known()).strip().split("\n\n")
+    return "\n\n".join(map(_wrapped, blocks)) + "\n"
+
+
+def _wrapped(block: str) -> str:
+    if re.search(r"^ *\|", block, re.MULTILINE):
+        return block
+    return "\n".join(map(_filled, re.split(r"\n(?=- )", block)))
+
+
+def _filled(item: str) -> str:
+    """One paragraph or list item; a line that began with ">" would be a quotation."""
+    indent = " " * (len(item) - len(item.lstrip()))
+    hanging = indent + "  " * item.lstrip().startswith("- ")
+    text = textwrap.fill(
+        " ".join(item.split()).replace(" > ", "\0>\0"),
+        width=88,
+        initial_indent=indent,
+        subsequent_indent=hanging,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return text.replace("\0", " ")
 
 
 @functools.cache

@@ -159,6 +159,11 @@ def test_a_number_written_by_hand_is_noticed():
         assert not re.search(r"\d", SETTINGS.sub("", bare(text))), text
 
 
+def test_the_readme_names_its_two_commands():
+    text = (ROOT / "README.md").read_text()
+    assert "    make demo " in text and "    make test " in text
+
+
 def test_every_template_is_on_a_page():
     shown = {
         block["file"]
@@ -191,7 +196,7 @@ def verdicts(known, table, pattern, verdict):
 
 
 CLAIMS = {
-    "readme_walker: The rest of the paper's order is not separated": lambda k: (
+    "readme_walker: Not separated from PSEC's": lambda k: (
         {
             k["diff"]["walker"]["S->W"][f"return {order}"]["verdict"]
             for order in (
@@ -230,6 +235,11 @@ CLAIMS = {
     "readme_walker: neither is separated from PSEC there": lambda k: all(
         k["diff"]["walker"]["S->W"][f"return {m} > PSEC"]["verdict"] == "not separated"
         for m in ("Support", "PSEC + support")
+    ),
+    "readme_shift: above all three in every one": lambda k: all(
+        row[f"PSEC ({shift})"] > max(row["BC"], row["IQL"], row[f"Joint ({shift})"])
+        for row in k["paper"]["shift"].values()
+        for shift in ("friction", "gravity", "thigh")
     ),
     "claims: All three fall nearly always on run": lambda k: all(
         k["walker"][s][m]["falls"]["mean"] > 0.85
@@ -364,6 +374,9 @@ def test_numbers_are_shown_as_tables_show_them():
     assert f"{stats:0i} {stats:1} {stats:%}" == "0 [-1, 2] 0.5 50 %"
     names = statements.Names(["A", "B", "C"])
     assert f"{names} {names:words} {statements.Names()}" == "A, B and C three none"
+    text = f"- {'a ' * 42}B > A {'b ' * 42}\n- c\n\n  | d |\n"
+    lines = statements.render(text).splitlines()
+    assert lines[1].startswith("  B > A b") and lines[-3:] == ["- c", "", "  | d |"]
     assert statements.short("OfflineMetadrive-easysparse-v0") == "easysparse"
 
 
