@@ -330,6 +330,6 @@ def test_check_against_d4rl_wants_its_packages(monkeypatch):
     options = (f"--data={official()}", f"--set={NAME}")
     answer = call("experiments.tools.check_d4rl", *options)
     assert answer.code == 2 and answer.err.count("\n") == 1
-    assert "experiments/check_d4rl.py says how" in answer.err
+    assert "experiments/tools/check_d4rl.py says how" in answer.err
     options = (options[0], "--set=halfcheetah-friction-source")
     assert "no set of D4RL's own" in call("experiments.tools.check_d4rl", *options).err

@@ -69,7 +69,9 @@ def test_card_without_a_safe_trajectory_or_a_task():
     card = dataset_card.write(str(write(Path("my.hdf5"), ds)), "card", 99.5)
     assert card["within_limit"] == 0 and card["best_return_within_limit"] is None
     assert card["task"] is None and card["normalised_return"] is None
-    assert card["origin"] == "given by path" and card["attributes"] == {}
+    assert card["origin"] == "given by path" and card["attributes"] == {
+        "action_units": "scaled"
+    }
     page = Path("card/card.md").read_text()
     assert page.startswith("# my.hdf5\n") and "0.0 % of the trajectories" in page
     assert dataset_card.write("my.hdf5", "card", 100.0)["within_limit"] == 1

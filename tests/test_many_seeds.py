@@ -99,7 +99,9 @@ def place(tmp_path_factory):
 
 
 def done(module, *arguments):
-    answer = call(module, *FLAGS, *arguments)
+    # The card of the base names an environment of a module, which is said each time.
+    env = () if any("--env=" in a for a in arguments) else (f"--env={SPEC}",)
+    answer = call(module, *FLAGS, *env, *arguments)
     assert answer.code == 0, answer.err
     return answer.out
 
@@ -291,6 +293,7 @@ def test_skills_of_several_seeds(bases, alone):
     done("launch.expand", *flags, "--workdir=walk", "--seeds=1,3")
     stages.expand(
         config(),
+        env=SPEC,
         workdir="alone_walk",
         library="alone",
         seed=1,
@@ -331,6 +334,7 @@ def test_skills_from_data_of_different_length(alone):
     for name, data in {"long": "a.hdf5", "short": "b.hdf5"}.items():
         stages.expand(
             config(),
+            env=SPEC,
             workdir=f"{name}_alone",
             library="alone",
             seed=5,
@@ -354,7 +358,12 @@ def test_skills_and_critics_of_several_seeds(bases, alone, shared):
         out = done("launch.critics", *flags[:2], "--seeds=1,3", "--workdir=critics")
         assert "are in critics/seed3" in out
         stages.train_critics(
-            config(), workdir="solo_critics", library="alone", seed=1, data="a.hdf5"
+            config(),
+            workdir="solo_critics",
+            library="alone",
+            seed=1,
+            data="a.hdf5",
+            env=SPEC,
         )
         left, right = (load_critics(f) for f in ("critics/seed1", "solo_critics"))
         CLOSE(left.params, right.params)
@@ -369,6 +378,7 @@ def test_skills_and_critics_of_several_seeds(bases, alone, shared):
     )
     stages.expand(
         config(**{"skill.objective": "safety"}),
+        env=SPEC,
         workdir=f"{name}_alone",
         library="alone",
         seed=1,

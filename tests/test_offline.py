@@ -177,7 +177,7 @@ def test_the_baselines():
 def test_a_gate_on_the_best_trajectories():
     expand("gate_s", "gate_s", "bc")
     command = ("--library=lib", "--data=mixed.hdf5", "--workdir=gate", "--name=gate")
-    command += ("--skills=gate_s", "--env=bullet:SafetyBallRun-v0")
+    command += ("--skills=gate_s",)
     bounds = ("--max_cost=6", "--return_quantile=0.5", "--share=1")
     answer = call("launch.compose", *FLAGS, *command, *bounds)
     assert answer.code == 0, answer.err

@@ -75,7 +75,11 @@ def describe(
         "normalised_cost": _quantiles(normalised),
         "normalised_return": None,
         "normalised_score": None,
-        "attributes": {name: _short(value) for name, value in attrs.items()},
+        "attributes": {
+            name: _short(value)
+            for name, value in attrs.items()
+            if name != "missing" or value
+        },
     }
     if benchmark == "DSRL":
         card["normalised_return"] = _quantiles(dsrl.normalised_return(task, returns))

@@ -188,6 +188,8 @@ def load_demos(
         path = str(
             collect(env, config.policy, max(episodes, 10), seed, config.action_noise)
         )
+    if env is not None:
+        check_robot(env, datasets.environment(path) or "", path)
     ds, attrs = datasets.read(
         path,
         actions=config.actions,
@@ -199,8 +201,6 @@ def load_demos(
         with_rewards=wanted.rewards or selection.reads_rewards(),
     )
     recording = Recording.of(attrs, path)
-    if env is not None:
-        check_robot(env, datasets.environment(path) or "", path)
     return Demos(selection.of(ds, episodes, path), path, selection, recording)
 
 
