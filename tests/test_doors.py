@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_data import make
 
-from psec_jax import evaluation
+from psec_jax import composition, evaluation
+from psec_jax import policy as policy_module
 from psec_jax.data import trajectories
 from psec_jax.data.actions import ActionBox
 from psec_jax.errors import InputError
@@ -214,6 +216,18 @@ def test_compose_takes(root, skills, options):
 def test_compose_refuses(root, skills, options, words):
     with pytest.raises(InputError, match=words):
         compose(root, skills, **options)
+
+
+def test_batches_of_like_size_compile_once(policy, monkeypatch):
+    jax.clear_caches()
+    chex.clear_trace_counter()
+    once = chex.assert_max_traces(composition.act, n=1)
+    monkeypatch.setattr(policy_module, "act", once)
+    for batch in (5, 6, 7, 8, 5):
+        keys = jax.random.split(key(), batch)
+        assert policy.act(keys, np.zeros((batch, S))).shape == (batch, A)
+    with pytest.raises(AssertionError, match="traced"):
+        policy.act(jax.random.split(key(), 9), np.zeros((9, S)))
 
 
 def test_actions_in_the_units_of_the_environment(root, policy):
