@@ -1,4 +1,5 @@
 # make test    set-up, lint and types, tests
+# make test-slow  the tests that take minutes each: the benchmark, a stopped sweep, a table
 # make demo    set-up, the main job at the quick preset
 # make bench   set-up, speed of this machine and of every stage
 # make faults  set-up, 100 kills over all stages; what is left is compared
@@ -8,7 +9,7 @@
 #              tests, skipped without them, then run in make test
 # make clean   remove .venv and caches; results, runs and data stay
 .POSIX:
-.PHONY: test demo bench faults fuzz lint install setup-safe clean
+.PHONY: test test-slow demo bench faults fuzz lint install setup-safe clean
 
 # The first of these that is 3.11 or newer makes the environment.
 PYTHON = python3.11 python3 python3.12 python3.13
@@ -36,6 +37,9 @@ faults: install
 
 fuzz: install
 	$(VENV)/bin/python tests/fuzz.py --workers=$(JOBS) $(FUZZ_ARGS)
+
+test-slow: install
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m slow $(PYTEST_ARGS)
 
 lint: install
 	$(VENV)/bin/ruff format --check .

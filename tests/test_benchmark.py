@@ -53,6 +53,7 @@ def without_numbers(name):
     return re.sub(r"\d+", "#", name)
 
 
+@pytest.mark.slow
 def test_every_group_gives_figures(measured):
     result, text = measured
     assert {row["group"] for row in result["rows"]} == set(benchmark.GROUPS)
@@ -62,6 +63,7 @@ def test_every_group_gives_figures(measured):
     assert f"commit {result['commit']}" in text
 
 
+@pytest.mark.slow
 def test_every_target_is_of_a_figure(measured):
     rows, _ = measured
     names = {(r["group"], without_numbers(r["name"])) for r in rows["rows"]}
@@ -69,6 +71,7 @@ def test_every_target_is_of_a_figure(measured):
         assert (group, without_numbers(name)) in names
 
 
+@pytest.mark.slow
 def test_json(measured, tmp_path):
     result, _ = measured
     write_json(tmp_path / "benchmark.json", result)
@@ -129,6 +132,7 @@ def test_bfloat16_is_judged_with_amx_only(flags, monkeypatch):
     assert ("not judged" in text) != bool(flags)
 
 
+@pytest.mark.slow
 def test_flop_count_is_that_of_the_compiled_products():
     # The paper's network: its products outweigh everything elementwise.
     sizes = dataclasses.replace(TINY, rows=64, network=NetworkConfig())

@@ -512,6 +512,7 @@ def test_equal_data_lies_on_the_device_once(bases, monkeypatch):
     assert not all(left is right for left, right in leaves)
 
 
+@pytest.mark.slow
 def test_a_table_of_several_seeds(place, monkeypatch):
     monkeypatch.setenv("PSEC_DATA_DIR", str(place / "data"))
     monkeypatch.setattr(table2, "ENV", SPEC)

@@ -172,7 +172,7 @@ def test_table1(place, monkeypatch):
     assert len(lines) == len(table1.METHODS)
     text = table1.write_table(folder, "bullet")
     assert text == Path("results/table1_bullet.md").read_text()
-    assert f"| method | {TASK} | cost | paper |" in text and "Data: made;" in text
+    assert f"| method | {TASK} | cost | paper |" in text and "Data: made." in text
     assert "| CDT | - | - | 0.32 / 0.45 |" in text, "the paper's other rows"
     summary = json.loads(Path("results/table1_bullet.json").read_text())["cells"][TASK]
     assert sorted(summary) == sorted(table1.METHODS)
@@ -245,6 +245,7 @@ def raw_line(method, rewards, costs, seed=0, task=TASK, **fields):
         "config_fingerprint": "a",
         "cost_limit": 10.0,
         "data": "made",
+        "data_fingerprint": "d",
         "versions": {"commit": "c"},
         "returns": [low + reward * (high - low) for reward in rewards],
         "costs": list(costs),

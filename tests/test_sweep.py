@@ -306,6 +306,7 @@ def call_apart(*command):
     )
 
 
+@pytest.mark.slow
 def test_stopped_sweep_goes_on(place):
     steps = 100_000_000  # until it is stopped
     command = ("-m", "launch.sweep")

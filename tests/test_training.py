@@ -1,5 +1,6 @@
 """The loop: resume bit by bit, stops, refusals, full disks."""
 
+import functools
 import importlib.util
 import os
 import shutil
@@ -235,8 +236,13 @@ def test_workdir_in_use_is_refused(tmp_path, data):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_signal_saves_and_stops(tmp_path, data, signum):
+def test_signal_saves_and_stops(tmp_path, data, signum, request):
     run = open_run(tmp_path, "base")
+    if signum == signal.SIGHUP:  # ignored where the tests run under nohup
+        request.addfinalizer(
+            functools.partial(signal.signal, signum, signal.getsignal(signum))
+        )
+        signal.signal(signum, signal.SIG_DFL)
     before = signal.getsignal(signum)
 
     def stop(step, states):
