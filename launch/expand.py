@@ -21,7 +21,8 @@ r"""Learn one new skill from a few demonstrations; the library's base stays froz
 A skill is a small LoRA pytree, learned from the first config.skill.episodes
 trajectories of the data, with --best from those of highest return; 0 takes all of them.
 The objective says what a transition weighs: bc (all the same), reward (its advantage),
-safety (its advantage in keeping costs away) or fisor (both). The same command resumes.
+safety (its advantage in keeping costs away) or fisor (both); dql adds a term that moves
+the policy to actions of high Q. The same command resumes.
 Next: launch.compose makes a gate that says when the skill acts.
 """
 
@@ -34,6 +35,7 @@ from absl import flags
 from launch import options
 from psec_jax.cli import no_arguments, run
 from psec_jax.errors import InputError
+from psec_jax.losses import OBJECTIVES
 from psec_jax.workflows import skill
 
 NAME = flags.DEFINE_list(
@@ -47,7 +49,7 @@ NAME = flags.DEFINE_list(
 OBJECTIVE = flags.DEFINE_list(
     "objective",
     None,
-    "bc, reward, safety or fisor, or several, separated by commas: a skill each; "
+    f"One of {', '.join(OBJECTIVES)}, or several, separated by commas: a skill each; "
     "default config.skill.objective.",
 )
 CRITICS = flags.DEFINE_string(

@@ -24,7 +24,7 @@ from psec_jax.workflows import Job, Selection
 CONFIG = define_config(
     "experiments/configs/dmc_walker.py:quick",
     "Config file and preset, FILE:PRESET with PRESET one of quick, standard, paper; "
-    "the file lists the fields, and --config.FIELD=VALUE changes one.",
+    "--config.FIELD=VALUE changes a field, which psec_jax/workflows/config.py lists.",
 )
 WORKDIR = flags.DEFINE_string(
     "workdir",

@@ -36,12 +36,13 @@ from absl import flags
 
 from launch import options
 from psec_jax.cli import no_arguments, run
+from psec_jax.losses import OBJECTIVES
 from psec_jax.workflows import base
 
 OBJECTIVE = flags.DEFINE_string(
     "objective",
     "bc",
-    "bc, or fisor (or reward, safety): the weights of transitions, given by critics.",
+    f"One of {', '.join(OBJECTIVES)}: what transitions weigh; all but bc read critics.",
 )
 NAME = flags.DEFINE_string("name", "base", "Name of the base on its card.")
 CRITICS = flags.DEFINE_string(

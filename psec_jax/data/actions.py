@@ -146,10 +146,10 @@ def scale(
     lookup(UNITS, units.requested, "units of actions")
     stored, recorded = units.stored, units.recorded
     target = units.target or recorded
-    for what, box in (("recorded", recorded), ("the environment's", target)):
+    for what, box in (("the recorded", recorded), ("the environment's", target)):
         if box is not None and len(box.low) != action.shape[1]:
             raise InputError(
-                f"{source}: actions have {action.shape[1]} numbers, the {what} box has "
+                f"{source}: actions have {action.shape[1]} numbers, {what} box has "
                 f"{len(box.low)}"
             )
     if units.requested != "auto":

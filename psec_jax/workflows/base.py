@@ -119,7 +119,7 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
         compare=request.evaluate or request.env is not None,
     )
     demos = load(env, section.episodes, request.data, request.selection, wanted)
-    finished = critics.load(request.critics, needed)
+    finished = critics.load_finished(request.critics, needed)
     learner = actor.make(
         job,
         CloningConfig(

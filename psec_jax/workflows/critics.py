@@ -156,7 +156,7 @@ def save(
     return critic_file.save(run.workdir, params, normaliser, card)
 
 
-def load(workdir: str | Path | None, needed: Sequence[str]) -> Finished | None:
+def load_finished(workdir: str | Path | None, needed: Sequence[str]) -> Finished | None:
     """Critics of a finished run, which must judge what is needed.
 
     Raises:

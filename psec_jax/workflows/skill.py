@@ -127,7 +127,7 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
     check_fit(demos, policy)
     if wanted.compare and env is not None:
         check_box(card.get("actions"), envs.describe(env))
-    finished = critics.load(request.critics, needed)
+    finished = critics.load_finished(request.critics, needed)
     if finished:
         check_critics(str(request.critics), finished, policy)
     learner = actor.make(
