@@ -317,7 +317,11 @@ def known(job: Job, target: str, setting: Setting) -> dict[str, Any]:
 def score(raw: results.Raw) -> dict[str, Any]:
     """Normalised score of each episode."""
     robot = robot_of(raw["setting"])
-    return {"score": d4rl_sets.normalised_score(robot, np.array(raw["returns"]))}
+    return {
+        "score": d4rl_sets.normalised_score(
+            robot, np.array(results.needed(raw, "returns"))
+        )
+    }
 
 
 def rival(name: str, shift: str) -> str:
@@ -369,7 +373,7 @@ def write_table(folder: Path) -> str:
     """dynamics_shift.md, .csv and .json and the bars, from the raw results alone."""
     raws = results.read_all(TABLE.path(folder))
     summary = tables.summarise(TABLE, raws)
-    data = {raw["setting"]: np.mean(raw["data_scores"]) for raw in raws}
+    data = {raw["setting"]: np.mean(results.needed(raw, "data_scores")) for raw in raws}
     learned = ", ".join(f"{name} {data[name]:.1f}" for name in summary)
     sources = sorted({raw["data"]["made_or_official"] for raw in raws})
     sizes = sorted({raw["data"]["transitions"] for raw in raws})

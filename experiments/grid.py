@@ -395,7 +395,7 @@ def tune(
 
 
 def define_flags(
-    results_folder: str, runs: str, rows: bool = True
+    results_folder: str | None, runs: str, rows: bool = True
 ) -> dict[str, flags.FlagHolder]:
     """The flags of every table's command; `rows` also those of methods and seeds."""
     given = {

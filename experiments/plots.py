@@ -421,7 +421,9 @@ def gate_trace(
     count = len(episode["t"])
     events = episode["events"]
     rows = {"weight": 2.3, "event": 0.2 + 0.22 * len(events), "cost": 0.8}
-    heights = {"frames": 0.75} | rows | {"reward": 0.8}
+    values = episode.get("values", {})
+    judged = {f"q {kind}": 0.8 for kind in values}
+    heights = {"frames": 0.75} | rows | {"reward": 0.8} | judged
     if not frames:
         del heights["frames"]
     title = (
@@ -450,14 +452,17 @@ def gate_trace(
             panel[name].stairs(episode[name], edges, **bars)
             panel[name].set_ylabel(f"{name}\nof a step")
         panel["cost"].set_ylim(0, 1.05 * max(episode["cost"]) or 1)
+        for kind, q in values.items():
+            panel[f"q {kind}"].plot(q, color=DARK, lw=1)
+            panel[f"q {kind}"].set_ylabel(f"Q of\n{kind}")
         # Weights are read against what happens: the same spans lie behind them.
         for start, length in _runs(events["cost"]):
             end = start + length
             panel["weight"].axvspan(start, end, color=VERMILION, alpha=0.13, lw=0)
         for axes in panels[:, 0]:
             axes.set_xlim(-0.5, count - 0.5)
-            axes.tick_params(labelbottom=axes is panel["reward"])
-        panel["reward"].set_xlabel("step of the episode")
+            axes.tick_params(labelbottom=axes is panels[-1, 0])
+        panels[-1, 0].set_xlabel("step of the episode")
         figure.align_ylabels(panels[:, 0])
         panel["weight"].legend(
             title="weight of",

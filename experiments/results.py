@@ -10,20 +10,37 @@ import fcntl
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from psec_jax.cards import (
+    is_number,
+    is_object,
+    is_text,
+    list_of,
+    none_or,
+    shortened,
+    whole,
+)
 from psec_jax.errors import InputError
 from psec_jax.evaluation import Episodes
-from psec_jax.files import reported, write_atomic
+from psec_jax.files import parse_json, reported, write_atomic
 from psec_jax.runtime.run import versions
 from psec_jax.workflows import Job
 
 Raw = Mapping[str, Any]
-KEY = {"setting": str, "method": str, "seed": int}
+HEADER = (
+    "setting",
+    "method",
+    "seed",
+    "preset",
+    "budget",
+    "config_fingerprint",
+    "versions",
+)
 STAGES = ("base", "critics", "skill", "gate", "gaussian")
 
 
@@ -40,22 +57,77 @@ def read(path: Path | str) -> list[dict[str, Any]]:
         lines = Path(path).read_bytes().splitlines()
     raws, first = [], {}
     for number, line in enumerate(lines, 1):
-        try:
-            raw = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(raw, dict) or not all(
-            isinstance(raw.get(name), kind) for name, kind in KEY.items()
-        ):
-            raise InputError(
-                f"{path}, line {number}: no raw result, which has {', '.join(KEY)}"
-            )
+        raw = parse_json(line, f"{path}, line {number}")
+        _check(f"{path}, line {number}", raw)
         if first.setdefault(key(raw), number) != number:
             raise InputError(
                 f"{path}, line {number}: {name(raw)} is also on line {first[key(raw)]}"
             )
         raws.append(raw)
     return raws
+
+
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "setting": (is_text, "a text"),
+    "method": (is_text, "a text"),
+    "seed": (whole(0, 2**32), "a number of 0 or more"),
+    "preset": (is_text, "a text"),
+    "budget": (is_object, "steps and batch_size by stage"),
+    "config_fingerprint": (is_text, "a text"),
+    "versions": (is_object, "an object"),
+    "env": (is_text, "a text"),
+    "evaluation_seed": (whole(0, 2**32), "a number of 0 or more"),
+    "mean": (is_number, "a number"),
+    "returns": (list_of(is_number), "a number for each episode"),
+    "costs": (list_of(is_number), "a number for each episode"),
+    "lengths": (list_of(whole(0, 2**40)), "a number for each episode"),
+    "data_fingerprint": (is_text, "a text"),
+    "cost_limit": (is_number, "a number"),
+    "scores": (list_of(is_number), "numbers"),
+    "data_scores": (list_of(is_number), "numbers"),
+    "x": (none_or(is_number), "a number"),
+    "target": (is_text, "a text"),
+}
+_SIZES = {"steps": whole(0, 2**62), "batch_size": whole(1, 2**62)}
+_MACHINE = {"cores": whole(1, 2**20), "cpu": is_text, "jax": is_text}
+
+
+def _check(source: str, raw: dict[str, Any]) -> None:
+    """Refuse what is no raw result, field by field.
+
+    Raises:
+      InputError: a field that is missing or is not what it has to be.
+    """
+    if missing := [name for name in HEADER if name not in raw]:
+        raise InputError(f"{source}: no raw result, it has no {', '.join(missing)}")
+    for name, (check, expected) in _FIELDS.items():
+        if name in raw and not check(raw[name]):
+            raise InputError(
+                f"{source}: {name} is {shortened(raw[name])}, expected {expected}"
+            )
+    lengths = {n: len(raw[n]) for n in ("returns", "costs", "lengths") if n in raw}
+    if 0 in lengths.values() or len(set(lengths.values())) > 1:
+        raise InputError(f"{source}: {lengths} episodes, expected as many of each")
+    parts = [(f"budget.{stage}", part) for stage, part in raw["budget"].items()]
+    for name, part in [*parts, ("versions", raw["versions"])]:
+        checks = _MACHINE if name == "versions" else _SIZES
+        if not isinstance(part, dict) or not all(
+            check(part.get(field)) for field, check in checks.items()
+        ):
+            raise InputError(
+                f"{source}: {name} is {shortened(part)}, expected {', '.join(checks)}"
+            )
+
+
+def needed(raw: Raw, field: str) -> Any:
+    """A field that a table reads of a raw result.
+
+    Raises:
+      InputError: it has none.
+    """
+    if field not in raw:
+        raise InputError(f"{name(raw)}: the raw result has no {field!r}")
+    return raw[field]
 
 
 def read_all(path: Path | str) -> list[dict[str, Any]]:

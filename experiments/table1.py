@@ -22,12 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags
 
 from experiments import grid, intervals, results, tables
 from experiments.configs import dsrl as config
 from experiments.grid import Cell, Made, Method, Order, Setting, Table
+from experiments.results import needed
 from experiments.style import DOTTED, FIXED, Style
 from experiments.table2 import level_changes
 from psec_jax import envs
@@ -35,10 +37,12 @@ from psec_jax.cli import no_arguments
 from psec_jax.data import dataset, dsrl
 from psec_jax.errors import InputError, lookup
 from psec_jax.evaluation import Act
-from psec_jax.policy import compose
-from psec_jax.workflows import Job
+from psec_jax.library import SkillLibrary
+from psec_jax.policy import compose, load_base, with_critics
+from psec_jax.workflows import Job, estimates
 from psec_jax.workflows.demonstrations import (
     FIRST,
+    Demos,
     Selection,
     Wanted,
     load_demos,
@@ -136,6 +140,22 @@ def make_fisor(cell: Cell) -> list[Made]:
     )
 
 
+def make_judged(rule: str, candidates: int, cell: Cell) -> list[Made]:
+    """The base alone, critics choosing among actions that it samples."""
+    train_skills(cell)
+    made = []
+    for seed in cell.seeds:
+        base, critics = load_base(cell.library(seed)), cell.workdir(seed, "critics")
+        policy, record = with_critics(base, critics, candidates, rule), {}
+        if rule == "reward_cost":
+            weight, record = estimates.choose_cost_weight(
+                cell.job, policy.config, policy.params, _set(cell), _key(seed)
+            )
+            policy = with_critics(base, critics, candidates, rule, weight)
+        made.append(Made(policy.act, record))
+    return made
+
+
 def make_skill(skill: str, cell: Cell) -> list[Made]:
     """One skill at its training strength."""
     train_skills(cell)
@@ -150,6 +170,32 @@ def make_fixed(cell: Cell) -> list[Made]:
         record = grid.tune(one, GRID, fixed, _safest(cell))
         made.append(Made(fixed(one, record["alpha"]), record))
     return made
+
+
+def make_fixed_offline(cell: Cell) -> list[Made]:
+    """Fixed weights of most estimated reward within the estimated budget of cost."""
+    train_skills(cell)
+    made = []
+    for seed in cell.seeds:
+        policy = compose(cell.library(seed), GATED, alpha=GRID[0])
+        judged = with_critics(policy, cell.workdir(seed, "critics"), 2, "reward_cost")
+        record = estimates.choose_fixed(
+            cell.job, policy.config, judged.params, GRID, _set(cell), _key(seed)
+        )
+        made.append(Made(fixed(cell.of(seed), record["alpha"]), record))
+    return made
+
+
+def _set(cell: Cell) -> Demos:
+    """The whole set of a task, from which estimates are made."""
+    wanted = Wanted(costs=True, rewards=True)
+    return load_demos(
+        cell.job.data, cell.setting.env, 0, data_path(cell.name), wanted=wanted
+    )
+
+
+def _key(seed: int) -> jax.Array:
+    return jax.random.key(seed)
 
 
 def fixed(cell: Cell, weights: Sequence[float]) -> Act:
@@ -193,11 +239,62 @@ def make_composition(form: Composition, cell: Cell) -> list[Made]:
     return grid.composed(cell, gate=gate)
 
 
+def make_guided(changes: Mapping[str, Any], cell: Cell) -> list[Made]:
+    """The skills and a gate that critics guide; it learns from the whole set."""
+    train_skills(cell)
+    budget = dataclasses.asdict(cell.job.table.guided)
+    changes = {**{f"gate.{name}": value for name, value in budget.items()}, **changes}
+    gate = cell.method.replace(" ", "-")
+    grid.train(
+        cell,
+        "gate",
+        cell.method,
+        changes=changes,
+        name=gate,
+        skills=GATED,
+        env=cell.setting.env,
+        data=data_path(cell.name),
+        critics=functools.partial(cell.workdir, name="critics"),
+    )
+    made = []
+    for seed in cell.seeds:
+        card = SkillLibrary.open(cell.library(seed)).card("gate", gate)
+        policy = compose(cell.library(seed), gate=gate)
+        made.append(Made(policy.act, card["chosen"]))
+    return made
+
+
+def make_supported(cell: Cell) -> list[Made]:
+    """The reward skill where its safe demonstrations reach, else the safety skill."""
+    train_skills(cell)
+    gate, data = cell.method.replace(" ", "-"), data_path(cell.name)
+    strength = cell.job.skill.alpha
+    grid.train(
+        cell,
+        "gate",
+        cell.method,
+        changes={
+            "gate.head": "constant",
+            "gate.support": "neighbour",
+            "gate.fallback": "safety",
+            "support.safe": True,
+        },
+        name=gate,
+        skills=SKILLS,
+        alpha=[strength, strength],
+        env=cell.setting.env,
+        data=data,
+        support_data=[data, data],
+    )
+    return grid.composed(cell, gate=gate)
+
+
 BASE = {"base": "base"}
 CRITICS = BASE | {"critics": "critics"}
 SKILL = CRITICS | {"skill": "skill"}
 GATE = SKILL | {"gate": "gate"}
 CLONED = SKILL | {"gate": "table.cloning"}
+GUIDED = SKILL | {"gate": "table.guided"}
 
 
 def composition(style: Style, **fields: Any) -> Method:
@@ -205,6 +302,17 @@ def composition(style: Style, **fields: Any) -> Method:
     form = Composition(**fields)
     stages_of = GATE if form.level == "parameter" else CLONED
     return Method(functools.partial(make_composition, form), stages_of, style)
+
+
+def guided(style: Style, stages: Mapping[str, str], **changes: Any) -> Method:
+    """A row of a gate that critics guide; fields of the section `gate`."""
+    named = {f"gate.{name}": value for name, value in changes.items()}
+    return Method(functools.partial(make_guided, named), stages, style)
+
+
+def judged(style: Style, rule: str, candidates: int) -> Method:
+    """A row of the base's actions, of which critics choose one."""
+    return Method(functools.partial(make_judged, rule, candidates), CRITICS, style)
 
 
 def skill_row(skill: str, style: Style) -> Method:
@@ -229,6 +337,18 @@ METHODS = {
     "PSEC": composition(Style("blue", "o")),
     "PSEC softmax": composition(Style("blue", "o", DOTTED), head="softmax"),
     "PSEC released": composition(Style("light", "X"), compat="released"),
+    "PSEC select": guided(Style("blue", "s"), SKILL, head="select"),
+    "PSEC distilled": guided(
+        Style("blue", "s", DOTTED), GUIDED, head="sigmoid", loss="critic"
+    ),
+    "PSEC imitated": guided(
+        Style("sky", "s", DOTTED), GUIDED, head="sigmoid", loss="selected"
+    ),
+    "PSEC fixed offline": Method(make_fixed_offline, SKILL, Style("sky", "o", FIXED)),
+    "Support, else safety": Method(make_supported, SKILL, Style("green", "D", DOTTED)),
+    "BC by Q_h": judged(Style("dark", "P"), "safety", 16),
+    "BC by Q_c": judged(Style("dark", "X"), "cost", 16),
+    "BC by Q, Q_c": judged(Style("dark", "s"), "reward_cost", 24),
 }
 
 
@@ -263,8 +383,10 @@ def known(
 
 def score(raw: results.Raw) -> dict[str, Any]:
     """Normalised reward and cost of each episode."""
-    cost = dsrl.normalised_cost(np.array(raw["costs"]), raw["cost_limit"])
-    reward = dsrl.normalised_return(raw["setting"], np.array(raw["returns"]))
+    cost = dsrl.normalised_cost(
+        np.array(needed(raw, "costs")), needed(raw, "cost_limit")
+    )
+    reward = dsrl.normalised_return(raw["setting"], np.array(needed(raw, "returns")))
     return {"reward": reward, "cost": cost}
 
 
@@ -342,7 +464,9 @@ def write_table(folder: Path, suite: str, limit: float | None = None) -> str:
     if not raws:
         raise InputError(f"{folder}: no raw results of the suite {suite}")
     name = f"table1_{suite}"
-    limits = ", ".join(f"{x:g}" for x in sorted({raw["cost_limit"] for raw in raws}))
+    limits = ", ".join(
+        f"{x:g}" for x in sorted({needed(raw, "cost_limit") for raw in raws})
+    )
     if limit is not None:
         raws = [{**raw, "cost_limit": limit} for raw in raws]
         name = f"{name}_limit{limit:g}"
@@ -355,7 +479,7 @@ def write_table(folder: Path, suite: str, limit: float | None = None) -> str:
         mean = {m: np.mean([row[m] for row in reported], axis=0) for m in reported[0]}
         table = dataclasses.replace(TABLE, paper={**TABLE.paper, "mean": mean})
         summary["mean"] = over_tasks(summary, tables.collect(TABLE, raws))
-    sources = sorted({raw["data"] for raw in raws})
+    sources = sorted({needed(raw, "data") for raw in raws})
     note = (
         f"Normalised reward and cost. {tables.INTERVALS}; safe (the whole interval of "
         "the cost below 1) bold, * the safe one of highest reward; the paper's reward "

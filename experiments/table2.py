@@ -217,7 +217,7 @@ METHODS = {
 
 def score(raw: results.Raw) -> dict[str, Any]:
     """Return of each episode, and whether it was a fall."""
-    returns = raw["returns"]
+    returns = results.needed(raw, "returns")
     return {"return": returns, "falls": [value < FALL for value in returns]}
 
 

@@ -19,9 +19,17 @@ r"""Make a gate alpha(s) over skills of a library, train its head, and add it.
         --workdir=runs/psec --library=runs/safe --name=psec --skills=safety,reward \
         --data=best
 
+    # the same skills, critics choosing among weights and samples at every step; the
+    # price of cost is chosen from the data by the cost limit
+    python -m launch.compose --config=experiments/configs/dsrl.py:quick \
+        --workdir=runs/select --library=runs/safe --name=select \
+        --skills=safety,reward --critics=runs/critics --data=OfflineBallRun-v0 \
+        --config.gate.head=select
+
 The weights are head times support, made of config.gate:
   level    parameter (the paper's), noise or action: where skills are added up
-  head     linear (the paper's), softmax, sigmoid or topk are learned; constant is not
+  head     linear (the paper's), softmax, sigmoid or topk are learned; constant is not;
+           with select critics choose at every step
   support  none (the paper's), neighbour or learned: 1 where a skill's demonstrations
            reach, and 0, which leaves the state to the base, where they do not
 Skills are in order of priority: with a support, a skill gets what those before it left
@@ -63,6 +71,12 @@ BASE_DATA = flags.DEFINE_string(
     None,
     "The base's demonstrations, for --config.gate.support=learned; by default those of "
     "its card are collected again.",
+)
+CRITICS = flags.DEFINE_string(
+    "critics",
+    None,
+    "Directory of a finished run whose critics choose the weights (config.gate.head="
+    "select) or train them (config.gate.loss=critic or selected).",
 )
 
 
@@ -110,6 +124,7 @@ def main(argv: Sequence[str]) -> None:
             support_data=[options.located(name) for name in SUPPORT_DATA.value],
             base_data=base_data,
             alpha=floats("alpha", ALPHA.value),
+            critics=seed.within_any(CRITICS.value),
             evaluate=options.EVALUATE.value,
         )
         for seed in options.seeds()

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from psec_jax import envs
+from psec_jax.choice import RULES
 from psec_jax.cli import (
     define_env,
     define_seeds,
@@ -48,11 +49,19 @@ MATMUL_DTYPE = flags.DEFINE_string(
     "float32, or bfloat16: products in bfloat16, sums in float32; default the base's.",
 )
 CANDIDATES = flags.DEFINE_integer(
-    "candidates", 1, "Actions sampled at every step; the one of least Q_h is taken."
+    "candidates", 1, "Actions sampled at every step, of which critics choose one."
 )
 CRITICS = flags.DEFINE_string(
     "critics", None, "Folder of the run whose critics choose among candidates."
 )
+RULE = flags.DEFINE_enum(
+    "rule",
+    "safety",
+    list(RULES),
+    "How critics choose: least Q_h (safety), least Q_c (cost), most Q (reward), most Q "
+    "where Q_h <= 0 (feasible), most Q - lambda Q_c (reward_cost).",
+)
+COST_WEIGHT = flags.DEFINE_float("cost_weight", 1.0, "lambda of --rule=reward_cost.")
 SEEDS = define_seeds()
 EPISODES = flags.DEFINE_integer("episodes", 10, "Whole episodes.")
 SEED = flags.DEFINE_integer("seed", 10_000, "Of initial states and the policy's noise.")
@@ -75,6 +84,8 @@ def main(argv: Sequence[str]) -> None:
             matmul_dtype=MATMUL_DTYPE.value,
             candidates=CANDIDATES.value,
             critics=seed.within_any(CRITICS.value),
+            rule=RULE.value,
+            cost_weight=COST_WEIGHT.value,
         )
         for seed in seeds_of(SEEDS.value)
     }

@@ -20,15 +20,18 @@ _MAX_SIZE = 2**20  # of an observation, an action, a rank
 T = TypeVar("T")
 
 
-def _whole(low: int, high: int) -> Callable[[Any], bool]:
+def whole(low: int, high: int) -> Callable[[Any], bool]:
+    """A check: a whole number within bounds."""
     return lambda x: type(x) is int and low <= x <= high
 
 
-def _number(x: Any) -> bool:
+def is_number(x: Any) -> bool:
+    """Whether it is a finite number of a size that can be."""
     return type(x) in (int, float) and abs(x) < 1e30
 
 
-def _text(x: Any) -> bool:
+def is_text(x: Any) -> bool:
+    """Whether it is a text that is not a book."""
     return isinstance(x, str) and len(x) < 10_000
 
 
@@ -36,35 +39,38 @@ def _form(pattern: re.Pattern[str]) -> Callable[[Any], bool]:
     return lambda x: isinstance(x, str) and pattern.fullmatch(x) is not None
 
 
-def _list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """A check: a list of which every element passes another."""
     return lambda x: isinstance(x, list) and all(map(check, x))
 
 
-def _none_or(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def none_or(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """A check: None, or what passes another."""
     return lambda x: x is None or check(x)
 
 
-def _object(x: Any) -> bool:
+def is_object(x: Any) -> bool:
+    """Whether it is an object of JSON."""
     return isinstance(x, dict)
 
 
 def _returns(x: Any) -> bool:
-    return isinstance(x, dict) and _number(x.get("mean", 0.0))
+    return isinstance(x, dict) and is_number(x.get("mean", 0.0))
 
 
 def _data(x: Any) -> bool:
     return (
         isinstance(x, dict)
-        and _text(x.get("source", ""))
+        and is_text(x.get("source", ""))
         and _form(_PRINT)(x.get("fingerprint"))
-        and all(_whole(1, 2**62)(x.get(n)) for n in ("transitions", "trajectories"))
+        and all(whole(1, 2**62)(x.get(n)) for n in ("transitions", "trajectories"))
         and isinstance(x.get("selection", {}), dict)
     )
 
 
 def _actions(x: Any) -> bool:
     def bound(value: Any) -> bool:
-        return value is None or (isinstance(value, list) and all(map(_number, value)))
+        return value is None or (isinstance(value, list) and all(map(is_number, value)))
 
     if not isinstance(x, dict):
         return False
@@ -83,19 +89,19 @@ def _tensors(x: Any) -> bool:
         return (
             isinstance(value, list)
             and len(value) == 2
-            and _list_of(_whole(0, 2**40))(value[0])
+            and list_of(whole(0, 2**40))(value[0])
             and value[1] in DTYPES
         )
 
     return isinstance(x, dict) and all(map(entry, x.values()))
 
 
-_SIZE = (_whole(1, _MAX_SIZE), "a number of 1 or more")
+_SIZE = (whole(1, _MAX_SIZE), "a number of 1 or more")
 _FINGERPRINT = (_form(_PRINT), "16 hex digits")
 # What every card, and that of a kind, has to hold: field -> (check, what is expected).
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "name": (_text, "a text"),
-    "created": (_text, "a date"),
+    "name": (is_text, "a text"),
+    "created": (is_text, "a date"),
     "sha256": (_form(_SHA256), "64 hex digits"),
     "fingerprint": _FINGERPRINT,
     "tensors": (_tensors, "shape and type of every array"),
@@ -104,32 +110,32 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 _KINDS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
     "base": {
-        "network": (_object, "an object"),
+        "network": (is_object, "an object"),
     },
     "skill": {
         "base_fingerprint": _FINGERPRINT,
-        "alpha": (_number, "a finite number"),
-        "adapter": (_text, "a text"),
+        "alpha": (is_number, "a finite number"),
+        "adapter": (is_text, "a text"),
         "rank": _SIZE,
     },
     "gate": {
         "base_fingerprint": _FINGERPRINT,
-        "skills": (_list_of(_form(NAME)), "a list of names"),
-        "skill_fingerprints": (_list_of(_form(_PRINT)), "a list of fingerprints"),
-        "level": (_text, "a text"),
-        "gate": (_object, "an object"),
+        "skills": (list_of(_form(NAME)), "a list of names"),
+        "skill_fingerprints": (list_of(_form(_PRINT)), "a list of fingerprints"),
+        "level": (is_text, "a text"),
+        "gate": (is_object, "an object"),
     },
 }
 # What a card may hold, and then has to be.
 _OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "env": (_none_or(_text), "a text"),
-    "objective": (_none_or(_text), "a text"),
-    "steps": (_none_or(_whole(0, 2**62)), "a number of 0 or more"),
-    "returns": (_none_or(_returns), "an object with a finite mean"),
-    "data": (_none_or(_data), "source, fingerprint, transitions and trajectories"),
-    "actions": (_none_or(_actions), "an object with the bounds low and high"),
-    "config": (_none_or(_object), "an object"),
-    "versions": (_none_or(_object), "an object"),
+    "env": (none_or(is_text), "a text"),
+    "objective": (none_or(is_text), "a text"),
+    "steps": (none_or(whole(0, 2**62)), "a number of 0 or more"),
+    "returns": (none_or(_returns), "an object with a finite mean"),
+    "data": (none_or(_data), "source, fingerprint, transitions and trajectories"),
+    "actions": (none_or(_actions), "an object with the bounds low and high"),
+    "config": (none_or(is_object), "an object"),
+    "versions": (none_or(is_object), "an object"),
 }
 
 
@@ -152,11 +158,12 @@ def check_card(source: str, kind: str, name: str, card: Mapping[str, Any]) -> No
     for field, (check, expected) in (needed | _OPTIONAL).items():
         if field in card and not check(card[field]):
             raise InputError(
-                f"{source}: {field} is {_short(card[field])}, expected {expected}"
+                f"{source}: {field} is {shortened(card[field])}, expected {expected}"
             )
     if card.get("kind") != kind:
         raise InputError(
-            f"{source}: is the card of a {_short(card.get('kind'))}, expected a {kind}"
+            f"{source}: is the card of a {shortened(card.get('kind'))}, expected a "
+            f"{kind}"
         )
     if kind != "base" and card["name"] != name:
         raise InputError(f"{source}: is the card of {card['name']!r}, not of {name!r}")
@@ -177,7 +184,8 @@ def check_card(source: str, kind: str, name: str, card: Mapping[str, Any]) -> No
         )
 
 
-def _short(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """A value in a message, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -195,11 +203,11 @@ def form_of(kind: type[T], fields: object, source: str) -> T:
     """
     known = {field.name: field.default for field in dataclasses.fields(cast(Any, kind))}
     if not isinstance(fields, dict):
-        raise InputError(f"{source} is {_short(fields)}, expected an object")
+        raise InputError(f"{source} is {shortened(fields)}, expected an object")
     plain = {}
     for name, value in fields.items():
         if name not in known or not _like(value, known[name]):
-            raise InputError(f"{source} has no {_short(name)} of {_short(value)}")
+            raise InputError(f"{source} has no {shortened(name)} of {shortened(value)}")
         plain[name] = tuple(value) if isinstance(value, list | tuple) else value
     try:
         return kind(**plain)
@@ -212,7 +220,7 @@ def _like(value: object, default: object) -> bool:
     if isinstance(default, tuple):
         return isinstance(value, list | tuple) and all(_like(x, 0) for x in value)
     if isinstance(default, float):
-        return _number(value)
+        return is_number(value)
     if type(value) is not type(default):
         return False
     return not isinstance(value, int) or abs(value) <= _MAX_SIZE

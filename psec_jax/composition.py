@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from psec_jax import tree
+from psec_jax.choice import RULES, Critics, Judged, judge
 from psec_jax.errors import InputError, lookup
 from psec_jax.gating import GateConfig, gate_alpha
 from psec_jax.lora import check_weights, zero_skill
-from psec_jax.networks.critics import twin_q
 from psec_jax.networks.denoiser import (
     Denoise,
     Denoiser,
@@ -127,8 +127,9 @@ class PolicyConfig:
       action_dim: A, of a single action.
       level: a key of `LEVELS`.
       gate: the gate's form; None is the base alone.
-      candidates: actions sampled, of which the one of least Q_h is used; 1 needs no
-        critic.
+      candidates: actions sampled with each candidate of the weights.
+      rule: how critics choose among all of them, a key of `choice.RULES`; one action
+        needs no critic.
     """
 
     network: NetworkConfig
@@ -137,12 +138,14 @@ class PolicyConfig:
     level: str = "parameter"
     gate: GateConfig | None = None
     candidates: int = 1
+    rule: str = "safety"
 
     def __post_init__(self) -> None:
         lookup(LEVELS, self.level, "level")
+        lookup(RULES, self.rule, "rule")
         if self.candidates < 1:
             raise InputError(f"candidates: got {self.candidates}, expected 1 or more")
-        if self.candidates > 1 and self.process.horizon > 1:
+        if self.chooses and self.process.horizon > 1:
             raise InputError(
                 f"candidates: got {self.candidates} with chunks of "
                 f"{self.process.horizon} actions, expected 1: critics judge one action"
@@ -152,6 +155,12 @@ class PolicyConfig:
                 "gate.base_member: the base is always part of the parameter level; "
                 "the noise and action levels alone weigh it"
             )
+
+    @property
+    def chooses(self) -> bool:
+        """Whether critics choose among several actions."""
+        selects = self.gate is not None and self.gate.head == "select"
+        return self.candidates > 1 or selects
 
 
 def network_of(config: PolicyConfig) -> Denoiser:
@@ -169,7 +178,8 @@ class PolicyParams(NamedTuple):
       library: K skills, leaves [K, ...]; None is the base alone.
       strength: [K], the alpha each skill was trained at.
       gate: the gate's parameters.
-      q_h: the twins that choose among candidates, leaves [2, ...].
+      critics: those that choose among candidates, by kind.
+      cost_weight: lambda of the rule "reward_cost".
     """
 
     base: Params
@@ -177,7 +187,8 @@ class PolicyParams(NamedTuple):
     library: Params | None = None
     strength: Array | None = None
     gate: Params | None = None
-    q_h: Params | None = None
+    critics: Critics | None = None
+    cost_weight: Array | None = None
 
 
 def members(config: PolicyConfig, params: PolicyParams) -> tuple[Params, Array]:
@@ -200,8 +211,8 @@ def members(config: PolicyConfig, params: PolicyParams) -> tuple[Params, Array]:
 
 def weights(
     config: PolicyConfig, params: PolicyParams, obs: Float[Array, " S"]
-) -> Float[Array, " K"]:
-    """alpha(s) of one raw observation.
+) -> Float[Array, "*W K"]:
+    """alpha(s) of one raw observation; of the head "select" its candidates [W, K].
 
     Raises:
       ValueError: the policy is a base alone.
@@ -209,6 +220,22 @@ def weights(
     if config.gate is None:
         raise ValueError("a base alone has no gate")
     return gate_alpha(config.gate, params.gate, params.normaliser(obs))
+
+
+class Choice(NamedTuple):
+    """One action of several, and why; candidates are in order of the weights.
+
+    Attributes:
+      action: [A], the one that is executed.
+      alpha: [K], the weights it was sampled with; [0] of a base alone.
+      values: Q of every candidate [N] by the kind of critic.
+      chosen: its number among them.
+    """
+
+    action: Float[Array, " A"]
+    alpha: Float[Array, " K"]
+    values: dict[str, Float[Array, " N"]]
+    chosen: Int[Array, ""]
 
 
 def act(
@@ -224,39 +251,89 @@ def act(
       of the chunk.
 
     Raises:
-      InputError: several candidates, and no critic to choose among them.
+      InputError: several candidates, and no critics to choose among them.
     """
+    if config.chooses:
+        return choose(config, params, key, obs).action
     obs = params.normaliser(obs)
-    draw = _sampler(config, params, obs)
-    if config.candidates == 1:
-        chunk = draw(key).reshape(-1, config.action_dim)
-        execute = config.process.execute
-        return chunk[0] if execute == 1 else chunk[:execute]
-    if params.q_h is None:
-        raise InputError(f"{config.candidates} candidates need a critic of safety")
-    actions = jax.vmap(draw)(jax.random.split(key, config.candidates))
-    return actions[safest(params.q_h, obs, actions)]
+    draw = sampler(config, params, obs)
+    chunk = draw(key, _alphas(config, params, obs)[0]).reshape(-1, config.action_dim)
+    execute = config.process.execute
+    return chunk[0] if execute == 1 else chunk[:execute]
 
 
-def safest(
-    q_h: Params, obs: Float[Array, " S"], actions: Float[Array, "N A"]
-) -> Int[Array, ""]:
-    """The number of the action of least Q_h, by the larger of the twins."""
-    twins = jax.vmap(twin_q, (None, None, 0))(q_h, obs, actions)
-    return jnp.argmin(jnp.max(twins, axis=1))
+def choose(
+    config: PolicyConfig,
+    params: PolicyParams,
+    key: Key[Array, ""],
+    obs: Float[Array, " S"],
+) -> Choice:
+    """The action that `config.rule` chooses from one raw observation, and why.
+
+    Raises:
+      InputError: no critics, or not those of the rule.
+    """
+    return choose_scaled(config, params, key, params.normaliser(obs))
 
 
-def _sampler(
+def choose_scaled(
+    config: PolicyConfig,
+    params: PolicyParams,
+    key: Key[Array, ""],
+    obs: Float[Array, " S"],
+) -> Choice:
+    """`choose` from one normalised observation."""
+    for kind in RULES[config.rule].critics:
+        if kind not in (params.critics or {}):
+            raise InputError(
+                f"the choice among candidates by {config.rule} needs a critic of {kind}"
+            )
+    alphas, actions = candidates(config, params, key, obs)
+    values = judge(params.critics or {}, obs, actions)
+    chosen = jnp.argmax(score(config, params, values))
+    return Choice(actions[chosen], alphas[chosen], values, chosen)
+
+
+def score(config: PolicyConfig, params: PolicyParams, values: Judged) -> Array:
+    """What the rule makes of the critics' values of N candidates, [N]."""
+    weight = jnp.zeros(()) if params.cost_weight is None else params.cost_weight
+    return RULES[config.rule].score(values, weight)
+
+
+def candidates(
+    config: PolicyConfig,
+    params: PolicyParams,
+    key: Key[Array, ""],
+    obs: Float[Array, " S"],
+) -> tuple[Float[Array, "N K"], Float[Array, "N A"]]:
+    """N = W n weights and actions of one normalised observation: n =
+    `config.candidates` samples with each of the gate's W candidates of the weights."""
+    alphas = jnp.repeat(_alphas(config, params, obs), config.candidates, axis=0)
+    keys = jax.random.split(key, len(alphas))
+    return alphas, jax.vmap(sampler(config, params, obs))(keys, alphas)
+
+
+def _alphas(
     config: PolicyConfig, params: PolicyParams, obs: Float[Array, " S"]
-) -> Callable[[Key[Array, ""]], Array]:
-    """Key -> action, or chunk, [H * A] of one normalised observation."""
+) -> Float[Array, "W K"]:
+    """The candidates of the weights: one, of every head but "select"."""
+    if config.gate is None:
+        return jnp.zeros((1, 0))
+    return jnp.atleast_2d(gate_alpha(config.gate, params.gate, obs))
+
+
+def sampler(
+    config: PolicyConfig, params: PolicyParams, obs: Float[Array, " S"]
+) -> Callable[[Key[Array, ""], Float[Array, " K"]], Array]:
+    """(key, alpha) -> action, or chunk, [H * A] of one normalised observation."""
     net = network_of(config)
     if config.gate is None:
         denoise = make_denoise(net, params.base)
-        return lambda key: sample(denoise, config.process, key, obs, net.action_dim)
-    alpha = gate_alpha(config.gate, params.gate, obs)
+        return lambda key, alpha: sample(
+            denoise, config.process, key, obs, net.action_dim
+        )
     library, strength = members(config, params)
     level = LEVELS[config.level]
-    return lambda key: level(
+    return lambda key, alpha: level(
         net, config.process, params.base, library, strength, alpha, key, obs
     )

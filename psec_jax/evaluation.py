@@ -45,7 +45,9 @@ def episode_seeds(seed: int, episodes: int) -> np.ndarray:
 
 
 @jax.jit
-def _policy_keys(seed: jax.Array, episode: jax.Array, step: jax.Array) -> jax.Array:
+def policy_keys(seed: Any, episode: Any, step: Any) -> jax.Array:
+    """The key [B] that the policy gets in step [B] of episode [B], see `evaluate`."""
+
     def one(e: jax.Array, s: jax.Array) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), e), s)
 
@@ -220,7 +222,7 @@ def _play(
     while len(slots):
         fresh = slots[used[slots] == chunk.shape[1]]
         if len(fresh):
-            keys = _policy_keys(np.uint32(seed), running % episodes, lengths[running])
+            keys = policy_keys(np.uint32(seed), running % episodes, lengths[running])
             drawn = _chunks(act(keys, obs), env, width)
             if drawn.shape != chunk.shape:  # the first call
                 chunk = np.zeros_like(drawn)

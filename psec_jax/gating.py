@@ -5,7 +5,7 @@ part that is tuned or learned; the support, in [0, 1], says whether skill k's
 demonstrations reach the state s, and lets the base act where they do not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from psec_jax import tree
+from psec_jax.choice import RULES
 from psec_jax.errors import InputError, lookup
 from psec_jax.networks.mlp import MLP, apply, mlp_shapes
 from psec_jax.types import Params
@@ -30,6 +31,8 @@ class GateForm:
         (stick-breaking in the order of the skills), so that strengths never add up.
       widths: hidden widths of learned heads.
       top_k: skills kept by the "topk" head.
+      candidates: actions that the "select" head samples with each of its weights.
+      rule: how critics choose one of them, a key of `choice.RULES`.
     """
 
     head: str = "linear"
@@ -37,12 +40,18 @@ class GateForm:
     priority: bool = True
     widths: tuple[int, ...] = (256, 256)
     top_k: int = 1
+    candidates: int = 4
+    rule: str = "reward_cost"
 
     def __post_init__(self) -> None:
         lookup(HEADS, self.head, "head")
+        lookup(RULES, self.rule, "rule")
         lookup(SUPPORTS, self.support, "support")
-        if self.top_k < 1:
-            raise InputError(f"top_k: got {self.top_k}, expected 1 or more")
+        for field in ("top_k", "candidates"):
+            if getattr(self, field) < 1:
+                raise InputError(
+                    f"{field}: got {getattr(self, field)}, expected 1 or more"
+                )
         if min(self.widths, default=1) < 1:
             raise InputError(f"widths: got {self.widths}, expected 1 or more")
 
@@ -114,6 +123,14 @@ def _topk(config, params, obs):
     return jax.lax.stop_gradient(params["strength"]) * share
 
 
+def _init_select(config, key, obs_dim, start):
+    return {"alphas": jnp.atleast_2d(start)}
+
+
+def _select(config, params, obs):
+    return params["alphas"]
+
+
 BOUNDED_HEADS = ("softmax", "sigmoid", "topk")  # their start is their largest value
 HEADS = {
     "constant": Head(_init_constant, _constant),
@@ -121,7 +138,9 @@ HEADS = {
     "softmax": Head(_init_bounded, _softmax),
     "sigmoid": Head(_init_bounded, _sigmoid),
     "topk": Head(_init_bounded, _topk),
+    "select": Head(_init_select, _select),  # several weights; critics choose an action
 }
+UNTRAINED_HEADS = ("constant", "select")
 
 
 def neighbour_distance(
@@ -191,7 +210,7 @@ def init_gate(
     config: GateConfig,
     key: Key[Array, ""],
     obs_dim: int,
-    start: Float[Array, " K"],
+    start: Float[Array, "*W K"],
     support: Params | None = None,
 ) -> dict[str, Any]:
     """Parameters of a gate: {"head": ..., "support": ... or absent}.
@@ -201,7 +220,7 @@ def init_gate(
       key: for a learned head.
       obs_dim: S.
       start: the weights the head starts from (a constant head stays there; bounded
-        heads have them as their largest values).
+        heads have them as their largest values), or the candidates of "select".
       support: made by one of `psec_jax.support.FITS`.
 
     Raises:
@@ -218,8 +237,8 @@ def init_gate(
 
 def gate_alpha(
     config: GateConfig, params: Params, obs: Float[Array, " S"]
-) -> Float[Array, " K"]:
-    """alpha(s) of one normalised observation."""
+) -> Float[Array, "*W K"]:
+    """alpha(s) of one normalised observation; of "select" each of its candidates."""
     alpha = HEADS[config.head].apply(config, params["head"], obs)
     support = SUPPORTS[config.support]
     if support is None:
@@ -230,21 +249,27 @@ def gate_alpha(
         share = share * jnp.concatenate([jnp.ones(1), left[:-1]])
     if not config.base_member:
         return alpha * share
-    skills = alpha[1:] * share
-    return jnp.concatenate(
-        [alpha[:1] + jnp.sum(alpha[1:] - skills, keepdims=True), skills]
-    )
+    skills = alpha[..., 1:] * share
+    withheld = jnp.sum(alpha[..., 1:] - skills, axis=-1, keepdims=True)
+    return jnp.concatenate([alpha[..., :1] + withheld, skills], axis=-1)
 
 
 def check_gate(
-    config: GateConfig, params: Params, obs_dim: int, skills: int, name: str = "gate"
+    config: GateConfig,
+    params: Params,
+    obs_dim: int,
+    action_dim: int,
+    skills: int,
+    name: str = "gate",
 ) -> None:
     """Refuse a gate whose arrays are not those of its form.
 
     Args:
       config: the form.
-      params: {"head", "support"}, without a support where the form has none.
+      params: {"head", "support"}, without a support where the form has none, with
+        "critics" and "cost_weight" for the head "select".
       obs_dim: S.
+      action_dim: A.
       skills: K.
       name: named in messages.
 
@@ -257,7 +282,11 @@ def check_gate(
         raise InputError(f"{name}: top_k {config.top_k} of {outputs} weights")
     expected: dict[str, tuple[tuple[int, ...], str]] = {}
     mlp = {"linear": "head/"} | dict.fromkeys(BOUNDED_HEADS, "head/mlp/")
-    if config.head != "linear":
+    if config.head == "select":
+        shape = got.get("head/alphas", ((), "f"))[0]
+        expected["head/alphas"] = ((shape[0] if shape else 1, outputs), "f")
+        expected |= _critic_shapes(config.rule, got, obs_dim, action_dim)
+    elif config.head != "linear":
         start = "alpha" if config.head == "constant" else "strength"
         expected[f"head/{start}"] = ((outputs,), "f")
     if config.head in mlp:
@@ -278,6 +307,22 @@ def check_gate(
             shape = got[path][0] if path in got else "missing"
             wanted = expected[path][0] if path in expected else "nothing"
             raise InputError(f"{name}: {path} is {shape}, expected {wanted}")
+
+
+def _critic_shapes(
+    rule: str, got: Mapping[str, tuple], obs_dim: int, action_dim: int
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The arrays of the critics that a rule reads, and of its cost weight."""
+    expected: dict[str, tuple[tuple[int, ...], str]] = {"cost_weight": ((), "f")}
+    for kind in RULES[rule].critics:
+        prefix = f"critics/{kind}"
+        widths: tuple[int, ...] = ()
+        while (hidden := f"{prefix}/hidden_{len(widths)}/bias") in got:
+            shape = got[hidden][0]
+            widths += (shape[-1] if shape else 0,)
+        for path, shape in mlp_shapes(widths, obs_dim + action_dim, 1).items():
+            expected[f"{prefix}/{path}"] = ((2, *shape), "f")
+    return expected
 
 
 def _kind(leaf: Any) -> tuple[tuple[int, ...], str]:

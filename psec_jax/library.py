@@ -618,7 +618,8 @@ def _check_base(source: str, tensors: Params, card: Mapping[str, Any]) -> None:
 def _check_gate(source: str, params: Params, card: Mapping[str, Any]) -> None:
     check_finite(source, params)
     form = form_of(GateConfig, card["gate"], f"{source}: gate")
-    check_gate(form, params, card["obs_dim"], len(card["skills"]), source)
+    sizes = (card["obs_dim"], card["action_dim"], len(card["skills"]))
+    check_gate(form, params, *sizes, source)
 
 
 def check_finite(source: str, params: Params) -> None:

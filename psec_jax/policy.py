@@ -17,7 +17,16 @@ from psec_jax.agents import critic_file
 from psec_jax.agents.critic_file import Finished
 from psec_jax.agents.critics import of_kind
 from psec_jax.cards import form_of
-from psec_jax.composition import LEVELS, PolicyConfig, PolicyParams, act, weights
+from psec_jax.choice import RULES
+from psec_jax.composition import (
+    LEVELS,
+    Choice,
+    PolicyConfig,
+    PolicyParams,
+    act,
+    choose,
+    weights,
+)
 from psec_jax.data.actions import ActionBox
 from psec_jax.data.recording import box_of_card
 from psec_jax.errors import InputError, lookup
@@ -90,22 +99,42 @@ class Policy:
         alpha = cast(Any, params.gate)["head"]["alpha"]
         with jax.enable_x64(False):
             base = _merge(params.base, params.library, alpha)
-        alone = PolicyParams(base, params.normaliser, q_h=params.q_h)
+        alone = params._replace(base=base, library=None, strength=None, gate=None)
         return dataclasses.replace(config, gate=None), alone
 
     def alpha(self, obs: Any) -> Array:
         """The gate's weights [K] of one raw observation [S], or [B, K] of a batch.
 
         Raises:
-          InputError: the policy is a base alone, or observations that are not finite
-            numbers of the base's size.
+          InputError: the policy is a base alone, its weights depend on sampled actions
+            (see `choice`), or observations that are not finite numbers of the base's
+            size.
         """
         if self.config.gate is None:
             raise InputError("this policy is a base alone: it has no skills to weigh")
+        if self.config.gate.head == "select":
+            raise InputError(
+                "the weights of the head 'select' depend on the sampled actions: "
+                "Policy.choice(keys, obs).alpha has them"
+            )
         obs = self._observations(obs)
         one_or_batch = _weights_batch if obs.ndim == 2 else _weights_one
         with jax.enable_x64(False):
             return _finite(one_or_batch(self.config, self.params, obs), obs)
+
+    def choice(self, keys: Any, obs: Any) -> Choice:
+        """What critics choose among candidate actions, and why; arguments of `act`.
+
+        Raises:
+          InputError: nothing is chosen here, or as `act`.
+        """
+        if not self.config.chooses:
+            raise InputError("this policy samples one action: it chooses among none")
+        obs = self._observations(obs)
+        keys = _keys(keys, obs)
+        one_or_batch = _choose_batch if obs.ndim == 2 else _choose_one
+        with jax.enable_x64(False):
+            return one_or_batch(self.config, self.params, keys, obs)
 
     def to_env(self, action: Any) -> np.ndarray:
         """Actions of `act` [..., A] in the units of the environment of the base's data.
@@ -232,6 +261,16 @@ def _act_batch(config, params, keys, obs):
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def _choose_one(config, params, key, obs):
+    return choose(config, params, key, obs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _choose_batch(config, params, keys, obs):
+    return jax.vmap(functools.partial(choose, config, params))(keys, obs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _act_together(config, params, keys, obs):
     def one(params, keys, obs):
         return jax.vmap(functools.partial(act, config, params))(keys, obs)
@@ -351,6 +390,8 @@ def compose(
     matmul_dtype: str | None = None,
     candidates: int = 1,
     critics: str | Path | None = None,
+    rule: str = "safety",
+    cost_weight: float = 1.0,
 ) -> Policy:
     """A policy from a library on disk.
 
@@ -367,12 +408,15 @@ def compose(
       level: of fixed weights, a key of `composition.LEVELS`.
       matmul_dtype: "bfloat16" makes the products in it and sums in float32, faster on
         processors with units for it; default the base's.
-      candidates: actions sampled at every step, of which the one of least Q_h is used.
+      candidates: actions sampled at every step, of which critics choose one; a gate of
+        the head "select" brings its own number, critics and rule.
       critics: folder of the run whose critics choose among several candidates.
+      rule: how they choose, a key of `choice.RULES`.
+      cost_weight: lambda of the rule "reward_cost".
 
     Raises:
       InputError: names or numbers that do not fit the library, or several candidates
-        without critics of safety.
+        without critics of the rule.
     """
     lookup(LEVELS, level, "level")
     names = (skills,) if isinstance(skills, str) else tuple(skills)
@@ -381,10 +425,13 @@ def compose(
         raise InputError(
             f"candidates: got {candidates}, more than 1 need critics to choose"
         )
-    if critics is not None:
-        policy = with_critics(policy, critics)
-    config = dataclasses.replace(policy.config, candidates=candidates)
-    policy = dataclasses.replace(policy, config=config)
+    if policy.config.chooses:
+        if critics is not None or candidates != 1:
+            raise InputError(
+                f"candidates and critics: the gate {gate!r} has its own, give none"
+            )
+    elif critics is not None:
+        policy = with_critics(policy, critics, candidates, rule, cost_weight)
     if matmul_dtype is None:
         return policy
     network = dataclasses.replace(policy.config.network, matmul_dtype=matmul_dtype)
@@ -392,22 +439,64 @@ def compose(
     return dataclasses.replace(policy, config=config)
 
 
-def with_critics(policy: Policy, critics: str | Path) -> Policy:
-    """The policy with a finished run's Q_h, which chooses among candidates.
+def with_critics(
+    policy: Policy,
+    critics: str | Path,
+    candidates: int,
+    rule: str = "safety",
+    cost_weight: float = 1.0,
+) -> Policy:
+    """The policy with critics of a finished run, which choose among candidates.
+
+    Args:
+      policy: without critics.
+      critics: the run's folder.
+      candidates: actions sampled at every step.
+      rule: a key of `choice.RULES`.
+      cost_weight: lambda of the rule "reward_cost", 0 or more.
 
     Raises:
-      InputError: no critics of safety there, or critics that do not fit the base.
+      InputError: no critics of the rule there, critics that do not fit the base, or a
+        cost weight below 0.
     """
     finished = critic_file.load(critics)
     check_critics(critics, finished, policy)
-    if "safety" not in finished.card["kinds"]:
-        raise InputError(
-            f"{critics}: these critics judge {', '.join(finished.card['kinds'])} "
-            "alone, the choice among candidates needs safety"
-        )
-    q_h = of_kind(finished.params, finished.card["kinds"], "safety").q
-    q_h = jax.tree.map(jnp.asarray, q_h)
-    return dataclasses.replace(policy, params=policy.params._replace(q_h=q_h))
+    params = policy.params._replace(
+        critics=twins_of(critics, finished, rule),
+        cost_weight=jnp.asarray(check_cost_weight(cost_weight), jnp.float32),
+    )
+    config = dataclasses.replace(policy.config, candidates=candidates, rule=rule)
+    return dataclasses.replace(policy, config=config, params=params)
+
+
+def twins_of(critics: str | Path, finished: Finished, rule: str) -> dict[str, Params]:
+    """The twins that a rule reads, by kind, of a finished run.
+
+    Raises:
+      InputError: an unknown rule, or one that needs a critic which is not there.
+    """
+    kinds = finished.card["kinds"]
+    twins = {}
+    for kind in lookup(RULES, rule, "rule").critics:
+        if kind not in kinds:
+            raise InputError(
+                f"{critics}: these critics judge {', '.join(kinds)} alone, the choice "
+                f"among candidates by {rule} needs {kind}"
+            )
+        q = of_kind(finished.params, kinds, kind).q
+        twins[kind] = jax.tree.map(jnp.asarray, q)
+    return twins
+
+
+def check_cost_weight(value: float) -> float:
+    """A cost weight as it is.
+
+    Raises:
+      InputError: below 0, or not finite.
+    """
+    if not 0 <= value < float("inf"):
+        raise InputError(f"cost_weight: got {value}, expected a number of 0 or more")
+    return value
 
 
 def check_critics(critics: str | Path, finished: Finished, policy: Policy) -> None:
@@ -514,6 +603,11 @@ def _compose_gate(root, skills, gate, alpha) -> Policy:
     params = policy.params._replace(
         library=library, strength=strength, gate=gate_params
     )
+    if form.head == "select":
+        config = dataclasses.replace(config, candidates=form.candidates, rule=form.rule)
+        params = params._replace(
+            critics=gate_params["critics"], cost_weight=gate_params["cost_weight"]
+        )
     return Policy(config, _on_device(params), tuple(card["skills"]), policy.box)
 
 

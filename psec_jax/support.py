@@ -24,6 +24,7 @@ Trajectories = Sequence[np.ndarray]  # of one skill: normalised states [n_e, S] 
 
 MIN_SCALE = 1e-3  # for a state variable that never moves in the demonstrations
 MIN_TAU = 1e-3  # shorter distances are lost in float32
+EVERYWHERE = 1e9  # a tau beyond every distance: support 1 in every state
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class SupportConfig:
       batch_size: states a step of the learned form.
       learning_rate: of the learned form.
       expectile: of the learned form; above 0.5 it errs on the far side.
+      safe: only demonstrations within the job's cost limit count.
     """
 
     quantile: float = 0.98
@@ -47,6 +49,7 @@ class SupportConfig:
     batch_size: int = 512
     learning_rate: float = 1e-3
     expectile: float = 0.97
+    safe: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.quantile <= 1:

@@ -320,6 +320,28 @@ def _read_run(folder: Path) -> None:
     metrics.newest(run)
 
 
+def _make_results(folder: Path) -> None:
+    made = {"cores": 2, "cpu": "a processor", "jax": "1", "commit": "abc"}
+    budget = {"base": {"steps": 2, "batch_size": 8}}
+    for method in ("Base", "PSEC"):
+        for seed in (0, 1):
+            raw = {"setting": "S->W", "method": method, "seed": seed, "preset": "quick"}
+            raw |= {"budget": budget, "config_fingerprint": "0" * 12, "versions": made}
+            raw |= {"env": "x", "evaluation_seed": 3, "mean": 2.0, "lengths": [5, 5]}
+            raw |= {"returns": [1.0 + seed, 3.0], "costs": [0.0, 0.0]}
+            with open(folder / "table2.jsonl", "a") as lines:
+                lines.write(json.dumps(raw) + "\n")
+
+
+def _read_results(folder: Path) -> None:
+    from experiments import results, table2, tables
+
+    raws = results.read_all(folder / "table2.jsonl")
+    tables.markdown(table2.TABLE, tables.summarise(table2.TABLE, raws))
+    tables.differences(table2.TABLE, raws)
+    results.conditions(raws)
+
+
 READERS = {
     "library": Reader(_make_library, _read_library, _mend_library, 3),
     "critics": Reader(_make_critics, _read_critics, _mend_critics, 3),
@@ -328,6 +350,7 @@ READERS = {
     "npz": Reader(_make_npz, _read_npz, share=4),
     "minari": Reader(_make_minari, _read_minari, share=3),
     "run": Reader(_make_run, _read_run, share=2),
+    "results": Reader(_make_results, _read_results, share=2),
 }
 
 # --- changes --------------------------------------------------------------------------
@@ -416,6 +439,14 @@ def _swap_json(random: Random, data: bytes) -> bytes:
     if random.random() < 0.02:
         text = "[" * 100_000 + text
     return text.encode()
+
+
+def _swap_line(random: Random, data: bytes) -> bytes:
+    """One value in one line of JSON."""
+    lines = data.splitlines()
+    at = int(random.integers(len(lines)))
+    lines[at] = _swap_json(random, lines[at])
+    return b"\n".join(lines)
 
 
 def _swap_arrays(random: Random, data: bytes) -> bytes:
@@ -584,6 +615,7 @@ def _swap_zip(random: Random, data: bytes) -> bytes:
 PLAIN = (_flips, _flips, _cut, _splice, _size, _size, _fill)
 SWAPS = {
     ".json": _swap_json,
+    ".jsonl": _swap_line,
     ".safetensors": _swap_arrays,
     ".hdf5": _swap_hdf5,
     ".npz": _swap_zip,

@@ -13,6 +13,7 @@ from shell import call
 
 from experiments.configs import dsrl
 from psec_jax.agents import critic_file
+from psec_jax.choice import RULES
 from psec_jax.data import d4rl, dataset
 from psec_jax.errors import InputError, Stopped
 from psec_jax.library import SkillLibrary
@@ -190,6 +191,153 @@ def test_a_gate_on_the_best_trajectories():
         "return_quantile": 0.5,
         "share": 1.0,
     }
+
+
+GUIDED = {
+    "gate.cost_weights": (0.0, 1.0, 100.0),
+    "gate.candidates": 2,
+    "fitted_q.steps": 3,
+    "fitted_q.transitions": 32,
+    "fitted_q.batch_size": 8,
+}
+
+
+def guided(name, critics="critics", skills=("gate_a", "gate_b"), **changes):
+    return stages.compose(
+        tiny_config(**(GUIDED | changes)),
+        workdir=name,
+        library="lib",
+        name=name,
+        skills=skills,
+        data="mixed.hdf5",
+        critics=critics,
+        **OPTIONS,
+    )
+
+
+def two_skills():
+    shared()
+    for name in ("gate_a", "gate_b"):
+        expand(name, name, "bc")
+
+
+def test_a_gate_whose_critics_choose():
+    two_skills()
+    guided("select", **{"gate.head": "select"})
+    card = SkillLibrary.open("lib").card("gate", "select")
+    chosen = card["chosen"]
+    assert [weight for weight, _ in chosen["estimated_costs"]] == [0, 1, 100]
+    # Ten costs over eight steps, each discounted by 0.99.
+    assert chosen["budget"] == pytest.approx(10 / 8 * sum(0.99**t for t in range(8)))
+    assert card["critics"]["kinds"] == ["reward", "safety", "cost"]
+    policy = compose("lib", gate="select")
+    assert policy.config.candidates == 2 and policy.config.rule == "reward_cost"
+    keys, obs = tiny.keys(3), tiny.normal(3, 3)
+    choice = policy.choice(keys, obs)
+    # Six weights of two skills, two samples each.
+    assert choice.values["cost"].shape == (3, 12) and choice.alpha.shape == (3, 2)
+    np.testing.assert_array_equal(policy.act(keys, obs), choice.action)
+    with pytest.raises(InputError, match="the head 'select' depend on the sampled"):
+        policy.alpha(obs)
+    with pytest.raises(InputError, match="the gate 'select' has its own, give none"):
+        compose("lib", gate="select", candidates=2, critics="critics")
+    with pytest.raises(InputError, match="samples one action: it chooses among none"):
+        compose("lib").choice(keys, obs)
+    # The library is whole without the critics' run, and a damaged one is refused.
+    assert not SkillLibrary.open("lib").verify()
+
+
+@pytest.mark.parametrize("loss", ["critic", "selected"])
+def test_a_gate_that_critics_train(loss):
+    two_skills()
+    form = {"gate.head": "sigmoid", "gate.loss": loss, "gate.cost_weights": (2.0,)}
+    assert guided(loss, **form)["summary"]["steps"] == 2
+    card = SkillLibrary.open("lib").card("gate", loss)
+    assert card["chosen"] == {"cost_weight": 2.0}
+    policy = compose("lib", gate=loss)
+    assert not policy.config.chooses, "no critic is needed to act"
+    alpha = policy.alpha(tiny.normal(4, 3))
+    assert ((0 <= alpha) & (alpha <= 16)).all()
+
+
+def test_rules_among_the_bases_own_actions():
+    shared()
+    obs, keys = tiny.normal(2, 3), tiny.keys(2)
+    options = {"candidates": 3, "critics": "critics"}
+    for rule in RULES:
+        assert compose("lib", rule=rule, **options).choice(keys, obs).chosen.shape == (
+            2,
+        )
+    cheap = compose("lib", rule="cost", **options).choice(keys, obs)
+    assert (cheap.chosen == cheap.values["cost"].argmin(1)).all()
+    dear = compose("lib", rule="reward_cost", cost_weight=1e6, **options)
+    assert (dear.choice(keys, obs).chosen == cheap.chosen).all()
+
+
+def test_bad_input_of_gates_that_critics_guide():
+    two_skills()
+    select = {"gate.head": "select"}
+    for critics, changes, message in (
+        (None, select, "critics: got none, the gate's head 'select' reads those of"),
+        ("critics", {}, "critics: critics was given, the head 'linear' .* reads none"),
+        ("nowhere", select, "holds no finished critics"),
+        ("critics", select | {"gate.cost_weights": (-1.0,)}, "cost_weights: got"),
+        ("critics", select | {"gate.alphas": ((1.0,),)}, "expected 2 weights"),
+        ("critics", select | {"gate.rule": "luck"}, "unknown rule 'luck'"),
+        ("critics", select | {"gate.candidates": 0}, "candidates: got 0"),
+        (None, {"gate.fallback": "gate_b"}, "gate.fallback: got 'gate_b', expected"),
+    ):
+        with pytest.raises(InputError, match=message):
+            guided("bad", critics, **changes)
+    stages.train_critics(
+        tiny_config(**{"critics.kinds": ("reward", "safety")}),
+        workdir="costless",
+        library="lib",
+        seed=0,
+        data="mixed.hdf5",
+    )
+    with pytest.raises(InputError, match="by reward_cost needs cost"):
+        guided("bad", "costless", **select)
+    with pytest.raises(InputError, match="cost_weight: got -1, expected a number of 0"):
+        compose(
+            "lib", rule="reward_cost", candidates=2, critics="critics", cost_weight=-1
+        )
+    assert not Path("bad").exists()
+    flags = ("--library=lib", "--data=mixed.hdf5", "--workdir=bad", "--name=bad")
+    answer = call(
+        "launch.compose",
+        *FLAGS,
+        *flags,
+        "--skills=gate_a,gate_b",
+        "--config.gate.head=select",
+    )
+    assert answer.code == 2 and answer.err.count("\n") == 1
+    assert "critics: got none" in answer.err
+
+
+def test_a_skill_that_acts_where_no_other_has_support():
+    two_skills()
+    form = {
+        "gate.head": "constant",
+        "gate.support": "neighbour",
+        "gate.fallback": "gate_b",
+        "support.safe": True,
+    }
+    stages.compose(
+        tiny_config(**form),
+        workdir="fallback",
+        library="lib",
+        name="fallback",
+        skills=("gate_a", "gate_b"),
+        alpha=(16.0, 16.0),
+        data="mixed.hdf5",
+        support_data=("mixed.hdf5", "mixed.hdf5"),
+        **OPTIONS,
+    )
+    policy = compose("lib", gate="fallback")
+    np.testing.assert_allclose(policy.alpha(np.full(3, 1e3)), [0, 16], atol=1e-4)
+    near = policy.alpha(mixed().obs[0])
+    assert near[0] > 0 and near.sum() == pytest.approx(16, abs=1e-3)
 
 
 def test_selections():

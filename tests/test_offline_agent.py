@@ -20,11 +20,10 @@ from psec_jax.agents.cloning import AdapterConfig, CloningConfig
 from psec_jax.agents.common import OptimiserConfig, Transitions, batch_noise
 from psec_jax.agents.critics import CriticConfig
 from psec_jax.agents.offline import Frozen, OfflineConfig
-from psec_jax.composition import PolicyConfig, PolicyParams, act, safest
+from psec_jax.composition import PolicyConfig, PolicyParams, act
 from psec_jax.errors import InputError
 from psec_jax.gating import GateConfig
 from psec_jax.losses import OBJECTIVES, Objective, WeightConfig
-from psec_jax.networks.critics import init_q, q_value
 from psec_jax.process import ProcessConfig
 from psec_jax.runtime import platform
 from psec_jax.types import Normaliser
@@ -287,26 +286,3 @@ def test_config_refusals():
     chunks = dataclasses.replace(ACTOR, process=ProcessConfig(horizon=4))
     with pytest.raises(InputError, match="^horizon: got 4, .* 'dql' judges"):
         OfflineConfig(chunks, ("bc", "dql"))
-
-
-def test_the_safest_of_several_candidates():
-    make = functools.partial(init_q, (16,), obs_dim=S, action_dim=A)
-    q_h = tiny.randomised(lambda: jax.vmap(make)(tiny.keys(2)), 5)
-    normaliser = Normaliser(jnp.ones(S), jnp.full(S, 2.0))
-    params = PolicyParams(tiny.base(), normaliser, q_h=q_h)
-    config = PolicyConfig(tiny.NETWORK, tiny.PROCESS, A)
-    several = dataclasses.replace(config, candidates=8)
-    obs, key = tiny.normal(S), jax.random.key(3)
-    one = jax.jit(functools.partial(act, config, params))
-    drawn = jnp.stack([one(k, obs) for k in jax.random.split(key, 8)])
-    got = jax.jit(functools.partial(act, several, params))(key, obs)
-    judged = jax.vmap(
-        lambda q: jax.vmap(lambda a: q_value(q, normaliser(obs), a))(drawn)
-    )(q_h)
-    best = int(np.argmin(np.max(judged, axis=0)))
-    np.testing.assert_allclose(got, drawn[best], atol=1e-5)
-    assert safest(q_h, normaliser(obs), drawn) == best
-    with pytest.raises(InputError, match="8 candidates need a critic"):
-        act(several, params._replace(q_h=None), key, obs)
-    with pytest.raises(InputError, match="candidates: got 0"):
-        dataclasses.replace(config, candidates=0)

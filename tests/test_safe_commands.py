@@ -157,6 +157,8 @@ def test_table1(place, monkeypatch):
         | {"network.time_width": 8, "critics.widths": (8,), "evaluation.episodes": 2}
         | {"table.fisor_candidates": 2, "table.tuning_episodes": 1}
         | {"table.cloning": {"steps": 2, "batch_size": 4}}
+        | {"table.guided": {"steps": 2, "batch_size": 4}}
+        | {"fitted_q.steps": 2, "fitted_q.transitions": 64, "fitted_q.batch_size": 8}
         | {f"{part}.{name}": n for part in parts for name, n in sizes.items()}
     )
     lines = []

@@ -25,6 +25,8 @@ from psec_jax.workflows import Job
 # The whole set is used; the gate reads what flags of launch.compose select of it. Sets
 # hold actions that rounding left just outside the bounds.
 COMMON = {
+    "critics.kinds": ("reward", "safety", "cost"),
+    "critics.cost_expectile": 0.5,
     "base.env": "bullet:SafetyBallRun-v0",
     "base.episodes": 0,
     "skill.env": "bullet:SafetyBallRun-v0",
@@ -41,6 +43,7 @@ SMALL = COMMON | {
     "gate.learning_rate": 1e-4,
     "gate.batch_size": 256,
     "table.cloning": {"steps": 200, "batch_size": 64},
+    "table.guided": {"steps": 600, "batch_size": 256},
 }
 PRESETS = {
     "quick": SMALL

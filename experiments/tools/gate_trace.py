@@ -11,7 +11,8 @@ each skill, and the events that can be read off the observation. From those raw 
 alone (OUT/raw) it makes OUT/ENV-GATE_seedS
 
   .png, .svg  weights, events, cost and reward over the first episode, with frames
-              above where the simulator can draw
+              above where the simulator can draw; where critics choose, the weights
+              chosen and Q of the action by each critic
   .md, .json  Pearson's r of each weight with the cost of the same step, with that of
               the next --ahead steps and with each event, over all episodes
 
@@ -187,6 +188,10 @@ def as_json(trace: Trace, env: str) -> dict[str, Any]:
                 "alpha": {
                     name: _numbers(trace.alpha[rows, k])
                     for k, name in enumerate(trace.names)
+                },
+                "values": {
+                    kind: _numbers(trace.values[rows, c])
+                    for c, kind in enumerate(trace.critics)
                 },
                 "measured": {
                     name: _numbers(values) for name, values in measured.items()

@@ -41,7 +41,7 @@ from psec_jax import policy as policies
 from psec_jax.envs.gl import CannotDraw
 from psec_jax.envs.rendering import Renderer
 from psec_jax.errors import InputError, lookup
-from psec_jax.evaluation import record
+from psec_jax.evaluation import policy_keys, record
 from psec_jax.files import reported, write_atomic
 from psec_jax.policy import Policy
 
@@ -59,11 +59,13 @@ class Trace(NamedTuple):
       reward: [N], of each action.
       cost: [N], of each action; 0 where the environment has none.
       alpha: [N, M], weights at each observation; M is 0 for a base alone, and K or
-        K + 1 for K skills.
+        K + 1 for K skills. Where critics choose, those of the action chosen.
       names: of the M weights: the skills', with "base" in front where the gate weighs
         the base too.
       lengths: [E], steps of each episode.
       seeds: [E], environment seed of each episode.
+      values: [N, C], Q of the action chosen by each critic; C is 0 where none chooses.
+      critics: kinds of the C critics.
     """
 
     obs: np.ndarray
@@ -74,6 +76,8 @@ class Trace(NamedTuple):
     names: tuple[str, ...]
     lengths: np.ndarray
     seeds: np.ndarray
+    values: np.ndarray
+    critics: tuple[str, ...] = ()
 
     def episodes(self) -> list[slice]:
         """Rows of each episode."""
@@ -101,28 +105,61 @@ def make_trace(
     played, data, rows = record(policy.act, env, episodes, seed)
     rows = [slice(r.start, r.stop if steps is None else r.start + steps) for r in rows]
     obs = [data.obs[r] for r in rows]
-    names, alpha = _alpha(policy, np.concatenate(obs))
+    if policy.config.chooses:
+        steps_of = [np.arange(len(o)) for o in obs]
+        episode = np.repeat(np.arange(len(obs)), [len(o) for o in obs])
+        keys = policy_keys(np.uint32(seed), episode, np.concatenate(steps_of))
+        critics, alpha, values = _choices(policy, keys, np.concatenate(obs))
+    else:
+        critics, alpha = (), _alpha(policy, np.concatenate(obs))
+        values = np.zeros((len(alpha), 0), np.float32)
     return Trace(
         np.concatenate(obs),
         np.concatenate([data.action[r] for r in rows]),
         np.concatenate([data.reward[r] for r in rows]),
         np.concatenate([data.cost[r] for r in rows]),
         alpha,
-        names,
+        _names(policy),
         np.array([len(o) for o in obs]),
         played.seeds,
+        values,
+        critics,
     )
 
 
-def _alpha(policy: Policy, obs: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
+def _names(policy: Policy) -> tuple[str, ...]:
+    gate = policy.config.gate
+    if gate is None:
+        return ()
+    return (("base",) if gate.base_member else ()) + policy.skills
+
+
+def _choices(
+    policy: Policy, keys: Any, obs: np.ndarray
+) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
+    """What critics chose in each step: their kinds, weights [N, M], values [N, C]."""
+    rows = np.minimum(
+        np.arange(-(-len(obs) // ALPHA_BATCH) * ALPHA_BATCH), len(obs) - 1
+    )
+    alpha, values, kinds = [], [], ()
+    for part in rows.reshape(-1, ALPHA_BATCH):
+        choice = policy.choice(keys[part], obs[part])
+        kinds = tuple(choice.values)
+        alpha.append(np.asarray(choice.alpha))
+        picked = np.arange(ALPHA_BATCH), np.asarray(choice.chosen)
+        values.append(
+            np.stack([np.asarray(q)[picked] for q in choice.values.values()], axis=1)
+        )
+    return kinds, *(np.concatenate(x)[: len(obs)] for x in (alpha, values))
+
+
+def _alpha(policy: Policy, obs: np.ndarray) -> np.ndarray:
     if policy.config.gate is None:
-        return (), np.zeros((len(obs), 0), np.float32)
+        return np.zeros((len(obs), 0), np.float32)
     # In parts of one size: compiled once, and no N x M table of a neighbour search.
     padded = np.pad(obs, ((0, -len(obs) % ALPHA_BATCH), (0, 0)))
     parts = padded.reshape(-1, ALPHA_BATCH, obs.shape[1])
-    alpha = np.concatenate([policy.alpha(part) for part in parts])[: len(obs)]
-    base = ("base",) if policy.config.gate.base_member else ()
-    return base + policy.skills, alpha
+    return np.concatenate([policy.alpha(part) for part in parts])[: len(obs)]
 
 
 def save_trace(path: Path, trace: Trace, env: str, seed: int) -> Path:

@@ -30,7 +30,7 @@ from psec_jax.losses import (
     reversed_expectile_loss,
     td_target,
 )
-from psec_jax.networks.critics import init_q, init_v, twin_q, v_value
+from psec_jax.networks.critics import PESSIMISM, init_q, init_v, twin_q, v_value
 from psec_jax.types import Params, TrainState
 
 
@@ -42,26 +42,22 @@ class Critic(NamedTuple):
       target: `(signal, mask, next_v, discount) -> scalar`, what Q is drawn to.
       loss: `(Q' - V, expectile) -> scalar`, of V.
       expectile: the field of `CriticConfig` that holds the expectile.
-      pessimism: min or max, the one of the twins that counts.
     """
 
     signal: str
     target: Callable[..., Array]
     loss: Callable[..., Array]
     expectile: str
-    pessimism: Callable[..., Array]
 
 
 # reward: IQL. safety: feasibility (Hamilton-Jacobi). cost: the discounted sum of costs,
 # called qc in the authors' code.
 CRITICS = {
-    "reward": Critic("reward", td_target, expectile_loss, "expectile", jnp.min),
+    "reward": Critic("reward", td_target, expectile_loss, "expectile"),
     "safety": Critic(
-        "h", feasibility_target, reversed_expectile_loss, "safety_expectile", jnp.max
+        "h", feasibility_target, reversed_expectile_loss, "safety_expectile"
     ),
-    "cost": Critic(
-        "cost", td_target, reversed_expectile_loss, "cost_expectile", jnp.max
-    ),
+    "cost": Critic("cost", td_target, reversed_expectile_loss, "cost_expectile"),
 }
 
 
@@ -228,8 +224,8 @@ def twins(
 
 
 def _pessimistic(kinds: Sequence[str], q: Float[Array, "C 2 B"]) -> Float[Array, "C B"]:
-    """Of each pair the Q that counts: the smaller reward, the larger harm."""
-    rows = [CRITICS[k].pessimism(x, axis=0) for k, x in zip(kinds, q, strict=True)]
+    """Of each pair the Q that counts."""
+    rows = [PESSIMISM[kind](x, axis=0) for kind, x in zip(kinds, q, strict=True)]
     return jnp.stack(rows)
 
 

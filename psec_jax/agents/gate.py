@@ -1,7 +1,10 @@
 """The gate's head, trained through the composed policy; base and skills frozen."""
 
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +18,17 @@ from psec_jax.agents.common import (
     descend,
     init_state,
 )
+from psec_jax.choice import judge
 from psec_jax.composition import (
     DENOISERS,
     LEVELS,
     PolicyConfig,
     PolicyParams,
+    choose_scaled,
     members,
     network_of,
+    sampler,
+    score,
 )
 from psec_jax.errors import InputError, lookup
 from psec_jax.gating import gate_alpha
@@ -30,26 +37,65 @@ from psec_jax.networks.denoiser import COMPATS
 from psec_jax.types import Params, TrainState
 
 
+class GateLoss(NamedTuple):
+    """What a gate's head is trained on.
+
+    Attributes:
+      loss: `(policy's config, its params, alpha, key, obs, action) -> scalar` of one
+        example with normalised observation.
+      critics: whether it reads critics, by `PolicyConfig.rule`.
+      levels: where it can be used.
+    """
+
+    loss: Callable[..., Array]
+    critics: bool = False
+    levels: Mapping[str, Any] = LEVELS
+
+
 def _diffusion(config: PolicyConfig, params: PolicyParams, alpha, key, obs, action):
     net = network_of(config)
     library, strength = members(config, params)
-    compose = lookup(DENOISERS, config.level, "level for the gate loss 'diffusion'")
-    denoise = compose(net, params.base, library, strength, alpha)
+    denoise = DENOISERS[config.level](net, params.base, library, strength, alpha)
     return diffusion_loss(denoise, config.process, key, obs, action)
 
 
 def _cloning(config: PolicyConfig, params: PolicyParams, alpha, key, obs, action):
-    net = network_of(config)
-    library, strength = members(config, params)
-    sampled = LEVELS[config.level](
-        net, config.process, params.base, library, strength, alpha, key, obs
-    )
-    return cloning_loss(sampled, action)
+    return cloning_loss(sampler(config, params, obs)(key, alpha), action)
+
+
+def _critic(config: PolicyConfig, params: PolicyParams, alpha, key, obs, action):
+    """-(Q - lambda Q_c) of the action that the weights sample, or another rule's."""
+    sampled = sampler(config, params, obs)(key, alpha)
+    values = judge(params.critics or {}, obs, sampled[None])
+    return -score(config, params, values)[0]
+
+
+def _selected(config: PolicyConfig, params: PolicyParams, alpha, key, obs, action):
+    """Mean (alpha - alpha*)^2, alpha* the weights that critics choose there."""
+    chosen = choose_scaled(*selecting(config, params), key, obs).alpha
+    return jnp.mean((alpha - chosen) ** 2)
+
+
+def selecting(
+    config: PolicyConfig, params: PolicyParams
+) -> tuple[PolicyConfig, PolicyParams]:
+    """The policy whose critics choose among the weights `params.gate["alphas"]`."""
+    assert config.gate is not None and params.gate is not None
+    form = dataclasses.replace(config.gate, head="select", support="none")
+    config = dataclasses.replace(config, gate=form, candidates=form.candidates)
+    head = {"head": {"alphas": params.gate["alphas"]}}
+    return config, params._replace(gate=head)
 
 
 # "diffusion" is the paper's form; "cloning" is how the authors' code trains the weights
-# of the noise and action levels, and the only one the action level admits.
-GATE_LOSSES = {"diffusion": _diffusion, "cloning": _cloning}
+# of the noise and action levels, and the only one of the two that the action level
+# admits. "critic" goes through the sampler, "selected" imitates the head "select".
+GATE_LOSSES = {
+    "diffusion": GateLoss(_diffusion, levels=DENOISERS),
+    "cloning": GateLoss(_cloning),
+    "critic": GateLoss(_critic, critics=True),
+    "selected": GateLoss(_selected, critics=True),
+}
 
 
 @dataclass(frozen=True)
@@ -81,8 +127,8 @@ class GateTrainConfig:
             raise InputError("a policy without a gate has no gate to train")
         if self.compat not in COMPATS:
             raise InputError(f"compat: got {self.compat!r}, expected {COMPATS}")
-        if self.loss == "diffusion":
-            lookup(DENOISERS, self.policy.level, "level for the gate loss 'diffusion'")
+        levels = GATE_LOSSES[self.loss].levels
+        lookup(levels, self.policy.level, f"level for the gate loss {self.loss!r}")
         check_batch_size(self.batch_size)
 
 
@@ -142,4 +188,5 @@ def _example(
     policy = config.policy
     assert policy.gate is not None and frozen.gate is not None
     alpha = gate_alpha(policy.gate, {**frozen.gate, "head": head}, obs)
-    return GATE_LOSSES[config.loss](policy, frozen, alpha, key, obs, action), alpha
+    loss = GATE_LOSSES[config.loss].loss
+    return loss(policy, frozen, alpha, key, obs, action), alpha

@@ -11,6 +11,9 @@ from jaxtyping import Array, Float, Key
 from psec_jax.networks.mlp import MLP
 from psec_jax.types import Params
 
+# Of each pair of twins the Q that counts: the smaller reward, the larger harm.
+PESSIMISM = {"reward": jnp.min, "safety": jnp.max, "cost": jnp.max}
+
 
 class ValueNet(nn.Module):
     """V(s): LayerNorm on the state itself, then an MLP."""

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from psec_jax.agents.cloning import AdapterConfig
 from psec_jax.agents.common import OptimiserConfig
 from psec_jax.agents.critics import CriticConfig
+from psec_jax.agents.fitted_q import FittedQConfig
 from psec_jax.agents.gate import GATE_LOSSES
 from psec_jax.composition import LEVELS
 from psec_jax.data import ENDS, UNITS
@@ -132,6 +133,12 @@ class GateSection(GateForm, Budget):
         level, cloning at the others, as in the paper and its code.
       compat: "paper", or "released" for the authors' regulariser.
       start: weights the head starts from; see `gate.start_weights`.
+      alphas: the weights that critics choose among, one for each skill; none are all
+        ways to share the strength in quarters, and the base alone.
+      fallback: name of the skill that acts where no other has support, the last one;
+        none is the base.
+      cost_weights: lambda of the rule "reward_cost". Of several the smallest whose
+        estimated cost is within the limit's budget, see `workflows.estimates`.
       learning_rate: of Adam, constant.
     """
 
@@ -139,6 +146,9 @@ class GateSection(GateForm, Budget):
     loss: str = "auto"
     compat: str = "paper"
     start: str = "strength"
+    fallback: str = ""
+    alphas: tuple[tuple[float, ...], ...] = ()
+    cost_weights: tuple[float, ...] = (0.3, 0.6, 1.0, 1.5, 2.5, 4.0, 6.0, 10.0)
     learning_rate: float = 3e-4
 
     def __post_init__(self) -> None:
@@ -147,7 +157,19 @@ class GateSection(GateForm, Budget):
         lookup(LEVELS, self.level, "level")
         lookup({"auto": None} | GATE_LOSSES, self.loss, "loss")
         lookup(dict.fromkeys(GATE_STARTS), self.start, "start")
+        if not self.cost_weights or min(self.cost_weights) < 0:
+            raise InputError(
+                f"cost_weights: got {self.cost_weights}, expected one or more of 0 or "
+                "more"
+            )
         self.optimiser  # noqa: B018 (its own checks)
+
+    @property
+    def guided(self) -> bool:
+        """Whether critics choose or train its weights."""
+        return self.head == "select" or (
+            self.loss != "auto" and GATE_LOSSES[self.loss].critics
+        )
 
     @property
     def optimiser(self) -> OptimiserConfig:
@@ -258,6 +280,7 @@ class TableSection:
       tuning_episodes: by which fixed weights are chosen, from other start states.
       cloning: training of gates through the sampler, which costs some ten times a step
         on the diffusion loss.
+      guided: training of gates by critics, through the sampler too.
       return_quantile: gates with costs learn from the trajectories above it, among
         those within the cost limit.
       fisor_candidates: actions sampled by the FISOR baseline.
@@ -269,6 +292,7 @@ class TableSection:
     methods: tuple[str, ...] = ()
     tuning_episodes: int = 10
     cloning: Budget = field(default_factory=Budget)
+    guided: Budget = field(default_factory=Budget)
     return_quantile: float = 0.5
     fisor_candidates: int = 16
     transitions: int = 10_000
@@ -294,6 +318,7 @@ class Job:
       gate: of a gate.
       support: how a gate's support is fitted.
       critics: of critics.
+      fitted_q: how costs of policies are estimated from data.
       weights: how critics' advantages become weights.
       cost_limit: costs of a trajectory up to here are safe.
       evaluation: roll-outs after training.
@@ -312,6 +337,7 @@ class Job:
     gate: GateSection = field(default_factory=GateSection)
     support: SupportConfig = field(default_factory=SupportConfig)
     critics: CriticSection = field(default_factory=CriticSection)
+    fitted_q: FittedQConfig = field(default_factory=FittedQConfig)
     weights: WeightConfig = field(default_factory=WeightConfig)
     cost_limit: float = 10.0
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

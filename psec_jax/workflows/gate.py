@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +13,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from psec_jax import envs, support
+from psec_jax.agents import critic_file
 from psec_jax.agents import gate as agent
+from psec_jax.agents.critic_file import Finished
 from psec_jax.agents.gate import GateTrainConfig
 from psec_jax.composition import PolicyParams
 from psec_jax.data import dataset
 from psec_jax.data.actions import ActionBox
 from psec_jax.data.recording import box_of_card, check_box
 from psec_jax.errors import InputError, lookup
-from psec_jax.gating import BOUNDED_HEADS, GateConfig, init_gate
+from psec_jax.gating import BOUNDED_HEADS, UNTRAINED_HEADS, GateConfig, init_gate
 from psec_jax.library import SkillLibrary
-from psec_jax.policy import Policy, compose, load_skills
+from psec_jax.policy import Policy, check_critics, compose, load_skills, twins_of
 from psec_jax.runtime import processes
 from psec_jax.runtime.batches import Drawn
 from psec_jax.runtime.run import versions
 from psec_jax.types import Normaliser, Params
-from psec_jax.workflows import multirun
-from psec_jax.workflows.config import Job, part
+from psec_jax.workflows import estimates, multirun
+from psec_jax.workflows.config import GateSection, Job, part
 from psec_jax.workflows.demonstrations import (
     FIRST,
     Demos,
@@ -40,6 +43,8 @@ from psec_jax.workflows.demonstrations import (
     loader,
 )
 from psec_jax.workflows.multirun import Plan, Published, Trained
+
+MAX_SHARED = 5  # weights, of which the default candidates are not too many: 71
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class Request:
         other behaviour; default collects again what the base's card names.
       alpha: weights the head starts from (a constant head keeps them); default by
         `job.gate.start`.
+      critics: directory of a finished run, whose critics choose or train the weights.
       evaluate: roll the composition out.
       label: put before messages, such as "seed 3".
     """
@@ -76,6 +82,7 @@ class Request:
     support_data: Sequence[str] = ()
     base_data: str | None = None
     alpha: Sequence[float] | None = None
+    critics: str | Path | None = None
     evaluate: bool = True
     label: str = ""
 
@@ -124,13 +131,24 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
     config = _config(job, policy, len(request.skills))
     form = config.policy.gate
     assert form is not None
-    start = start_weights(
-        section.start, section.head, strength, form.base_member, request.alpha
+    alphas = candidate_weights(strength, form.base_member, section.alphas)
+    if section.head == "select" and request.alpha is not None:
+        raise InputError(
+            "alpha: the head 'select' has several candidates, config.gate.alphas"
+        )
+    start = (
+        alphas
+        if section.head == "select"
+        else start_weights(
+            section.start, section.head, strength, form.base_member, request.alpha
+        )
     )
     base_card = SkillLibrary.open(request.library).card("base", "base")
     box = box_of_card(base_card.get("actions"))
     compare = request.evaluate or request.env is not None
-    wanted = Wanted(compare=compare, box=box)
+    guide = _guide(section, request, policy)
+    estimated = guide is not None and _estimated(section)
+    wanted = Wanted(compare=compare, box=box, costs=estimated)
     demos = load(env, job.skill.episodes, request.data, request.selection, wanted)
     check_fit(demos, policy)
     if compare and env is not None:
@@ -144,24 +162,49 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
         path, named = request.base_data, request.env
         background = _card_demos(load, box, "base", base_card, path, "base_data", named)
         check_fit(background, policy)
+    if section.fallback and (
+        section.support == "none" or section.fallback != request.skills[-1]
+    ):
+        raise InputError(
+            f"gate.fallback: got {section.fallback!r}, expected the last of the skills "
+            f"{', '.join(request.skills)}, and a support"
+        )
     normaliser = policy.params.normaliser
     init_key, train_key = jax.random.split(jax.random.key(request.seed))
+    estimate_key = jax.random.fold_in(init_key, 1)
+
+    params = policy.params._replace(library=stacked, strength=strength)
 
     @functools.cache
-    def fresh() -> Params:
+    def fresh() -> Fresh:
         fitted = None
         if skill_demos:
+            reached = skill_demos
+            if job.support.safe:
+                reached = [_within(job.cost_limit, demos) for demos in skill_demos]
             fitted = fit_support(
-                job.support, section.support, skill_demos, background, normaliser
+                job.support, section.support, reached, background, normaliser
             )
-        return init_gate(form, init_key, len(normaliser.mean), start, fitted)
+        if fitted is not None and section.fallback:
+            fitted["tau"] = fitted["tau"].at[-1].set(support.EVERYWHERE)
+        gate = init_gate(form, init_key, len(normaliser.mean), start, fitted)
+        if guide is None:
+            return Fresh(gate, params._replace(gate=gate))
+        critics = twins_of(guide.source, guide.finished, form.rule)
+        guided = params._replace(gate=gate | {"alphas": alphas}, critics=critics)
+        chosen = estimates.choose_cost_weight(
+            job, *agent.selecting(config.policy, guided), demos, estimate_key
+        )
+        weight = jnp.asarray(chosen.cost_weight, jnp.float32)
+        if section.head == "select":
+            gate = gate | {"critics": critics, "cost_weight": weight}
+        return Fresh(gate, guided._replace(cost_weight=weight), chosen.card)
 
     def start_training() -> tuple[Any, Any]:
-        gate, base = fresh(), policy.params.base
-        frozen = PolicyParams(base, normaliser, stacked, strength, gate)
-        return agent.init(config, gate), frozen
+        made = fresh()
+        return agent.init(config, made.gate), made.frozen
 
-    learned = section.head != "constant"
+    learned = section.head not in UNTRAINED_HEADS
     return Plan(
         kind="gate",
         names=(request.name,),
@@ -179,7 +222,9 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
             "start_weights": np.asarray(start).tolist(),
             "gate": dataclasses.asdict(section),
             "support": dataclasses.asdict(job.support),
-        },
+        }
+        | ({"critics": guide.finished.brief()} if guide else {})
+        | ({"fitted_q": dataclasses.asdict(job.fitted_q)} if estimated else {}),
         update=Drawn(agent.update, config, config.batch_size) if learned else None,
         rows=demonstrations(demos, normaliser, policy.config.process.horizon),
         start=start_training,
@@ -189,32 +234,55 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
         env=env,
         evaluate=request.evaluate,
         label=request.label,
-        content=Content(fresh, form, section.level, demos, cards),
+        content=Content(fresh, form, section.level, demos, cards, guide),
     )
+
+
+class Fresh(NamedTuple):
+    """A gate before training.
+
+    Attributes:
+      gate: its parameters.
+      frozen: the policy around it, with critics where they guide it.
+      chosen: what the card says of the cost weight.
+    """
+
+    gate: Params
+    frozen: PolicyParams
+    chosen: Mapping[str, Any] | None = None
+
+
+class Guide(NamedTuple):
+    """Critics that choose or train the weights, and the run they come from."""
+
+    source: str | Path
+    finished: Finished
 
 
 class Content(NamedTuple):
     """What a trained gate is published with.
 
     Attributes:
-      fresh: makes its parameters before training.
+      fresh: makes it before training.
       form: of the gate.
       level: at which skills are composed.
       demos: the target's demonstrations.
       cards: of the skills.
+      guide: critics, if any.
     """
 
-    fresh: Callable[[], Params]
+    fresh: Callable[[], Fresh]
     form: GateConfig
     level: str
     demos: Demos
     cards: Sequence[Mapping[str, Any]]
+    guide: Guide | None
 
 
 def publish(trained: Trained) -> Published:
     """Put the gate into its library."""
     plan, content = trained.plan, trained.plan.content
-    gate = content.fresh()
+    gate = content.fresh().gate
     if trained.state is not None:
         gate = gate | {"head": trained.state.params}
     [name] = plan.names
@@ -227,6 +295,8 @@ def publish(trained: Trained) -> Published:
             "gate": dataclasses.asdict(content.form),
             "env": plan.record["env"],
             "data": content.demos.card(),
+            "critics": content.guide and content.guide.finished.brief(),
+            "chosen": content.fresh().chosen,
             "returns": None,
             "steps": 0 if trained.state is None else plan.steps,
             "base_fingerprint": content.cards[0]["base_fingerprint"],
@@ -256,6 +326,8 @@ def _config(job: Job, policy: Policy, skills: int) -> GateTrainConfig:
         policy.config,
         level=section.level,
         gate=part(GateConfig, section, base_member=base_member),
+        rule=section.rule,
+        candidates=section.candidates if section.head == "select" else 1,
     )
     return GateTrainConfig(
         policy=composed,
@@ -264,6 +336,77 @@ def _config(job: Job, policy: Policy, skills: int) -> GateTrainConfig:
         batch_size=section.batch_size,
         compat=section.compat,
     )
+
+
+def candidate_weights(
+    strength: jax.Array, base_member: bool, alphas: Sequence[Sequence[float]] = ()
+) -> jax.Array:
+    """The weights [W, K] that critics choose among.
+
+    By default all ways to share the strength of one skill in quarters, and the base
+    alone; at the noise and action levels the base takes part in the sharing.
+
+    Args:
+      strength: [K] of the skills.
+      base_member: whether weight 0 is the base's.
+      alphas: the candidates instead of these.
+
+    Raises:
+      InputError: a candidate of another number of weights, or so many skills that
+        their shares are too many.
+    """
+    count = len(strength) + base_member
+    for row in alphas:
+        if len(row) != count:
+            raise InputError(
+                f"gate.alphas: got {tuple(row)}, expected {count} weights"
+                f"{', the first for the base' if base_member else ''}"
+            )
+    if alphas:
+        return jnp.asarray(alphas, jnp.float32)
+    if count > MAX_SHARED:
+        raise InputError(
+            f"gate.alphas: got none for {count} weights, expected the candidates, of "
+            f"which those of up to {MAX_SHARED} weights have a default"
+        )
+    shares = [s for s in itertools.product(range(5), repeat=count) if sum(s) == 4]
+    scale = jnp.ones(count) if base_member else strength
+    rows = jnp.asarray(sorted(shares, reverse=True)) / 4 * scale
+    return rows if base_member else jnp.concatenate([rows, jnp.zeros((1, count))])
+
+
+def _guide(section: GateSection, request: Request, policy: Policy) -> Guide | None:
+    """The critics of a gate that critics guide.
+
+    Raises:
+      InputError: none given, given to a gate that reads none, of another base, or
+        without a kind that the rule reads.
+    """
+    if not section.guided:
+        if request.critics is not None:
+            raise InputError(
+                f"critics: {request.critics} was given, the head {section.head!r} with "
+                f"the loss {section.loss!r} reads none"
+            )
+        return None
+    if request.critics is None:
+        what = "head 'select'" if section.head == "select" else f"loss {section.loss!r}"
+        raise InputError(f"critics: got none, the gate's {what} reads those of a run")
+    finished = critic_file.load(request.critics)
+    check_critics(request.critics, finished, policy)
+    twins_of(request.critics, finished, section.rule)
+    return Guide(request.critics, finished)
+
+
+def _estimated(section: GateSection) -> bool:
+    """Whether the cost weight is chosen among several, by estimates."""
+    return section.rule == "reward_cost" and len(section.cost_weights) > 1
+
+
+def _within(limit: float, demos: Demos) -> Demos:
+    """The demonstrations of a cost within the limit."""
+    chosen = dataset.select(demos.dataset, max_cost=limit, source=demos.source)
+    return demos._replace(dataset=chosen)
 
 
 def fit_support(
@@ -347,13 +490,6 @@ def _skill_demos(
                 f"{what} was learned from {trajectories} trajectory, a support needs 2 "
                 "or more to find its scale"
             )
-        known = card.get("data")
-        if known and demos.card()["fingerprint"] != known["fingerprint"]:
-            raise InputError(
-                f"{demos.source}: not the data {what} was learned from (fingerprint "
-                f"{demos.card()['fingerprint']}, expected {known['fingerprint']}); "
-                "name it with --support_data"
-            )
         loaded.append(demos)
     return loaded
 
@@ -367,7 +503,11 @@ def _card_demos(
     flag: str,
     named: str | None,
 ) -> Demos:
-    """The demonstrations a card names, from a file or collected again."""
+    """The demonstrations a card names, from a file or collected again.
+
+    Raises:
+      InputError: the card names none, or they are not those that it names.
+    """
     known = card.get("data")
     if path is None and not (known and card.get("env")):
         raise InputError(
@@ -377,4 +517,11 @@ def _card_demos(
     selection = Selection(**(known or {}).get("selection", {}))
     wanted = Wanted(compare=False, box=box)
     env = card_env(card, what, named) if path is None else card.get("env")
-    return load(env, trajectories, path, selection, wanted)
+    demos = load(env, trajectories, path, selection, wanted)
+    if known and demos.card()["fingerprint"] != known["fingerprint"]:
+        raise InputError(
+            f"{demos.source}: not the data {what} was learned from (fingerprint "
+            f"{demos.card()['fingerprint']}, expected {known['fingerprint']}); "
+            f"name it with --{flag}"
+        )
+    return demos

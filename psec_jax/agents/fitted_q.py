@@ -1,0 +1,136 @@
+"""Fitted Q evaluation: what fixed policies will earn or cost, from logged data alone.
+
+Q of a policy pi is drawn to c + gamma mask Q(s', pi(s')) on the transitions of the data
+(Le et al. 2019); P policies train in one program, leaves [P, ...].
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from psec_jax.agents.common import (
+    Metrics,
+    OptimiserConfig,
+    Rows,
+    check_batch_size,
+    descend,
+    init_state,
+)
+from psec_jax.errors import InputError, at_least
+from psec_jax.losses import td_target
+from psec_jax.networks.critics import q_value
+from psec_jax.types import Params, TrainState
+
+
+@dataclass(frozen=True)
+class FittedQConfig:
+    """Length and optimiser of one evaluation.
+
+    Attributes:
+      transitions: of the data, drawn at random; the policies act in each of them once.
+      starts: states that trajectories of the data start from, over which is averaged.
+      steps: updates.
+      batch_size: transitions an update.
+      learning_rate: of Adam, constant.
+      target_rate: of the target network's moving average.
+    """
+
+    transitions: int = 50_000
+    starts: int = 1000
+    steps: int = 8000
+    batch_size: int = 256
+    learning_rate: float = 3e-4
+    target_rate: float = 0.005
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "transitions", "starts", "steps")
+        check_batch_size(self.batch_size)
+        if not 0 < self.target_rate <= 1:
+            raise InputError(
+                f"target_rate: got {self.target_rate}, expected 0 < rate <= 1"
+            )
+        self.optimiser  # noqa: B018 (its own checks)
+
+    @property
+    def optimiser(self) -> OptimiserConfig:
+        """Of every Q; the moving average is the target network."""
+        return OptimiserConfig(
+            self.learning_rate, weight_decay=0.0, ema=self.target_rate
+        )
+
+
+class Steps(NamedTuple):
+    """What is learned from: N rows, or a batch of B of them.
+
+    Attributes:
+      obs: [N, S], normalised.
+      action: [N, A].
+      signal: [N], reward or cost.
+      next_obs: [N, S], normalised.
+      next_action: [N, P, A], what each policy does there.
+      mask: [N], 0 where nothing is bootstrapped.
+    """
+
+    obs: Float[Rows, "N S"]
+    action: Float[Rows, "N A"]
+    signal: Float[Rows, " N"]
+    next_obs: Float[Rows, "N S"]
+    next_action: Float[Rows, "N P A"]
+    mask: Float[Rows, " N"]
+
+
+def init(config: FittedQConfig, q: Params, policies: int) -> TrainState:
+    """Every policy's Q starts from that of finished critics, leaves [...]."""
+    copies = jax.tree.map(
+        lambda leaf: jnp.repeat(jnp.asarray(leaf)[None], policies, axis=0), q
+    )
+    return init_state(config.optimiser, copies)
+
+
+def values(
+    params: Params, obs: Float[Array, "B S"], action: Float[Array, "B P A"]
+) -> Float[Array, "P B"]:
+    """Q of each policy, at its own action."""
+    return jax.vmap(q_value, (0, None, 1))(params, obs, action)
+
+
+def update(
+    config: FittedQConfig, discount: float, state: TrainState, batch: Steps
+) -> tuple[TrainState, Metrics]:
+    """One step of every Q towards its target."""
+    next_q = values(state.ema, batch.next_obs, batch.next_action)
+    target = jax.vmap(
+        lambda q: td_target(batch.signal, batch.mask, q, discount)  # of one policy
+    )(next_q)
+
+    def loss_fn(params: Params) -> tuple[Array, Metrics]:
+        q = jax.vmap(q_value, (0, None, None))(params, batch.obs, batch.action)
+        losses = jnp.mean((q - target) ** 2, axis=1)
+        return jnp.sum(losses), {"loss/fitted_q": jnp.mean(losses)}
+
+    return descend(config.optimiser, state, loss_fn)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+def updates(
+    config: FittedQConfig,
+    discount: float,
+    count: int,
+    state: TrainState,
+    rows: Steps,
+    key: Key[Array, ""],
+) -> TrainState:
+    """`count` updates on batches drawn with replacement."""
+
+    def body(_: Array, state: TrainState) -> TrainState:
+        draw = jax.random.fold_in(key, state.step)
+        size = (config.batch_size,)
+        batch = jax.random.randint(draw, size, 0, len(rows.obs))
+        chosen = jax.tree.map(lambda column: column[batch], rows)
+        return update(config, discount, state, chosen)[0]
+
+    return jax.lax.fori_loop(0, count, body, state)
