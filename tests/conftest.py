@@ -23,7 +23,7 @@ os.environ["XLA_FLAGS"] = (
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     compiled = tempfile.mkdtemp(prefix="psec_jax_tests_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, compiled, ignore_errors=True)
 
 # Without a choice dm_control takes the first backend that imports, which is not
