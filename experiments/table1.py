@@ -345,10 +345,10 @@ METHODS = {
         Style("sky", "s", DOTTED), GUIDED, head="sigmoid", loss="selected"
     ),
     "PSEC fixed offline": Method(make_fixed_offline, SKILL, Style("sky", "o", FIXED)),
-    "Support, else safety": Method(make_supported, SKILL, Style("green", "D", DOTTED)),
+    "Support or safety": Method(make_supported, SKILL, Style("green", "D", DOTTED)),
     "BC by Q_h": judged(Style("dark", "P"), "safety", 16),
     "BC by Q_c": judged(Style("dark", "X"), "cost", 16),
-    "BC by Q, Q_c": judged(Style("dark", "s"), "reward_cost", 24),
+    "BC by Q and Q_c": judged(Style("dark", "s"), "reward_cost", 24),
 }
 
 

@@ -419,12 +419,14 @@ def compose(
         without critics of the rule.
     """
     lookup(LEVELS, level, "level")
-    names = (skills,) if isinstance(skills, str) else tuple(skills)
-    policy = _compose(root, names, _alpha(alpha), gate, level)
+    if candidates < 1:
+        raise InputError(f"candidates: got {candidates}, expected 1 or more")
     if candidates > 1 and critics is None:
         raise InputError(
             f"candidates: got {candidates}, more than 1 need critics to choose"
         )
+    names = (skills,) if isinstance(skills, str) else tuple(skills)
+    policy = _compose(root, names, _alpha(alpha), gate, level)
     if policy.config.chooses:
         if critics is not None or candidates != 1:
             raise InputError(

@@ -61,6 +61,7 @@ OBS = tiny.normal(N, 2)
 LEARNABLE = [
     (loss, level)
     for loss in GATE_LOSSES
+    if not GATE_LOSSES[loss].critics  # those are in test_choice.py
     for level in LEVELS
     if loss != "diffusion" or level in DENOISERS
 ]

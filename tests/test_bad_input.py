@@ -339,7 +339,7 @@ UNKNOWN = {
     ),
     "gate loss": (
         (*COMPOSE, WALKER, "--skills=walk", "--config.gate.loss=total"),
-        "gate: unknown loss 'total'; choose from auto, cloning, diffusion",
+        "gate: unknown loss 'total'; choose from auto, cloning, critic, diffusion",
     ),
     "gate start": (
         (*COMPOSE, WALKER, "--skills=walk", "--config.gate.start=late"),

@@ -19,7 +19,7 @@ from psec_jax.choice import RULES
 from psec_jax.composition import PolicyConfig, PolicyParams, act, choose, sampler
 from psec_jax.errors import InputError
 from psec_jax.gating import GateConfig, gate_alpha, init_gate
-from psec_jax.networks.critics import init_q, q_value
+from psec_jax.networks.critics import init_q, twin_q
 from psec_jax.types import Normaliser
 from psec_jax.workflows import estimates
 from psec_jax.workflows.gate import candidate_weights
@@ -58,9 +58,7 @@ def by_hand(key, obs):
     rows = jnp.repeat(ALPHAS, 3, axis=0)
     actions = [draw(k, w) for k, w in zip(jax.random.split(key, 12), rows, strict=True)]
     said = {
-        kind: [
-            [float(q_value(tiny.take(q, i), obs, a)) for a in actions] for i in (0, 1)
-        ]
+        kind: np.transpose([twin_q(q, obs, action) for action in actions])
         for kind, q in (params().critics or {}).items()
     }
     q = np.min(said["reward"], axis=0)
@@ -119,7 +117,7 @@ def test_the_order_of_candidates_does_not_matter_and_support_withholds():
 
 
 def test_refusals():
-    with pytest.raises(InputError, match="unknown rule 'magic'; choose from reward"):
+    with pytest.raises(InputError, match="unknown rule 'magic'; choose from cost"):
         dataclasses.replace(CONFIG, rule="magic")
     with pytest.raises(InputError, match="candidates: got 0"):
         dataclasses.replace(SELECT, candidates=0)
@@ -249,4 +247,4 @@ def test_every_field_of_the_evaluation_is_checked():
         FittedQConfig(steps=0)
     with pytest.raises(InputError, match="target_rate: got 2"):
         FittedQConfig(target_rate=2)
-    assert fitted_q.FittedQConfig().optimiser.ema == 0.005
+    assert fitted_q.FittedQConfig().optimiser.ema == 0.05

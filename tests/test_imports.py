@@ -22,6 +22,7 @@ ROOMS = [
     [
         "psec_jax.lora",
         "psec_jax.networks",
+        "psec_jax.choice",
         "psec_jax.gating",
         "psec_jax.support",
         "psec_jax.cards",

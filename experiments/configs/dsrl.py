@@ -25,8 +25,6 @@ from psec_jax.workflows import Job
 # The whole set is used; the gate reads what flags of launch.compose select of it. Sets
 # hold actions that rounding left just outside the bounds.
 COMMON = {
-    "critics.kinds": ("reward", "safety", "cost"),
-    "critics.cost_expectile": 0.5,
     "base.env": "bullet:SafetyBallRun-v0",
     "base.episodes": 0,
     "skill.env": "bullet:SafetyBallRun-v0",

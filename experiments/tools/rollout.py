@@ -76,7 +76,7 @@ class Trace(NamedTuple):
     names: tuple[str, ...]
     lengths: np.ndarray
     seeds: np.ndarray
-    values: np.ndarray
+    values: np.ndarray = np.zeros((0, 0), np.float32)
     critics: tuple[str, ...] = ()
 
     def episodes(self) -> list[slice]:

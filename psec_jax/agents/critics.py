@@ -76,19 +76,19 @@ class CriticConfig:
       discount: gamma.
       expectile: of the reward's V.
       safety_expectile: of V_h, reversed.
-      cost_expectile: of the cost's V, reversed; the authors' code has that of V_h, and
-        0.5 is the mean over the actions of the data.
+      cost_expectile: of the cost's V, reversed; 0.5 is the mean over the actions of the
+        data. The authors' code has that of V_h, for a critic that nothing reads.
       learning_rate: of Adam, constant.
       target_rate: of the target networks' moving average.
       batch_size: transitions a step.
     """
 
-    kinds: tuple[str, ...] = ("reward", "safety")
+    kinds: tuple[str, ...] = ("reward", "safety", "cost")
     widths: tuple[int, ...] = (256, 256)
     discount: float = 0.99
     expectile: float = 0.7
     safety_expectile: float = 0.9
-    cost_expectile: float = 0.9
+    cost_expectile: float = 0.5
     learning_rate: float = 3e-4
     target_rate: float = 0.005
     batch_size: int = 2048

@@ -36,7 +36,8 @@ class FittedQConfig:
       steps: updates.
       batch_size: transitions an update.
       learning_rate: of Adam, constant.
-      target_rate: of the target network's moving average.
+      target_rate: of the target network's moving average; errors of the level shrink by
+        exp(-rate (1 - gamma)) an update, so that the rate of critics is too slow here.
     """
 
     transitions: int = 50_000
@@ -44,7 +45,7 @@ class FittedQConfig:
     steps: int = 8000
     batch_size: int = 256
     learning_rate: float = 3e-4
-    target_rate: float = 0.005
+    target_rate: float = 0.05
 
     def __post_init__(self) -> None:
         at_least(self, 1, "transitions", "starts", "steps")
@@ -103,9 +104,9 @@ def update(
 ) -> tuple[TrainState, Metrics]:
     """One step of every Q towards its target."""
     next_q = values(state.ema, batch.next_obs, batch.next_action)
-    target = jax.vmap(
-        lambda q: td_target(batch.signal, batch.mask, q, discount)  # of one policy
-    )(next_q)
+    of_rows = jax.vmap(td_target, (0, 0, 0, None))
+    of_policies = jax.vmap(of_rows, (None, None, 0, None))
+    target = of_policies(batch.signal, batch.mask, next_q, discount)
 
     def loss_fn(params: Params) -> tuple[Array, Metrics]:
         q = jax.vmap(q_value, (0, None, None))(params, batch.obs, batch.action)
