@@ -189,7 +189,7 @@ def test_estimates_of_policies_whose_cost_is_known():
     """Always at +0.9: 1 / (1 - gamma); always at -0.9: 0; half of the time: half."""
     discount = 0.8
     data = estimates.Logged(chain(), np.zeros((50, 1), np.float32), 100)
-    config = FittedQConfig(steps=1500, batch_size=256, learning_rate=1e-3)
+    config = FittedQConfig(steps=3000, batch_size=256, learning_rate=1e-3)
     make = functools.partial(init_q, (32,), obs_dim=1, action_dim=1)
     q = jax.vmap(make)(tiny.keys(2))
 
@@ -199,9 +199,9 @@ def test_estimates_of_policies_whose_cost_is_known():
 
     key = jax.random.key(0)
     cost = estimates.discounted(config, data, draw, "cost", q, discount, key)
-    np.testing.assert_allclose(cost, [5, 0, 2.5], atol=0.4)
+    np.testing.assert_allclose(cost, [5, 0, 2.5], atol=0.3)
     reward = estimates.discounted(config, data, draw, "reward", q, discount, key)
-    np.testing.assert_allclose(reward, [10, 0, 5], atol=0.8)
+    np.testing.assert_allclose(reward, [10, 0, 5], atol=0.5)
 
 
 def test_policies_train_as_they_would_alone():
@@ -222,7 +222,7 @@ def test_policies_train_as_they_would_alone():
 
 
 def test_the_smallest_cost_weight_within_the_budget():
-    assert estimates.budget(10, 100, 0.99) == pytest.approx(
+    assert estimates.budget(10.0, 100, 0.99) == pytest.approx(
         sum(0.1 * 0.99**t for t in range(100))
     )
     got = estimates.smallest_within([2.0, 0.5, 1.0], [1.0, 9.0, 3.0], 4.0)
@@ -246,5 +246,5 @@ def test_every_field_of_the_evaluation_is_checked():
     with pytest.raises(InputError, match="steps: got 0"):
         FittedQConfig(steps=0)
     with pytest.raises(InputError, match="target_rate: got 2"):
-        FittedQConfig(target_rate=2)
+        FittedQConfig(target_rate=2.0)
     assert fitted_q.FittedQConfig().optimiser.ema == 0.05

@@ -187,7 +187,7 @@ def test_refusals():
     with pytest.raises(InputError, match="critic 'risk'; choose from cost, reward"):
         CriticConfig(kinds=("reward", "risk"))
     with pytest.raises(InputError, match="critics of reward and safety: none of cost"):
-        critics.of_kind(state().trained, TINY.kinds, "cost")
+        critics.of_kind(state().trained, ("reward", "safety"), "cost")
 
 
 def test_a_step_trains_every_network_and_moves_targets_slowly():

@@ -117,7 +117,7 @@ def test_skills_and_critics_in_one_program(capsys):
     for name, objective in (("r", "reward"), ("s", "safety")):
         card = SkillLibrary.open("lib").card("skill", name)
         assert card["objective"] == objective
-        assert card["critics"]["kinds"] == ["reward", "safety"]
+        assert card["critics"]["kinds"] == ["reward", "safety", "cost"]
         assert card["critics"]["steps"] == 4
         assert "loss/critic_safety" in card["critics"]["summary"]
     lines = Path("both/metrics.jsonl").read_text().splitlines()
@@ -298,9 +298,9 @@ def test_bad_input_of_gates_that_critics_guide():
     )
     with pytest.raises(InputError, match="by reward_cost needs cost"):
         guided("bad", "costless", **select)
-    with pytest.raises(InputError, match="cost_weight: got -1, expected a number of 0"):
+    with pytest.raises(InputError, match="cost_weight: got -1.0, expected"):
         compose(
-            "lib", rule="reward_cost", candidates=2, critics="critics", cost_weight=-1
+            "lib", rule="reward_cost", candidates=2, critics="critics", cost_weight=-1.0
         )
     assert not Path("bad").exists()
     flags = ("--library=lib", "--data=mixed.hdf5", "--workdir=bad", "--name=bad")
@@ -441,7 +441,7 @@ def test_bad_input():
     assert not Path("bad").exists(), "refused before anything is written"
     with pytest.raises(InputError, match="judge reward, the objective needs safety"):
         expand("bad", "bad", "safety", critics="reward_alone")
-    with pytest.raises(InputError, match="the choice among candidates needs safety"):
+    with pytest.raises(InputError, match="among candidates by safety needs safety"):
         compose("lib", candidates=2, critics="reward_alone")
     with pytest.raises(InputError, match="more than 1 need critics"):
         compose("lib", candidates=2)

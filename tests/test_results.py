@@ -69,10 +69,10 @@ def test_writers_at_the_same_time_lose_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"setting": "S->W", "me', "line 2: not JSON"),
-        ('["S->W"]', "line 2: no raw result, which has setting, method, seed"),
+        ('{"setting": "S->W", "me', "line 2 is not a JSON file"),
+        ('["S->W"]', "line 2: got list, expected a JSON object"),
         ('{"setting": "S->W", "method": "x"}', "line 2: no raw result"),
-        ("", "line 2: not JSON"),
+        ("", "line 2 is not a JSON file"),
         (json.dumps(raw(0)), "line 2: S->W PSEC seed 0 is also on line 1"),
         ('{"setting": "S", "method": "x", "seed": [1]}', "line 2: no raw result"),
     ],

@@ -85,15 +85,15 @@ def test_trace_holds_the_gate_at_every_step(policy, trace):
 
 def test_weights_are_named_with_the_base_where_it_has_one(trace):
     policy = random_policy(base_member=True)
-    names, alpha = rollout._alpha(policy, trace.obs)
-    assert names == ("base", "left", "right")
+    alpha = rollout._alpha(policy, trace.obs)
+    assert rollout._names(policy) == ("base", "left", "right")
     assert alpha.shape == (2 * STEPS, 3)
     alone = Policy(
         PolicyConfig(tiny.NETWORK, tiny.PROCESS, ACTION_DIM),
         policy.params._replace(library=None, strength=None, gate=None),
     )
-    names, alpha = rollout._alpha(alone, trace.obs)
-    assert names == ()
+    alpha = rollout._alpha(alone, trace.obs)
+    assert rollout._names(alone) == ()
     assert alpha.shape == (2 * STEPS, 0)
 
 

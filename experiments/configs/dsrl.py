@@ -41,7 +41,6 @@ SMALL = COMMON | {
     "gate.learning_rate": 1e-4,
     "gate.batch_size": 256,
     "table.cloning": {"steps": 200, "batch_size": 64},
-    "table.guided": {"steps": 600, "batch_size": 256},
 }
 PRESETS = {
     "quick": SMALL

@@ -292,7 +292,7 @@ class TableSection:
     methods: tuple[str, ...] = ()
     tuning_episodes: int = 10
     cloning: Budget = field(default_factory=Budget)
-    guided: Budget = field(default_factory=Budget)
+    guided: Budget = field(default_factory=lambda: Budget(600, 256))
     return_quantile: float = 0.5
     fisor_candidates: int = 16
     transitions: int = 10_000
