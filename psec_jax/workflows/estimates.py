@@ -200,7 +200,7 @@ def smallest_within(
         {
             "cost_weight": chosen,
             "within_budget": bool(within),
-            "budget": allowed,
+            "cost_budget": allowed,
             "estimated_costs": [list(pair) for pair in pairs],
         },
     )
@@ -248,7 +248,7 @@ def choose_fixed(
     """Of fixed weights those of most estimated reward within the budget of cost.
 
     Returns:
-      "alpha", the weights chosen, "within_budget", "budget", and "estimates" of all;
+      "alpha", the weights chosen, "within_budget", "cost_budget", and "estimates" of all;
       where none is within it, those of least estimated cost.
     """
     draw = fixed_weights(config, params, jnp.asarray(alphas, jnp.float32))
@@ -260,7 +260,7 @@ def choose_fixed(
     return {
         "alpha": list(alphas[best]),
         "within_budget": bool(within[best]),
-        "budget": allowed,
+        "cost_budget": allowed,
         "estimates": [
             {"alpha": list(alpha), "cost": float(c), "reward": float(r)}
             for alpha, c, r in zip(alphas, costs, rewards, strict=True)
