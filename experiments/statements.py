@@ -134,6 +134,11 @@ def known() -> dict[str, Any]:
         },
         "run_gain": _across("S+W->R", "S->R"),
         "unscaled": _unscaled(RESULTS / "unscaled/table2.jsonl"),
+        "without_scaling": _cells(
+            tables.summarise(
+                table2.TABLE, results.read_all(RESULTS / "unscaled/table2.jsonl")
+            )
+        ),
     }
 
 

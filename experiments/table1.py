@@ -148,9 +148,10 @@ def make_judged(rule: str, candidates: int, cell: Cell) -> list[Made]:
         base, critics = load_base(cell.library(seed)), cell.workdir(seed, "critics")
         policy, record = with_critics(base, critics, candidates, rule), {}
         if rule == "reward_cost":
-            weight, record = estimates.choose_cost_weight(
+            weight, chosen = estimates.choose_cost_weight(
                 cell.job, policy.config, policy.params, _set(cell), _key(seed)
             )
+            record = {"chosen": chosen}
             policy = with_critics(base, critics, candidates, rule, weight)
         made.append(Made(policy.act, record))
     return made
@@ -179,10 +180,12 @@ def make_fixed_offline(cell: Cell) -> list[Made]:
     for seed in cell.seeds:
         policy = compose(cell.library(seed), GATED, alpha=GRID[0])
         judged = with_critics(policy, cell.workdir(seed, "critics"), 2, "reward_cost")
-        record = estimates.choose_fixed(
+        chosen = estimates.choose_fixed(
             cell.job, policy.config, judged.params, GRID, _set(cell), _key(seed)
         )
-        made.append(Made(fixed(cell.of(seed), record["alpha"]), record))
+        alpha = chosen["alpha"]
+        record = {"alpha": alpha, "chosen": chosen}
+        made.append(Made(fixed(cell.of(seed), alpha), record))
     return made
 
 
@@ -260,7 +263,7 @@ def make_guided(changes: Mapping[str, Any], cell: Cell) -> list[Made]:
     for seed in cell.seeds:
         card = SkillLibrary.open(cell.library(seed)).card("gate", gate)
         policy = compose(cell.library(seed), gate=gate)
-        made.append(Made(policy.act, card["chosen"]))
+        made.append(Made(policy.act, {"chosen": card["chosen"]}))
     return made
 
 

@@ -228,7 +228,9 @@ def test_a_gate_whose_critics_choose():
     chosen = card["chosen"]
     assert [weight for weight, _ in chosen["estimated_costs"]] == [0, 1, 100]
     # Ten costs over eight steps, each discounted by 0.99.
-    assert chosen["cost_budget"] == pytest.approx(10 / 8 * sum(0.99**t for t in range(8)))
+    assert chosen["cost_budget"] == pytest.approx(
+        10 / 8 * sum(0.99**t for t in range(8))
+    )
     assert card["critics"]["kinds"] == ["reward", "safety", "cost"]
     policy = compose("lib", gate="select")
     assert policy.config.candidates == 2 and policy.config.rule == "reward_cost"
