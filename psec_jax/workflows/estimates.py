@@ -248,8 +248,8 @@ def choose_fixed(
     """Of fixed weights those of most estimated reward within the budget of cost.
 
     Returns:
-      "alpha", the weights chosen, "within_budget", "cost_budget", and "estimates" of all;
-      where none is within it, those of least estimated cost.
+      "alpha", the weights chosen, "within_budget", "cost_budget", and "estimates" of
+      all; where none is within the budget, those of least estimated cost.
     """
     draw = fixed_weights(config, params, jnp.asarray(alphas, jnp.float32))
     costs, allowed = _costs(job, params, demos, draw, key)
