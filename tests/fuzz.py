@@ -167,7 +167,10 @@ def _make_critics(folder: Path) -> None:
     from psec_jax.types import Normaliser
 
     params = critics.init(
-        critics.CriticConfig(widths=(8, 8)), jax.random.key(0), 3, 2
+        critics.CriticConfig(("reward", "safety"), widths=(8, 8)),
+        jax.random.key(0),
+        3,
+        2,
     ).trained
     card = {"kinds": ["reward", "safety"], "obs_dim": 3, "action_dim": 2, "steps": 2}
     identity = Normaliser(np.zeros(3, np.float32), np.ones(3, np.float32))
