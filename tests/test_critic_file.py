@@ -16,7 +16,7 @@ from psec_jax.types import Normaliser
 
 S, A = 3, 2
 IDENTITY = Normaliser(np.zeros(S, np.float32), np.ones(S, np.float32))
-CONFIG = critics.CriticConfig(widths=(8, 8))
+CONFIG = critics.CriticConfig(("reward", "safety"), widths=(8, 8))
 CARD = {
     "kinds": ["reward", "safety"],
     "obs_dim": S,
