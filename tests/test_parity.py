@@ -235,7 +235,9 @@ BATCH = Transitions(
         )
     )
 )
-CRITICS = CriticConfig(("reward", "safety"), widths=(32, 32), batch_size=12)
+CRITICS = CriticConfig(
+    ("reward", "safety"), cost_expectile=0.9, widths=(32, 32), batch_size=12
+)
 SUMMED = dataclasses.replace(CRITICS, kinds=("reward", "cost"))
 OFFLINE = OfflineConfig(
     CloningConfig(
