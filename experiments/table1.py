@@ -216,6 +216,14 @@ def _safest(cell: Cell) -> Any:
     return value
 
 
+def train_gate(cell: Cell, changes: Mapping[str, Any], **request: Any) -> str:
+    """The gate of a row, over the skills of `train_skills`; returns its name."""
+    name = cell.method.replace(" ", "-")
+    request |= {"env": cell.setting.env, "data": data_path(cell.name)}
+    grid.train(cell, "gate", cell.method, changes=changes, name=name, **request)
+    return name
+
+
 def make_composition(form: Composition, cell: Cell) -> list[Made]:
     """The skills and the gate of a row."""
     train_skills(cell)
@@ -226,19 +234,8 @@ def make_composition(form: Composition, cell: Cell) -> list[Made]:
         form.compat == "released"
     ):  # its regulariser reads the last skill as the safe one
         skills, alpha = SKILLS, [0.0, cell.job.skill.alpha]
-    gate = cell.method.replace(" ", "-")
-    grid.train(
-        cell,
-        "gate",
-        cell.method,
-        changes=changes,
-        name=gate,
-        skills=skills,
-        alpha=alpha,
-        env=cell.setting.env,
-        data=data_path(cell.name),
-        selection=Selection.best_of_safe(cell.job),
-    )
+    best = Selection.best_of_safe(cell.job)
+    gate = train_gate(cell, changes, skills=skills, alpha=alpha, selection=best)
     return grid.composed(cell, gate=gate)
 
 
@@ -247,18 +244,8 @@ def make_guided(changes: Mapping[str, Any], cell: Cell) -> list[Made]:
     train_skills(cell)
     budget = dataclasses.asdict(cell.job.table.guided)
     changes = {**{f"gate.{name}": value for name, value in budget.items()}, **changes}
-    gate = cell.method.replace(" ", "-")
-    grid.train(
-        cell,
-        "gate",
-        cell.method,
-        changes=changes,
-        name=gate,
-        skills=GATED,
-        env=cell.setting.env,
-        data=data_path(cell.name),
-        critics=functools.partial(cell.workdir, name="critics"),
-    )
+    critics = functools.partial(cell.workdir, name="critics")
+    gate = train_gate(cell, changes, skills=GATED, critics=critics)
     made = []
     for seed in cell.seeds:
         card = SkillLibrary.open(cell.library(seed)).card("gate", gate)
@@ -270,25 +257,15 @@ def make_guided(changes: Mapping[str, Any], cell: Cell) -> list[Made]:
 def make_supported(cell: Cell) -> list[Made]:
     """The reward skill where its safe demonstrations reach, else the safety skill."""
     train_skills(cell)
-    gate, data = cell.method.replace(" ", "-"), data_path(cell.name)
-    strength = cell.job.skill.alpha
-    grid.train(
-        cell,
-        "gate",
-        cell.method,
-        changes={
-            "gate.head": "constant",
-            "gate.support": "neighbour",
-            "gate.fallback": "safety",
-            "support.safe": True,
-        },
-        name=gate,
-        skills=SKILLS,
-        alpha=[strength, strength],
-        env=cell.setting.env,
-        data=data,
-        support_data=[data, data],
-    )
+    strength, data = cell.job.skill.alpha, data_path(cell.name)
+    changes = {
+        "gate.head": "constant",
+        "gate.support": "neighbour",
+        "gate.fallback": "safety",
+        "support.safe": True,
+    }
+    weights, paths = [strength, strength], [data, data]
+    gate = train_gate(cell, changes, skills=SKILLS, alpha=weights, support_data=paths)
     return grid.composed(cell, gate=gate)
 
 

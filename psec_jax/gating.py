@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Key
 from psec_jax import tree
 from psec_jax.choice import RULES
 from psec_jax.errors import InputError, lookup
-from psec_jax.networks.mlp import MLP, apply, mlp_shapes
+from psec_jax.networks.mlp import MLP, apply, mlp_shapes, mlp_widths
 from psec_jax.types import Params
 
 
@@ -314,14 +314,11 @@ def _critic_shapes(
 ) -> dict[str, tuple[tuple[int, ...], str]]:
     """The arrays of the critics that a rule reads, and of its cost weight."""
     expected: dict[str, tuple[tuple[int, ...], str]] = {"cost_weight": ((), "f")}
+    shapes = {path: shape for path, (shape, _) in got.items()}
     for kind in RULES[rule].critics:
-        prefix = f"critics/{kind}"
-        widths: tuple[int, ...] = ()
-        while (hidden := f"{prefix}/hidden_{len(widths)}/bias") in got:
-            shape = got[hidden][0]
-            widths += (shape[-1] if shape else 0,)
+        widths = mlp_widths(shapes, f"critics/{kind}")
         for path, shape in mlp_shapes(widths, obs_dim + action_dim, 1).items():
-            expected[f"{prefix}/{path}"] = ((2, *shape), "f")
+            expected[f"critics/{kind}/{path}"] = ((2, *shape), "f")
     return expected
 
 

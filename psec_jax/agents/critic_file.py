@@ -19,7 +19,7 @@ from psec_jax.agents.critics import CriticParams
 from psec_jax.errors import InputError
 from psec_jax.files import parse_json, read_bytes, write_atomic
 from psec_jax.library import check_finite, read_arrays
-from psec_jax.networks.mlp import mlp_shapes
+from psec_jax.networks.mlp import mlp_shapes, mlp_widths
 from psec_jax.types import Normaliser
 
 NAME = "critics.safetensors"
@@ -140,13 +140,13 @@ def _check(path: Path, flat: Mapping[str, np.ndarray], card: dict[str, Any]) -> 
         "v/norm/scale": (count, obs_dim),
         "v/norm/bias": (count, obs_dim),
     }
+    got = {name: array.shape for name, array in flat.items()}
     for prefix, axes, inputs in (
         ("q", (count, 2), obs_dim + action_dim),
         ("v/mlp", (count,), obs_dim),
     ):
-        for name, shape in mlp_shapes(_widths(flat, prefix), inputs, 1).items():
+        for name, shape in mlp_shapes(mlp_widths(got, prefix), inputs, 1).items():
             expected[f"{prefix}/{name}"] = (*axes, *shape)
-    got = {name: array.shape for name, array in flat.items()}
     for name in sorted(expected.keys() | got.keys()):
         if got.get(name) != expected.get(name) or flat[name].dtype.kind != "f":
             raise InputError(
@@ -156,15 +156,6 @@ def _check(path: Path, flat: Mapping[str, np.ndarray], card: dict[str, Any]) -> 
     check_finite(str(path), flat)
     if not (flat["normaliser/std"] > 0).all():
         raise InputError(f"{path}: the normaliser's std is not above 0")
-
-
-def _widths(flat: Mapping[str, np.ndarray], mlp: str) -> tuple[int, ...]:
-    """Hidden widths of the networks under a path, read off their biases."""
-    widths = []
-    while (name := f"{mlp}/hidden_{len(widths)}/bias") in flat:
-        shape = flat[name].shape
-        widths.append(shape[-1] if shape else 0)
-    return tuple(widths)
 
 
 def _arrays(params: CriticParams, normaliser: Normaliser) -> dict[str, Any]:

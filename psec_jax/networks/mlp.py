@@ -1,6 +1,6 @@
 """A plain MLP, the body of gates and critics."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -25,6 +25,14 @@ class MLP(nn.Module):
 def apply(net: nn.Module, params: Params, *inputs: Any) -> Any:
     """The outputs alone: linen types them as if state could come with them."""
     return net.apply({"params": params}, *inputs)
+
+
+def mlp_widths(shapes: Mapping[str, Sequence[int]], prefix: str) -> tuple[int, ...]:
+    """Hidden widths of an MLP under a path, read off the shapes of its biases."""
+    widths: tuple[int, ...] = ()
+    while (name := f"{prefix}/hidden_{len(widths)}/bias") in shapes:
+        widths += (shapes[name][-1] if shapes[name] else 0,)
+    return widths
 
 
 def mlp_shapes(
