@@ -227,7 +227,7 @@ def choose_cost_weight(
     if len(weights) == 1:
         return Chosen(weights[0], {"cost_weight": weights[0]})
     draw = priced(config, params, weights)
-    costs, allowed = _costs(job, params, demos, draw, key)
+    costs, allowed = _estimates(job, params, demos, draw, key)
     chosen = smallest_within(weights, costs.tolist(), allowed)
     if not chosen.card["within_budget"]:
         say(
@@ -252,8 +252,9 @@ def choose_fixed(
       all; where none is within the budget, those of least estimated cost.
     """
     draw = fixed_weights(config, params, jnp.asarray(alphas, jnp.float32))
-    costs, allowed = _costs(job, params, demos, draw, key)
-    rewards, _ = _costs(job, params, demos, draw, key, "reward")
+    cost_key, reward_key = jax.random.split(key)
+    costs, allowed = _estimates(job, params, demos, draw, cost_key)
+    rewards, _ = _estimates(job, params, demos, draw, reward_key, "reward")
     within = costs <= allowed
     ranks = np.where(within, rewards, -np.inf) if within.any() else -costs
     best = int(np.argmax(ranks))
@@ -268,7 +269,7 @@ def choose_fixed(
     }
 
 
-def _costs(
+def _estimates(
     job: Job,
     params: PolicyParams,
     demos: Demos,
