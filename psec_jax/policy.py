@@ -419,6 +419,8 @@ def compose(
         without critics of the rule.
     """
     lookup(LEVELS, level, "level")
+    lookup(RULES, rule, "rule")
+    check_cost_weight(cost_weight)
     if candidates < 1:
         raise InputError(f"candidates: got {candidates}, expected 1 or more")
     if candidates > 1 and critics is None:

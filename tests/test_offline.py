@@ -287,6 +287,11 @@ def test_bad_input_of_gates_that_critics_guide():
         ("critics", select | {"gate.alphas": ((1.0,),)}, "expected 2 weights"),
         ("critics", select | {"gate.rule": "luck"}, "unknown rule 'luck'"),
         ("critics", select | {"gate.candidates": 0}, "candidates: got 0"),
+        (
+            "critics",
+            select | {"gate.loss": "critic"},
+            "gate.loss: got 'critic' with",
+        ),
         (None, {"gate.fallback": "gate_b"}, "gate.fallback: got 'gate_b', expected"),
     ):
         with pytest.raises(InputError, match=message):
@@ -304,6 +309,8 @@ def test_bad_input_of_gates_that_critics_guide():
         compose(
             "lib", rule="reward_cost", candidates=2, critics="critics", cost_weight=-1.0
         )
+    with pytest.raises(InputError, match="unknown rule 'luck'"):
+        compose("lib", rule="luck")
     assert not Path("bad").exists()
     flags = ("--library=lib", "--data=mixed.hdf5", "--workdir=bad", "--name=bad")
     answer = call(

@@ -129,6 +129,12 @@ class GateTrainConfig:
             raise InputError(f"compat: got {self.compat!r}, expected {COMPATS}")
         levels = GATE_LOSSES[self.loss].levels
         lookup(levels, self.policy.level, f"level for the gate loss {self.loss!r}")
+        horizon = self.policy.process.horizon
+        if GATE_LOSSES[self.loss].critics and horizon > 1:
+            raise InputError(
+                f"loss: got {self.loss!r} with chunks of {horizon} actions, expected "
+                "another: critics judge one action"
+            )
         check_batch_size(self.batch_size)
 
 

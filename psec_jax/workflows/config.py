@@ -23,7 +23,7 @@ from psec_jax.composition import LEVELS
 from psec_jax.data import ENDS, UNITS
 from psec_jax.data.normalise import NORMALISERS
 from psec_jax.errors import InputError, at_least, lookup
-from psec_jax.gating import GateForm
+from psec_jax.gating import UNTRAINED_HEADS, GateForm
 from psec_jax.losses import OBJECTIVES, WeightConfig
 from psec_jax.networks.denoiser import NetworkConfig
 from psec_jax.process import ProcessConfig
@@ -157,6 +157,11 @@ class GateSection(GateForm, Budget):
         lookup(LEVELS, self.level, "level")
         lookup({"auto": None} | GATE_LOSSES, self.loss, "loss")
         lookup(dict.fromkeys(GATE_STARTS), self.start, "start")
+        if self.guided and self.loss != "auto" and self.head in UNTRAINED_HEADS:
+            raise InputError(
+                f"loss: got {self.loss!r} with the head {self.head!r}, which is not "
+                "trained, expected 'auto'"
+            )
         if not self.cost_weights or min(self.cost_weights) < 0:
             raise InputError(
                 f"cost_weights: got {self.cost_weights}, expected one or more of 0 or "
