@@ -19,6 +19,7 @@ from experiments import (
     table1,
     table2,
     tables,
+    variants,
 )
 from experiments.configs import d4rl, dmc_walker, dsrl
 from experiments.grid import Order
@@ -193,6 +194,11 @@ FINISHED = {
     "dmc_walker/table2": (table2.TABLE, dmc_walker.job("standard")),
     "demo/table2": (table2.TABLE, dmc_walker.job("quick")),
     "dsrl/table1": (table1.TABLE, dsrl.job("standard")),
+    "dsrl_select/table1": (table1.TABLE, dsrl.job("standard")),
+    "unscaled/table2": (
+        table2.TABLE,
+        dmc_walker.job("standard").changed(variants.VARIANTS["unscaled"].changes),
+    ),
     "dynamics/dynamics_shift": (dynamics_shift.TABLE, d4rl.job("standard")),
     "dynamics_1000/dynamics_shift": (
         dynamics_shift.TABLE,
