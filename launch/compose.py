@@ -19,8 +19,8 @@ r"""Make a gate alpha(s) over skills of a library, train its head, and add it.
         --workdir=runs/psec --library=runs/safe --name=psec --skills=safety,reward \
         --data=best
 
-    # the same skills, critics choosing among weights and samples at every step; the
-    # price of cost is chosen from the data by the cost limit
+    # the same skills, critics choosing among weights and samples at every step; how
+    # much a cost weighs is chosen from the data by the cost limit
     python -m launch.compose --config=experiments/configs/dsrl.py:quick \
         --workdir=runs/select --library=runs/safe --name=select \
         --skills=safety,reward --critics=runs/critics --data=OfflineBallRun-v0 \
@@ -32,6 +32,8 @@ The weights are head times support, made of config.gate:
            with select critics choose at every step
   support  none (the paper's), neighbour or learned: 1 where a skill's demonstrations
            reach, and 0, which leaves the state to the base, where they do not
+  loss     auto (the paper's), diffusion or cloning; critic or selected train the head
+           by --critics, which are not needed to act
 Skills are in order of priority: with a support, a skill gets what those before it left
 over. A learned head is trained on the first config.skill.episodes trajectories of the
 target's demonstrations, --data, 0 for all of them. The same command resumes.
