@@ -27,7 +27,7 @@ from psec_jax.cards import (
 )
 from psec_jax.errors import InputError
 from psec_jax.evaluation import Episodes
-from psec_jax.files import parse_json, reported, write_atomic
+from psec_jax.files import parse_json, read_bytes, reported, write_atomic
 from psec_jax.runtime.run import versions
 from psec_jax.workflows import Job
 
@@ -53,8 +53,7 @@ def read(path: Path | str) -> list[dict[str, Any]]:
     """
     if not Path(path).exists():
         return []
-    with reported(f"read {path}"):
-        lines = Path(path).read_bytes().splitlines()
+    lines = read_bytes(path).splitlines()
     raws, first = [], {}
     for number, line in enumerate(lines, 1):
         raw = parse_json(line, f"{path}, line {number}")
