@@ -128,6 +128,9 @@ def test_costly_and_crowded_trajectories_are_left_out(place, monkeypatch):
         collect_safe(TASK, 1, seed=0, policies=place, max_cost=0, overwrite=True)
 
 
+VERSIONS = {"cores": 1, "cpu": "a processor", "jax": "1"}
+
+
 def test_refusals(place, tmp_path):
     with pytest.raises(InputError, match="unknown DSRL task 'OfflineLuck-v0'"):
         collect_safe("OfflineLuck-v0", 1, seed=0)
@@ -142,7 +145,8 @@ def test_refusals(place, tmp_path):
     answer = shell.call("experiments.table1", "--tables_only", "--results=none")
     assert answer.code == 2 and answer.err.count("\n") == 1
     raw = {"setting": TASK, "method": "BC", "seed": 0, "cost_limit": 10.0}
-    raw |= {"data": "made", "returns": [1.0], "costs": [1.0], "versions": {}}
+    raw |= {"data": "made", "returns": [1.0], "costs": [1.0], "preset": "quick"}
+    raw |= {"budget": {}, "config_fingerprint": "0", "versions": VERSIONS}
     results.append(tmp_path / "some" / "table1.jsonl", raw)
     flags = ("--tables_only", f"--results={tmp_path / 'some'}", "--cost_limit=-1")
     answer = shell.call("experiments.table1", *flags)
