@@ -20,7 +20,7 @@ from experiments.results import Raw
 from experiments.style import Style
 from psec_jax.cli import seeds as table_seeds
 from psec_jax.errors import InputError, lookup
-from psec_jax.evaluation import Act, evaluate
+from psec_jax.evaluation import Act, episode_fields, evaluate
 from psec_jax.files import read_json
 from psec_jax.policy import compose, load_base
 from psec_jax.workflows import Job, base, critics, gate, skill
@@ -130,7 +130,7 @@ def roll_out(cell: Cell, seed: int, made: Made) -> dict[str, Any]:
     del seed
     count, start = cell.job.evaluation.episodes, cell.job.evaluation.seed
     episodes = evaluate(made.act, cell.setting.env, count, start)
-    return {**made.record, **results.episode_fields(episodes, cell.setting.env, start)}
+    return {**made.record, **episode_fields(episodes, cell.setting.env, start)}
 
 
 @dataclass(frozen=True)

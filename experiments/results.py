@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from psec_jax.cards import (
     is_number,
     is_object,
@@ -26,7 +24,6 @@ from psec_jax.cards import (
     whole,
 )
 from psec_jax.errors import InputError
-from psec_jax.evaluation import Episodes
 from psec_jax.files import parse_json, read_bytes, reported, write_atomic
 from psec_jax.runtime.run import versions
 from psec_jax.workflows import Job
@@ -80,6 +77,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "returns": (list_of(is_number), "a number for each episode"),
     "costs": (list_of(is_number), "a number for each episode"),
     "lengths": (list_of(whole(0, 2**40)), "a number for each episode"),
+    "success": (list_of(whole(0, 1)), "0 or 1 for each episode"),
     "data_fingerprint": (is_text, "a text"),
     "cost_limit": (is_number, "a number"),
     "scores": (list_of(is_number), "numbers"),
@@ -104,7 +102,8 @@ def _check(source: str, raw: dict[str, Any]) -> None:
             raise InputError(
                 f"{source}: {name} is {shortened(raw[name])}, expected {expected}"
             )
-    lengths = {n: len(raw[n]) for n in ("returns", "costs", "lengths") if n in raw}
+    columns = ("returns", "costs", "lengths", "success")
+    lengths = {name: len(raw[name]) for name in columns if name in raw}
     if 0 in lengths.values() or len(set(lengths.values())) > 1:
         raise InputError(f"{source}: {lengths} episodes, expected as many of each")
     parts = [(f"budget.{stage}", part) for stage, part in raw["budget"].items()]
@@ -231,18 +230,6 @@ def _budget(job: Job, section: str) -> dict[str, int]:
     for part in section.split("."):
         sizes = getattr(sizes, part)
     return {"steps": sizes.steps, "batch_size": sizes.batch_size}
-
-
-def episode_fields(episodes: Episodes, env: str, seed: int) -> dict[str, Any]:
-    """Returns, costs and lengths of every episode, and the mean return."""
-    return {
-        "env": env,
-        "evaluation_seed": seed,
-        "mean": float(np.mean(episodes.returns)),
-        "returns": episodes.returns.tolist(),
-        "costs": episodes.costs.tolist(),
-        "lengths": episodes.lengths.tolist(),
-    }
 
 
 def conditions(raws: Sequence[Raw]) -> str:

@@ -25,6 +25,7 @@ from psec_jax.cli import (
     seeds_of,
 )
 from psec_jax.data.recording import check_box
+from psec_jax.evaluation import successes
 from psec_jax.files import make_room, write_json
 from psec_jax.library import SkillLibrary
 from psec_jax.policy import compose
@@ -102,7 +103,7 @@ def main(argv: Sequence[str]) -> None:
         print(
             f"{name and f'{name}: '}{len(returns)} episode{'s' * (len(returns) != 1)} "
             f"in {env}: return mean {episodes['mean']:.1f}, min {min(returns):.1f}, "
-            f"max {max(returns):.1f}"
+            f"max {max(returns):.1f}{successes(episodes.get('success'))}"
         )
 
 

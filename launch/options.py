@@ -18,6 +18,7 @@ from psec_jax.cli import (
     seeds_of,
 )
 from psec_jax.errors import InputError
+from psec_jax.evaluation import successes
 from psec_jax.runtime import processes
 from psec_jax.workflows import Job, Selection
 
@@ -246,7 +247,8 @@ def finished(what: str, result: dict[str, Any]) -> str:
     if result["returns"]:
         returns = result["returns"]
         line += f"; return {returns['mean']:.1f} in {returns['env']}"
-        line += f" ({count_episodes(returns['returns'])})"
+        line += f" ({count_episodes(returns['returns'])}"
+        line += f"{successes(returns.get('success'))})"
     return line
 
 

@@ -112,7 +112,7 @@ DRY_RUN = flags.DEFINE_bool(
 MOST_POINTS = 1000
 _LONGEST_NAME = 200
 # Numbers that the table shows, beside losses; results.csv has them all.
-_SHOWN = (".mean", ".costs")
+_SHOWN = (".mean", ".costs", ".success")
 _KEY = re.compile(r"[A-Za-z_][\w.]*")
 _TERMINAL = {signal.SIGINT, signal.SIGHUP}
 _SIGNALS = {signal.SIGTERM} | _TERMINAL

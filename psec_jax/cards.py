@@ -65,6 +65,7 @@ def _data(x: Any) -> bool:
         and _form(_PRINT)(x.get("fingerprint"))
         and all(whole(1, 2**62)(x.get(n)) for n in ("transitions", "trajectories"))
         and isinstance(x.get("selection", {}), dict)
+        and is_number(x.get("success", 0.0))
     )
 
 

@@ -28,12 +28,38 @@ class Episodes(NamedTuple):
       costs: [E] float64.
       lengths: [E] int64, steps.
       seeds: [E] int64, the environment seed of each.
+      success: [E] bool, whether the goal was reached in any step; None where the
+        environment does not say.
     """
 
     returns: np.ndarray
     costs: np.ndarray
     lengths: np.ndarray
     seeds: np.ndarray
+    success: np.ndarray | None = None
+
+
+def episode_fields(episodes: Episodes, env: str, seed: int) -> dict[str, Any]:
+    """Raw returns, costs and lengths of every episode, and the mean return, for JSON;
+    also successes, 0 or 1, where the environment reports them."""
+    fields = {
+        "env": env,
+        "evaluation_seed": seed,
+        "mean": float(np.mean(episodes.returns)),
+        "returns": episodes.returns.tolist(),
+        "costs": episodes.costs.tolist(),
+        "lengths": episodes.lengths.tolist(),
+    }
+    if episodes.success is not None:
+        fields["success"] = episodes.success.astype(int).tolist()
+    return fields
+
+
+def successes(success: Any) -> str:
+    """ ", 18 of 20 succeeded" for successes [E]; empty for None."""
+    if success is None:
+        return ""
+    return f", {np.count_nonzero(success)} of {len(success)} succeeded"
 
 
 def episode_seeds(seed: int, episodes: int) -> np.ndarray:
@@ -203,6 +229,7 @@ def _play(
     width, total = env.num_envs, count * episodes
     seeds = np.tile(episode_seeds(seed, episodes), count)
     returns, costs = np.zeros(total), np.zeros(total)
+    success = np.full(total, np.nan)
     lengths = np.zeros(total, dtype=np.int64)
     # Policy p has the slots of row p, and plays the episodes from p * E on. Slot b
     # plays episode running[b]; idle slots keep stale observations, so that the batch
@@ -245,6 +272,7 @@ def _play(
                 rows[e].append(tuple(row))
         returns[current] += step.reward
         costs[current] += step.cost
+        success[current] = np.fmax(success[current], step.success)
         lengths[current] += 1
         obs[slots] = step.obs
         ended = step.terminal | step.timeout
@@ -260,9 +288,10 @@ def _play(
         if len(free):
             obs[free] = env.reset(free, seeds[running[free]])
         slots = slots[~ended | np.isin(slots, free)]
+    columns = [returns, costs, lengths, seeds]
+    if not np.isnan(success).all():
+        columns.append(success == 1)
     return [
-        Episodes(
-            *(column[e : e + episodes] for column in (returns, costs, lengths, seeds))
-        )
+        Episodes(*(column[e : e + episodes] for column in columns))
         for e in range(0, total, episodes)
     ]

@@ -15,6 +15,8 @@ from psec_jax import data, envs
 from psec_jax.data import d4rl, dataset
 from psec_jax.errors import InputError
 from psec_jax.workflows.collection import collect
+from psec_jax.workflows.config import DataConfig
+from psec_jax.workflows.demonstrations import load_demos
 
 ROOT, TESTS = Path(__file__).parents[1], Path(__file__).parent
 
@@ -59,6 +61,22 @@ def test_file_holds_what_its_attributes_say(tmp_path):
     np.testing.assert_array_equal(attrs["costs"], dataset.episode_costs(ds))
     assert len(attrs["returns"]) == 4
     assert ds.terminal.any() and ds.timeout.any()
+
+
+def test_successes_are_kept_and_on_the_card(tmp_path):
+    reach = "gymnasium:tiny_env:Reach-v0"
+    path = collect(reach, "random", 12, 0, out=tmp_path / "reach.hdf5")
+    ds, attrs = d4rl.load(path)
+    ends = [rows.start + 2 for rows in dataset.episode_slices(ds)]
+    expected = ds.action[ends, 0] > 0  # raw actions above 2
+    assert 0 < expected.sum() < 12
+    np.testing.assert_array_equal(attrs["success"], expected)
+    card = load_demos(DataConfig(), None, 3, str(path)).card()
+    assert card["success"] == expected.mean()
+    assert "success" not in d4rl.load(collect(SPEC, "random", 2, 0))[1]
+    damaged = Path(d4rl.save(tmp_path / "x.hdf5", ds, {"success": np.ones(12)}))
+    with pytest.raises(InputError, match="attribute success is float64 of shape"):
+        load_demos(DataConfig(), None, 3, str(damaged))
 
 
 def test_fewer_episodes_are_the_first_of_more(tmp_path):

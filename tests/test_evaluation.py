@@ -79,6 +79,44 @@ def test_batching_changes_nothing(one_by_one, width, workers):
     np.testing.assert_allclose(episodes.returns, expected, rtol=1e-6)
 
 
+REACH = "gymnasium:tiny_env:Reach-v0"
+
+
+def test_success_is_that_of_any_step():
+    """A raw action of 3 in the third step succeeds, one of 1 never does."""
+
+    def act(keys, obs):
+        sign = jnp.where(obs[:, :1] > 0.5, 0.5, -0.5)  # by how the episode starts
+        return jnp.concatenate([sign, sign], 1)
+
+    episodes = evaluate(act, REACH, EPISODES, 3, workers=2)
+    starts = [envs.make(REACH).reset(int(seed))[0] for seed in episodes.seeds]
+    expected = np.array(starts) > 0.5
+    assert expected.any() and not expected.all()
+    np.testing.assert_array_equal(episodes.success, expected)
+    fields = evaluation.episode_fields(episodes, REACH, 3)
+    assert fields["success"] == expected.astype(int).tolist()
+    line = f", {expected.sum()} of {EPISODES} succeeded"
+    assert evaluation.successes(fields["success"]) == line
+    both = evaluate_together(
+        lambda keys, obs: jnp.stack([act(keys[0], obs[0]), -act(keys[1], obs[1])]),
+        2,
+        REACH,
+        EPISODES,
+        3,
+    )
+    np.testing.assert_array_equal(both[0].success, ~both[1].success)
+
+
+def test_without_reported_success_nothing_changes():
+    episodes = evaluate(noisy, SPEC, 2, 3, workers=1)
+    assert episodes.success is None and np.isnan(envs.Step(*range(5)).success)
+    assert "success" not in evaluation.episode_fields(episodes, SPEC, 3)
+    assert evaluation.successes(None) == ""
+    with pytest.raises(InputError, match=r"success is 0\.5, expected 0 or 1"):
+        evaluate(noisy, "gymnasium:tiny_env:Odd-v0", 2, 3, workers=1)
+
+
 def test_more_episodes_keep_the_first_ones():
     few = evaluate(noisy, SPEC, 2, 3, workers=1)
     np.testing.assert_array_equal(few.seeds, episode_seeds(3, EPISODES)[:2])

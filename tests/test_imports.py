@@ -45,6 +45,7 @@ SIMULATORS = [
     "bullet_safety_gym",
     "pybullet",
     "metadrive",
+    "metaworld",
     "panda3d",
 ]
 RIM = ["absl", "ml_collections"]

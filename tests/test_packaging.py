@@ -14,6 +14,7 @@ from packaging.utils import canonicalize_name
 import psec_jax
 
 ROOT = Path(__file__).parents[1]
+ON_TOP = ("requirements-safe.txt", "requirements-metaworld.txt")
 
 
 def pins(file: str = "requirements.txt") -> dict[str, str]:
@@ -25,15 +26,16 @@ def pins(file: str = "requirements.txt") -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("file", ["requirements.txt", "requirements-safe.txt"])
+@pytest.mark.parametrize("file", ["requirements.txt", *ON_TOP])
 def test_pins_hold_versions_only(file):
     for name, version in pins(file).items():
         assert re.fullmatch(r"[a-z0-9-]+", name)
         assert re.fullmatch(r"[0-9][0-9a-z.]*", version), name
 
 
-def test_safe_simulators_come_on_top():
-    assert not pins().keys() & pins("requirements-safe.txt").keys()
+@pytest.mark.parametrize("file", ON_TOP)
+def test_simulators_come_on_top(file):
+    assert not pins().keys() & pins(file).keys()
 
 
 def test_pins_fit_the_ranges():

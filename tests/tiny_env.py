@@ -43,8 +43,26 @@ class Tiny(gymnasium.Env):
         return self._obs(), float(np.mean(action)), terminal, False, {"cost": 2.0}
 
 
+class Reach(Tiny):
+    """Tiny, reporting success in its third step of a raw action above 2."""
+
+    def step(self, action):
+        obs, reward, terminal, timeout, info = super().step(action)
+        info["is_success"] = bool(self.count == 3 and action[0] > 2)
+        return obs, reward, terminal, timeout, info
+
+
+class Odd(Tiny):
+    """Tiny, reporting a share of success."""
+
+    def step(self, action):
+        return *super().step(action)[:4], {"success": 0.5}
+
+
 gymnasium.register("Tiny-v0", Tiny, max_episode_steps=LIMIT)
 gymnasium.register("Endless-v0", Tiny)
+gymnasium.register("Reach-v0", Reach, max_episode_steps=LIMIT)
+gymnasium.register("Odd-v0", Odd, max_episode_steps=LIMIT)
 
 
 def refuse_late(pipe):

@@ -261,8 +261,8 @@ def gather(
             break
         numbers = [i * len(actors) + k for k, i in todo]
         rounds = play(env, [actors[k] for k, _ in todo], seed, workers, numbers)
-        for (k, _), ds in zip(todo, rounds, strict=True):
-            played[k].append(ds)
+        for (k, _), one in zip(todo, rounds, strict=True):
+            played[k].append(one.dataset)
     return [
         trajectories.head(dataset.concatenate(episodes), int(size))
         for episodes, size in zip(played, sizes, strict=True)

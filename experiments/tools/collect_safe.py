@@ -99,8 +99,9 @@ def collect_safe(
     if path.exists() and not overwrite:
         check_same(path, dsrl.load(path)[1], identity, "move it away")
         return path
-    played = [chosen[e % len(chosen)] for e in range(episodes)]
-    ds = dataset.concatenate(play(spec, played, seed, workers))
+    order = [chosen[e % len(chosen)] for e in range(episodes)]
+    played = play(spec, order, seed, workers)
+    ds = dataset.concatenate([one.dataset for one in played])
     costs, returns = dataset.episode_costs(ds), dataset.episode_returns(ds)
     kept = np.flatnonzero(costs <= max_cost)
     if not len(kept):

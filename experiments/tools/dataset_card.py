@@ -23,6 +23,7 @@ import numpy as np
 from experiments import plots
 from psec_jax import data as datasets
 from psec_jax.data import d4rl_sets, dataset, dsrl, minari, sets
+from psec_jax.data.recording import success_rate
 from psec_jax.errors import InputError
 from psec_jax.files import reported, write_atomic, write_json
 from psec_jax.types import Dataset
@@ -64,6 +65,7 @@ def describe(
         "action_dim": ds.action.shape[1],
         "ended": int(ds.terminal.sum()),
         "cut": int(ds.timeout.sum()),
+        "success": success_rate(attrs, str(path)),
         "length": _quantiles(lengths),
         "return": _quantiles(returns),
         "has_costs": benchmark == "DSRL" or bool(ds.cost.any()),
@@ -141,7 +143,12 @@ def markdown(card: Mapping[str, Any]) -> str:
         f"{card['fingerprint']}",
         f"- simulator: {card['environment'] or 'unknown'}",
         f"- {card['trajectories']} trajectories, {card['transitions']} transitions; "
-        f"{card['ended']} ended, {card['cut']} cut at a time limit",
+        f"{card['ended']} ended, {card['cut']} cut at a time limit"
+        + (
+            ""
+            if card["success"] is None
+            else f"; {100 * card['success']:.1f} % reached the task's goal"
+        ),
         f"- observations of {card['obs_dim']} numbers, actions of {card['action_dim']}",
     ]
     if card["has_costs"]:

@@ -41,7 +41,7 @@ from psec_jax import policy as policies
 from psec_jax.envs.gl import CannotDraw
 from psec_jax.envs.rendering import Renderer
 from psec_jax.errors import InputError, lookup
-from psec_jax.evaluation import policy_keys, record
+from psec_jax.evaluation import policy_keys, record, successes
 from psec_jax.files import reported, write_atomic
 from psec_jax.policy import Policy
 
@@ -66,6 +66,8 @@ class Trace(NamedTuple):
       seeds: [E], environment seed of each episode.
       values: [N, C], Q of the action chosen by each critic; C is 0 where none chooses.
       critics: kinds of the C critics.
+      success: [E] bool, whether each episode reached the task's goal; [0] where the
+        environment does not say.
     """
 
     obs: np.ndarray
@@ -78,6 +80,7 @@ class Trace(NamedTuple):
     seeds: np.ndarray
     values: np.ndarray = np.zeros((0, 0), np.float32)
     critics: tuple[str, ...] = ()
+    success: np.ndarray = np.zeros(0, bool)
 
     def episodes(self) -> list[slice]:
         """Rows of each episode."""
@@ -124,6 +127,7 @@ def make_trace(
         played.seeds,
         values,
         critics,
+        np.zeros(0, bool) if played.success is None else played.success,
     )
 
 
@@ -481,7 +485,8 @@ def main(argv: Sequence[str]) -> None:
     path, trace = film(policy, **given)
     returns = [float(trace.reward[rows].sum()) for rows in trace.episodes()]
     print(
-        f"{path}: return {', '.join(f'{r:.1f}' for r in returns)}; trace in "
+        f"{path}: return {', '.join(f'{r:.1f}' for r in returns)}"
+        f"{successes(trace.success if len(trace.success) else None)}; trace in "
         f"{path.with_suffix('.npz')}"
     )
 

@@ -99,7 +99,7 @@ def _panel(
     """Frames of the episode, with the environment's name on them."""
     from PIL import Image, ImageDraw, ImageFont
 
-    (episode,) = play(renderer.spec, [Actor(policy)], seed)
+    episode = play(renderer.spec, [Actor(policy)], seed)[0].dataset
     reset_seed, _ = streams(seed, 0)
     scenes = renderer.frames(
         reset_seed, episode.obs[:steps], episode.action[:steps], every

@@ -204,7 +204,7 @@ def _judge(
     finally:
         trial.unlink()
     played = [
-        rollout(env, lambda obs, generator: expert(obs), EVAL_SEED, e)
+        rollout(env, lambda obs, generator: expert(obs), EVAL_SEED, e).dataset
         for e in range(episodes)
     ]
     returns = [np.sum(ds.reward, dtype=np.float64) for ds in played]

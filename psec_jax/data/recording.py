@@ -111,6 +111,24 @@ class Recording:
         }
 
 
+def success_rate(attrs: Mapping[str, Any], source: str = "the file") -> float | None:
+    """The share of a file's trajectories that reached their task's goal, by the file's
+    attribute "success"; None where it has none.
+
+    Raises:
+      InputError: an attribute that is not true or false for each trajectory.
+    """
+    if "success" not in attrs:
+        return None
+    success = np.asarray(attrs["success"])
+    if success.dtype != bool or success.ndim != 1 or not success.size:
+        raise InputError(
+            f"{source}: attribute success is {success.dtype} of shape {success.shape}, "
+            "expected true or false for each trajectory"
+        )
+    return float(np.mean(success))
+
+
 def _is_spec(text: Any) -> bool:
     return isinstance(text, str) and ":" in text
 

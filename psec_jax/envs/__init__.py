@@ -8,7 +8,7 @@ import functools
 
 from psec_jax.data import keywords
 from psec_jax.data.recording import Recording
-from psec_jax.envs import bullet, dm_control, gymnasium, metadrive
+from psec_jax.envs import bullet, dm_control, gymnasium, metadrive, metaworld
 from psec_jax.envs.base import Env, Simulator, Step, recorded_in
 from psec_jax.envs.shifts import shifted, split
 from psec_jax.errors import InputError, lookup
@@ -90,6 +90,7 @@ ENVS = {
     "metadrive": Simulator(
         metadrive.make, "TASK", alone=True, recording=metadrive.recording
     ),
+    "metaworld": Simulator(metaworld.make, "TASK", keywords=True),
 }
 # How environments are named, for help texts and messages.
 FORMS = " or ".join(

@@ -21,6 +21,8 @@ class Step(NamedTuple):
       cost: float, 0 where the environment has none.
       terminal: bool, the task itself ended (no bootstrap).
       timeout: bool, the episode was cut at its time limit.
+      success: 1 where the task's goal is reached, 0 where not, nan where the
+        environment does not say.
     """
 
     obs: np.ndarray
@@ -28,6 +30,7 @@ class Step(NamedTuple):
     cost: Any
     terminal: Any
     timeout: Any
+    success: Any = math.nan
 
 
 @runtime_checkable  # the tests check annotations while they run
@@ -123,18 +126,17 @@ def number(value: Any, what: str, spec: str) -> float:
     return result
 
 
-def check_safe_setup(spec: str, packages: tuple[str, ...]) -> None:
-    """Check that a safe simulator is there, without importing it.
+def check_setup(spec: str, packages: tuple[str, ...], target: str) -> None:
+    """Check that a simulator is there, without importing it.
 
     Args:
       spec: the environment's name.
       packages: what it imports, by import name.
+      target: of make, which installs it.
 
     Raises:
       InputError: a package is missing; the message names the command that installs it.
     """
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            raise InputError(
-                f"{spec}: {package} is not installed; run: make setup-safe"
-            )
+            raise InputError(f"{spec}: {package} is not installed; run: make {target}")

@@ -10,7 +10,7 @@ import numpy as np
 
 from psec_jax.data.actions import ActionBox
 from psec_jax.data.recording import Recording
-from psec_jax.envs.base import Step, check_safe_setup
+from psec_jax.envs.base import Step, check_setup
 from psec_jax.errors import InputError, lookup
 
 # Observations, actions and steps of an episode in DSRL's data. The package's other
@@ -160,5 +160,6 @@ def make(
     """Make a task such as "SafetyBallRun-v0", which has neither shifts nor keyword
     arguments; see `psec_jax.envs.make`."""
     lookup(TASKS, name, "bullet task")
-    check_safe_setup(f"bullet:{name}", ("bullet_safety_gym", "pybullet", "gymnasium"))
+    packages = ("bullet_safety_gym", "pybullet", "gymnasium")
+    check_setup(f"bullet:{name}", packages, "setup-safe")
     return BulletEnv(name)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,8 @@ FAILURES = (OSError, ImportError, TypeError, ValueError, AttributeError, LookupE
 
 
 class GymnasiumEnv:
-    """One Gymnasium environment; `info["cost"]` is its cost where it gives one.
+    """One Gymnasium environment; `info["cost"]` is its cost where it gives one, and
+    `info["success"]` or `info["is_success"]` says whether its goal is reached.
 
     Observations are flattened as `psec_jax.data.spaces` says.
     """
@@ -100,8 +102,8 @@ class GymnasiumEnv:
         """See `Env.step`.
 
         Raises:
-          InputError: an observation that is not of its space, or not finite, or a
-            reward or cost that is not one finite number.
+          InputError: an observation that is not of its space, or not finite, a reward
+            or cost that is not one finite number, or a success other than 0 or 1.
         """
         space = self._action
         raw = self.box.to_env(action).reshape(space.shape)
@@ -116,7 +118,16 @@ class GymnasiumEnv:
             number(info.get("cost", 0.0), "cost", self.spec),
             bool(terminal),
             bool(timeout) and not terminal,
+            self._success(info.get("success", info.get("is_success"))),
         )
+
+    def _success(self, value: Any) -> float:
+        if value is None:
+            return math.nan
+        reached = number(value, "success", self.spec)
+        if reached not in (0.0, 1.0):
+            raise InputError(f"{self.spec}: success is {reached}, expected 0 or 1")
+        return reached
 
     def render(self, height: int, width: int) -> np.ndarray:
         """See `Env.render`; the environment's own picture, scaled onto black.

@@ -15,7 +15,7 @@ import numpy as np
 
 from psec_jax.data.actions import ActionBox
 from psec_jax.data.recording import Recording
-from psec_jax.envs.base import Step, check_safe_setup
+from psec_jax.envs.base import Step, check_setup
 from psec_jax.envs.gl import CannotDraw
 from psec_jax.envs.remote import RemoteEnv, answer
 from psec_jax.envs.workers import in_worker
@@ -251,7 +251,7 @@ def make(
     see `psec_jax.envs.make`."""
     spec = f"metadrive:{name}"
     lookup(TASKS, name, "metadrive task")
-    check_safe_setup(spec, PACKAGES)
+    check_setup(spec, PACKAGES, "setup-safe")
     if in_worker() and not _here:
         _here.append(MetaDriveEnv(name))
         return _here[0]

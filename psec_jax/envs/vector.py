@@ -140,6 +140,7 @@ class VectorEnv:
             np.empty(n),
             np.empty(n, bool),
             np.empty(n, bool),
+            np.empty(n),
         )
         for rows, answer in self._ask("step", indices, actions):
             for target, values in zip(result, answer, strict=True):

@@ -40,6 +40,7 @@ PACKAGES = (
     "bullet-safety-gym",
     "pybullet",
     "metadrive-simulator",
+    "metaworld",
 )
 
 
@@ -59,6 +60,19 @@ class Actor(NamedTuple):
     within: float = 1.0
 
 
+class Played(NamedTuple):
+    """One whole episode.
+
+    Attributes:
+      dataset: its transitions.
+      success: 1 where the task's goal was reached in any step, 0 where not, nan where
+        the environment does not say.
+    """
+
+    dataset: Dataset
+    success: float
+
+
 def collect(
     env: str,
     policy: str,
@@ -76,7 +90,8 @@ def collect(
 
     Args:
       env: "dm_control:walker-walk", "gymnasium:ID"; it may be shifted.
-      policy: "expert", "medium", "random" or the path of an expert file.
+      policy: "expert", "medium", "random", "scripted" where the simulator has experts
+        of its own (metaworld), or the path of an expert file.
       episodes: whole episodes to collect.
       seed: of initial states and noise, with the episode's number.
       action_noise: standard deviation of Gaussian noise on every action.
@@ -106,14 +121,17 @@ def collect(
     if path.exists() and not overwrite:
         check_same(path, d4rl.load(path)[1], identity, "give another file")
         return path
-    parts = play(env, [Actor(policy, action_noise)] * episodes, seed, workers)
-    ds = dataset.check(dataset.concatenate(parts), str(path))
+    played = play(env, [Actor(policy, action_noise)] * episodes, seed, workers)
+    ds = dataset.check(dataset.concatenate([p.dataset for p in played]), str(path))
     attrs = identity | envs.describe(env).attributes()
     attrs |= {
         "versions": json.dumps(simulator_versions(), sort_keys=True),
         "returns": dataset.episode_returns(ds),
         "costs": dataset.episode_costs(ds),
     }
+    success = np.array([p.success for p in played])
+    if not np.isnan(success).all():
+        attrs["success"] = success == 1
     return d4rl.save(path, ds, attrs)
 
 
@@ -189,7 +207,7 @@ def play(
     seed: int,
     workers: int | None = None,
     numbers: Sequence[int] | None = None,
-) -> list[Dataset]:
+) -> list[Played]:
     """Roll out one episode of every actor, in worker processes.
 
     Args:
@@ -271,19 +289,21 @@ def streams(seed: int, episode: int) -> tuple[int, np.random.Generator]:
     return int(env_seed.generate_state(1)[0]), np.random.default_rng(noise_seed)
 
 
-def rollout(env: envs.Env, act: Any, seed: int, episode: int) -> Dataset:
+def rollout(env: envs.Env, act: Any, seed: int, episode: int) -> Played:
     """One whole episode; it depends on (seed, episode) alone."""
     env_seed, generator = streams(seed, episode)
     obs = env.reset(env_seed)
-    rows = []
-    ended = False
+    rows: list[tuple] = []
+    success, ended = np.nan, False
     while not ended:
         action = act(obs, generator)
         step = env.step(action)
         row = (obs, action, step.reward, step.cost, step.obs)
         rows.append((*row, step.terminal, step.timeout))
         obs = step.obs
+        success = np.fmax(success, step.success)
         ended = step.terminal or step.timeout
     types = (np.float32,) * 5 + (bool,) * 2
     columns = zip(*rows, strict=True)
-    return Dataset(*(np.array(c, dtype=t) for c, t in zip(columns, types, strict=True)))
+    ds = Dataset(*(np.array(c, dtype=t) for c, t in zip(columns, types, strict=True)))
+    return Played(ds, float(success))

@@ -12,7 +12,7 @@ from psec_jax import envs
 from psec_jax.agents.common import Demonstrations
 from psec_jax.data import d4rl_sets, dataset
 from psec_jax.data.actions import ActionBox
-from psec_jax.data.recording import Recording
+from psec_jax.data.recording import Recording, success_rate
 from psec_jax.data.trajectories import apply_filter, cut, share, split
 from psec_jax.envs.trust import check_untrusted
 from psec_jax.errors import InputError
@@ -115,25 +115,33 @@ class Demos(NamedTuple):
       source: file or folder they come from.
       selection: how they were chosen there.
       recording: how they were recorded.
+      success: the share of the source's trajectories that reached their task's goal;
+        None where it does not say.
     """
 
     dataset: Dataset
     source: str
     selection: Selection = FIRST
     recording: Recording = Recording()
+    success: float | None = None
 
     def card(self) -> dict[str, Any]:
         """What cards and configs record of the data."""
         returns = dataset.episode_returns(self.dataset)
         known = "reward" not in self.recording.missing
         chosen = self.selection != FIRST
-        return {
+        card = {
             "source": Path(self.source).name,
             "fingerprint": dataset.fingerprint(self.dataset),
             "transitions": len(self.dataset.obs),
             "trajectories": len(returns),
             "return_mean": float(np.mean(returns)) if known else None,
-        } | ({"selection": self.selection.card()} if chosen else {})
+        }
+        if chosen:
+            card["selection"] = self.selection.card()
+        if self.success is not None:
+            card["success"] = self.success
+        return card
 
 
 class Wanted(NamedTuple):
@@ -201,7 +209,8 @@ def load_demos(
         with_rewards=wanted.rewards or selection.reads_rewards(),
     )
     recording = Recording.of(attrs, path)
-    return Demos(selection.of(ds, episodes, path), path, selection, recording)
+    chosen = selection.of(ds, episodes, path)
+    return Demos(chosen, path, selection, recording, success_rate(attrs, path))
 
 
 Load = Callable[..., Demos]

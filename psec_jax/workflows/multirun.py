@@ -12,13 +12,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from psec_jax import tree
 from psec_jax.data.recording import say
 from psec_jax.errors import InputError
-from psec_jax.evaluation import Episodes, evaluate, evaluate_together
+from psec_jax.evaluation import (
+    Episodes,
+    episode_fields,
+    evaluate,
+    evaluate_together,
+)
 from psec_jax.files import beside
 from psec_jax.library import SkillLibrary
 from psec_jax.policy import Policy, act_together, alike
@@ -209,19 +213,7 @@ def roll_out(
         act = act_together([policies[other] for other in same])
         several = evaluate_together(act, len(same), envs[key], episodes, seed)
         played |= zip(same, several, strict=True)
-    return {key: episodes_json(played[key], envs[key], seed) for key in policies}
-
-
-def episodes_json(episodes: Episodes, env: str, seed: int) -> dict[str, Any]:
-    """Raw returns, costs and lengths of every episode, and their mean."""
-    return {
-        "env": env,
-        "evaluation_seed": seed,
-        "mean": float(np.mean(episodes.returns)),
-        "returns": episodes.returns.tolist(),
-        "costs": episodes.costs.tolist(),
-        "lengths": episodes.lengths.tolist(),
-    }
+    return {key: episode_fields(played[key], envs[key], seed) for key in policies}
 
 
 def _check(
