@@ -184,8 +184,10 @@ def train(
     library: str = "library",
     changes: Mapping[str, Any] | None = None,
     **request: Any,
-) -> None:
+) -> list[dict[str, Any]]:
     """Trains a stage for all seeds of a cell as one program; finished runs are kept.
+
+    Returns the results of the runs.
 
     Args:
       cell: whose seeds are trained.
@@ -207,7 +209,7 @@ def train(
         )
         for seed in cell.seeds
     ]
-    workflow.run(cell.job.changed(changes or {}), *requests)
+    return workflow.run(cell.job.changed(changes or {}), *requests)
 
 
 def bases(cell: Cell, library: str = "library") -> list[Made]:

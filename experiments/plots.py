@@ -333,6 +333,39 @@ def _curve(
     axes.plot(list(paper), list(paper.values()), "d", mfc="white", mec=colour, ms=7)
 
 
+def heat_maps(
+    matrices: Mapping[str, np.ndarray], names: Sequence[str], title: str, caption: str
+) -> Figure:
+    """A square of scores in [0, 1] for each method.
+
+    Args:
+      matrices: [N, N] by method; nan is left white.
+      names: of rows and columns.
+      title: of the figure.
+      caption: below it.
+    """
+    columns = min(len(matrices), 3)
+    rows = -(-len(matrices) // columns)
+    with matplotlib.rc_context(_RC):
+        figure, panels = _canvas(
+            title, caption, (2.6 * columns + 1.5, 2.6 * rows + 1.2), rows, columns
+        )
+        image = None
+        for axes, (method, matrix) in zip(panels.flat, matrices.items(), strict=False):
+            image = axes.imshow(matrix, cmap="viridis", vmin=0, vmax=1)
+            axes.grid(False)
+            axes.set_title(method, fontsize=9)
+            axes.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
+            axes.set_yticks(range(len(names)), names, fontsize=6)
+        for axes in panels.flat[len(matrices) :]:
+            axes.set_axis_off()
+        if image is not None:
+            figure.colorbar(
+                image, ax=panels.ravel().tolist(), label="score", shrink=0.8
+            )
+    return figure
+
+
 def points(raws: Raws, order: Sequence[str], title: str, caption: str) -> Figure:
     """Points of every task in the plane, one panel for each raw file.
 

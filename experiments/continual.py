@@ -1,0 +1,614 @@
+r"""Many tasks, one after the other: performance, forgetting and forward transfer.
+
+    make setup-metaworld
+    python -m experiments.continual --sequence=cw10 --preset=standard
+
+learns the tasks of a sequence (cw10, cw20, cw3, walker, or a file of yours) in order on
+a base that was pretrained on others, from demonstrations that are made on the spot, and
+after every task plays all tasks so far: R[i, j] is the score after task i on task j. It
+writes to results/continual/ the raw results (SEQUENCE.jsonl), tables and figures made
+of them. Finished runs and results are kept: start it again after a stop.
+docs/continual.md explains rows and columns; --plan prints the hours first.
+"""
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments import grid, plots, results, tables, tasks
+from experiments.configs import continual
+from experiments.grid import Cell, Method, Order, Table
+from experiments.results import Raw, needed
+from experiments.style import FIXED, Style
+from experiments.table2 import level_changes
+from experiments.tasks import Task, TaskData, TaskSequence
+from psec_jax.cli import no_arguments
+from psec_jax.errors import InputError
+from psec_jax.evaluation import episode_fields, evaluate
+from psec_jax.library import SkillLibrary
+from psec_jax.policy import Policy, compose, load_base
+from psec_jax.workflows import Job
+from psec_jax.workflows.demonstrations import load_demos
+
+RUNS = "runs/continual"
+
+
+@dataclass(frozen=True)
+class Setting(grid.Setting):
+    """A sequence as the one column of its table."""
+
+    sequence: TaskSequence = dataclasses.field(
+        default_factory=lambda: TaskSequence("", (), ())
+    )
+
+
+class Learned(NamedTuple):
+    """What a method made of a sequence.
+
+    Attributes:
+      policy: (i, j) -> the policy after task i for task j; i may be -1, and is below j
+        before task j is learned.
+      seconds: of training, the base aside.
+      stored: (library, kind, name) of everything that is kept beside the base.
+    """
+
+    policy: Callable[[int, int], Policy]
+    seconds: float
+    stored: Sequence[tuple[Path, str, str]] = ()
+
+
+class Learner:
+    """The trainings of one method on a sequence, for all seeds of a cell."""
+
+    def __init__(self, cell: Cell) -> None:
+        self.cell, self.sequence = cell, cell.setting.sequence
+        self.tasks: tuple[Task, ...] = self.sequence.tasks
+        self.data: TaskData = data_of(cell)
+        self.seconds = dict.fromkeys(cell.seeds, 0.0)
+        grid.train(
+            cell,
+            "base",
+            "base",
+            name="base",
+            data=self.data.base,
+            changes={"base.episodes": 0},
+        )
+
+    def train(self, stage: str, run: str, **request: Any) -> None:
+        """`grid.train`, with its seconds counted."""
+        trained = grid.train(self.cell, stage, run, **request)
+        for seed, result in zip(self.cell.seeds, trained, strict=True):
+            self.seconds[seed] += (result["summary"] or {}).get("seconds", 0.0)
+
+    def train_base(self, name: str, task: Task | None, **request: Any) -> None:
+        """A whole policy in a library of its own, on a skill's budget."""
+        if task is not None:
+            request |= {"env": task.env, "data": self.data.files[task.name]}
+        self.train("base", name, library=name, name=name, section="skill", **request)
+
+    def train_skills(self) -> None:
+        """A skill of each task on the frozen base."""
+        for task in self.sequence.until(len(self.tasks)):
+            path = self.data.files[task.name]
+            self.train("skill", task.name, name=task.name, env=task.env, data=path)
+
+    def result(
+        self,
+        policy: Callable[[int, int, int], Policy],
+        stored: Sequence[tuple[str, str, str]],
+    ) -> list[Learned]:
+        """What is learned, of each seed.
+
+        Args:
+          policy: (seed, i, j) -> the policy.
+          stored: (library, kind, name).
+        """
+        return [
+            Learned(
+                lambda i, j, seed=seed: policy(seed, i, j),
+                self.seconds[seed],
+                [(self.cell.library(seed, root), *entry) for root, *entry in stored],
+            )
+            for seed in self.cell.seeds
+        ]
+
+    def known(
+        self, chosen: Callable[[int, int], Policy], root: str = "library"
+    ) -> Callable[[int, int, int], Policy]:
+        """The policy of the last visit of a task that is known; before, the base.
+
+        Args:
+          chosen: (seed, visit) -> the policy.
+          root: library of the base.
+        """
+
+        def policy(seed: int, i: int, j: int) -> Policy:
+            visit = self.sequence.visit(i, j)
+            if visit is None:
+                return load_base(self.cell.library(seed, root))
+            return chosen(seed, visit)
+
+        return policy
+
+
+def data_of(cell: Cell) -> TaskData:
+    """Demonstrations of a cell's sequence."""
+    return tasks.prepare(cell.setting.sequence, cell.job, cell.root / "data")
+
+
+def make_joint(cell: Cell) -> list[Learned]:
+    """The base, trained on with all tasks at once, on the budgets of all."""
+    learner = Learner(cell)
+    different = learner.sequence.until(len(learner.tasks))
+    steps = cell.job.skill.steps * len(learner.tasks)
+    learner.train_base(
+        "joint",
+        None,
+        data=_merged(learner, different),
+        start=cell.library,
+        changes={"skill.episodes": 0, "skill.steps": steps},
+    )
+    return learner.result(
+        learner.known(lambda seed, visit: load_base(cell.library(seed, "joint"))), []
+    )
+
+
+def make_scratch(cell: Cell) -> list[Learned]:
+    """A policy of its own for each task."""
+    learner = Learner(cell)
+    different = learner.sequence.until(len(learner.tasks))
+    for task in different:
+        learner.train_base(f"scratch-{task.name}", task)
+    spent = dict(learner.seconds)
+    for task in different:  # as good as untrained: where learning starts
+        start = {"skill.steps": 1}
+        learner.train_base(f"untrained-{task.name}", task, changes=start)
+    learner.seconds = spent
+
+    def policy(seed: int, i: int, j: int) -> Policy:
+        before = learner.sequence.visit(i, j) is None
+        name = f"{'untrained' if before else 'scratch'}-{learner.tasks[j].name}"
+        return load_base(cell.library(seed, name))
+
+    entries = [(f"scratch-{task.name}", "base", "base") for task in different]
+    return learner.result(policy, entries)
+
+
+def make_fine_tuning(cell: Cell) -> list[Learned]:
+    """The base, all of which each task trains on."""
+    learner, before = Learner(cell), "library"
+    for i, task in enumerate(learner.tasks):
+        learner.train_base(
+            f"tuned-{i}",
+            task,
+            start=lambda seed, before=before: cell.library(seed, before),
+        )
+        before = f"tuned-{i}"
+
+    def policy(seed: int, i: int, j: int) -> Policy:
+        return load_base(cell.library(seed, "library" if i < 0 else f"tuned-{i}"))
+
+    return learner.result(policy, [])
+
+
+def make_lora(cell: Cell) -> list[Learned]:
+    """The skill of the task, which is known."""
+    learner = Learner(cell)
+    learner.train_skills()
+    names = [task.name for task in learner.tasks]
+    policy = learner.known(
+        lambda seed, visit: compose(cell.library(seed), [names[visit]])
+    )
+    return learner.result(policy, _skills(learner))
+
+
+def make_gates(level: str, cell: Cell) -> list[Learned]:
+    """A gate of each task, which is known, over all skills so far."""
+    learner = Learner(cell)
+    learner.train_skills()
+    names = []
+    for i, task in enumerate(learner.tasks):
+        others = [t.name for t in learner.sequence.until(i) if t != task]
+        names.append(f"{level}-{i}")
+        learner.train(
+            "gate",
+            names[i],
+            changes=level_changes(cell.job, level),
+            name=names[i],
+            skills=[task.name, *others],
+            env=task.env,
+            data=learner.data.files[task.name],
+        )
+    policy = learner.known(
+        lambda seed, visit: compose(cell.library(seed), gate=names[visit])
+    )
+    gates = [("library", "gate", name) for name in names]
+    return learner.result(policy, [*_skills(learner), *gates])
+
+
+def make_one_gate(form: str, cell: Cell) -> list[Learned]:
+    """One gate over all skills so far, for tasks that are not known.
+
+    Args:
+      form: "support", weights by where the skills' demonstrations reach, or "linear",
+        the paper's head, trained on the demonstrations of all tasks so far.
+      cell: of the table.
+    """
+    learner = Learner(cell)
+    learner.train_skills()
+    names = []
+    for i in range(len(learner.tasks)):
+        so_far = learner.sequence.until(i)
+        names.append(f"{form}-{len(so_far)}")
+        request: dict[str, Any] = {"env": so_far[0].env}
+        if form == "support":
+            changes = {"gate.head": "constant", "gate.support": "neighbour"}
+            files = [learner.data.files[task.name] for task in so_far]
+            request |= {
+                "data": files[0],
+                "support_data": files,
+                "alpha": [cell.job.skill.alpha] * len(so_far),
+            }
+        else:
+            changes = {"skill.episodes": 0}
+            request["data"] = _merged(learner, so_far)
+        learner.train(
+            "gate",
+            names[i],
+            changes=changes,
+            name=names[i],
+            skills=[task.name for task in so_far],
+            **request,
+        )
+
+    def policy(seed: int, i: int, j: int) -> Policy:
+        library = cell.library(seed)
+        return load_base(library) if i < 0 else compose(library, gate=names[i])
+
+    return learner.result(policy, [*_skills(learner), ("library", "gate", names[-1])])
+
+
+def _skills(learner: Learner) -> list[tuple[str, str, str]]:
+    different = learner.sequence.until(len(learner.tasks))
+    return [("library", "skill", task.name) for task in different]
+
+
+def _merged(learner: Learner, several: Sequence[Task]) -> str:
+    """A file of the demonstrations of several tasks."""
+    job, files = learner.cell.job, learner.data.files
+    demos = [
+        load_demos(job.data, task.env, job.skill.episodes, files[task.name])
+        for task in several
+    ]
+    return tasks.merged(demos, several[0].env, learner.cell.root / "data")
+
+
+BASE = {"base": "base", "skill": "skill"}
+GATE = BASE | {"gate": "gate"}
+CLONED = BASE | {"gate": "table.cloning"}
+
+
+def _gates(level: str) -> Callable[[Cell], list[Learned]]:
+    return lambda cell: make_gates(level, cell)
+
+
+def _one_gate(form: str) -> Callable[[Cell], list[Learned]]:
+    return lambda cell: make_one_gate(form, cell)
+
+
+METHODS = {
+    "Joint": Method(make_joint, BASE, Style("light", "X")),
+    "Scratch": Method(make_scratch, {"skill": "skill"}, Style("dark", "s")),
+    "Fine-tuning": Method(make_fine_tuning, BASE, Style("black", "x")),
+    "LoRA": Method(make_lora, BASE, Style("purple", "P")),
+    "ASEC": Method(_gates("action"), CLONED, Style("orange", "v")),
+    "NSEC": Method(_gates("noise"), CLONED, Style("sky", "^")),
+    "PSEC": Method(_gates("parameter"), GATE, Style("blue", "o")),
+    "PSEC, one gate": Method(_one_gate("linear"), GATE, Style("blue", "o", FIXED)),
+    "Support": Method(_one_gate("support"), BASE, Style("green", "D")),
+}
+
+
+def digest(policy: Policy) -> str:
+    """16 hex digits of all that decides what a policy does."""
+    leaves, form = jax.tree.flatten(policy.params)
+    content = hashlib.sha256(f"{policy.config} {form}".encode())
+    for leaf in leaves:
+        array = np.asarray(leaf)
+        content.update(f"{array.shape} {array.dtype}".encode() + array.tobytes())
+    return content.hexdigest()[:16]
+
+
+class Played(NamedTuple):
+    """Scores [E] of a policy on a task, the policy's digest, and seconds it took."""
+
+    scores: list[float]
+    digest: str
+    seconds: float
+
+
+def play(cell: Cell, policy: Policy, task: Task) -> Played:
+    """The score of each episode: success, or the share of the full return.
+
+    A policy of equal bits is played once in a task; the episodes are kept in
+    ROOT/episodes.jsonl.
+
+    Raises:
+      InputError: an environment that reports no success, without a full return.
+    """
+    count, start = cell.job.evaluation.episodes, cell.job.evaluation.seed
+    path, bits = cell.root / "episodes.jsonl", digest(policy)
+    name = f"{bits} {count} from {start}"
+    raw = results.by_key(path).get((task.env, name, cell.seed))
+    if raw is None:
+        began = time.perf_counter()
+        episodes = evaluate(policy.act, task.env, count, start)
+        raw = results.header(cell.job, task.env, name, cell.seed, {})
+        raw |= {"seconds": time.perf_counter() - began}
+        raw |= episode_fields(episodes, task.env, start)
+        results.append(path, raw)
+    full = cell.setting.sequence.full_return
+    if "success" in raw:
+        scores = [float(value) for value in raw["success"]]
+    elif full is not None:
+        scores = [value / full for value in raw["returns"]]
+    else:
+        raise InputError(f"{task.env}: reports no success, and no full_return is given")
+    return Played(scores, bits, raw["seconds"])
+
+
+def measure(cell: Cell, seed: int, learned: Learned) -> dict[str, Any]:
+    """Raw fields: "matrix" [i][j <= i][E], "before" [j][E], bits and costs."""
+    cell, order = cell.of(seed), cell.setting.sequence.tasks
+    rows = [
+        [play(cell, learned.policy(i, j), order[j]) for j in range(i + 1)]
+        for i in range(len(order))
+    ]
+    before = [play(cell, learned.policy(j - 1, j), order[j]) for j in range(len(order))]
+    numbers, size = _stored(learned.stored)
+    return {
+        "tasks": [task.name for task in order],
+        "matrix": [[played.scores for played in row] for row in rows],
+        "before": [played.scores for played in before],
+        "unchanged": [
+            [played.digest == rows[j][j].digest for j, played in enumerate(row)]
+            for row in rows
+        ],
+        "demonstrations": dict(data_of(cell).success),
+        "parameters": numbers / len(order),
+        "bytes": size / len(order),
+        "seconds": learned.seconds / len(order),
+        "evaluation_seconds": float(np.mean([p.seconds for row in rows for p in row])),
+    }
+
+
+def _stored(entries: Sequence[tuple[Path, str, str]]) -> tuple[int, int]:
+    """Numbers and bytes of library entries."""
+    numbers = size = 0
+    for root, kind, name in entries:
+        for shape, dtype in (
+            SkillLibrary.open(root).card(kind, name)["tensors"].values()
+        ):
+            count = int(np.prod(shape, dtype=np.int64))
+            numbers += count
+            size += count * np.dtype(dtype).itemsize
+    return numbers, size
+
+
+def score(raw: Raw) -> dict[str, np.ndarray]:
+    """P, F and AUC of each episode, each a mean over the tasks."""
+    matrix, before = needed(raw, "matrix"), np.array(needed(raw, "before"))
+    last = np.array(matrix[-1])
+    learned = np.array([row[-1] for row in matrix])
+    return {
+        "P": last.mean(0),
+        "F": (learned - last)[: max(len(last) - 1, 1)].mean(0),
+        "AUC": areas(raw).mean(0),
+        "before": before.mean(0),
+    }
+
+
+def areas(raw: Raw) -> np.ndarray:
+    """Areas [N, E] under the learning curves, straight lines from before to after."""
+    after = np.array([row[-1] for row in needed(raw, "matrix")])
+    return (np.array(needed(raw, "before")) + after) / 2
+
+
+def forward_transfer(raw: Raw, scratch: Raw) -> float:
+    """FWT: mean_j (area_j - area_j of scratch) / (1 - area_j of scratch)."""
+    mine, theirs = areas(raw).mean(1), areas(scratch).mean(1)
+    return float(np.mean((mine - theirs) / (1 - theirs)))
+
+
+def known(job: Job, name: str, setting: Setting, root: Path) -> dict[str, Any]:
+    """The fingerprint of the demonstrations, which are collected here."""
+    del name
+    data = tasks.prepare(setting.sequence, job, root / "data")
+    return {"data_fingerprint": data.fingerprint}
+
+
+def make_table(sequence: TaskSequence, root: Path = Path()) -> Table:
+    """The table of a sequence.
+
+    Args:
+      sequence: its one setting.
+      root: directory of runs.
+    """
+
+    def column(metric: str) -> Callable[[Mapping[str, Any], str], str]:
+        return lambda entries, method: (
+            f"{entries[method][metric]:.3g}" if metric in entries[method] else "-"
+        )
+
+    return Table(
+        name=sequence.name,
+        settings={sequence.name: Setting(sequence.tasks[0].env, sequence=sequence)},
+        methods=METHODS,
+        score=score,
+        columns={
+            "P": tables.number("P", 2),
+            "F": tables.number("F", 2),
+            "AUC": tables.number("AUC", 2),
+            "FWT": column("fwt"),
+            "unchanged": column("unchanged"),
+            "numbers / task": column("parameters"),
+            "kB / task": column("kilobytes"),
+            "s / task": column("seconds"),
+        },
+        orders=[
+            Order("Support", "LoRA", "P"),
+            Order("PSEC", "LoRA", "P"),
+            Order("PSEC", "Scratch", "P"),
+            Order("PSEC", "Fine-tuning", "P"),
+            Order("Support", "Fine-tuning", "P"),
+        ],
+        paper=grid.paper("continual"),
+        known=lambda job, name, setting: known(job, name, setting, root),
+        measure=measure,
+    )
+
+
+NOTE = (
+    f"{tables.INTERVALS}. R[i, j]: score after task i on task j. P: mean of the last "
+    "row. F: mean drop since a task was learned. AUC: mean area under the learning "
+    "curves, of which the ends alone are measured. FWT: transfer against Scratch "
+    "(docs/continual.md). Unchanged: share of later policies whose bits are those of "
+    "the one that was learned; they were not played again. Numbers and kB: kept beside "
+    "the base. s: training, the base aside. Published numbers are of other data and "
+    "budgets; of two the second is PSEC's paper's."
+)
+
+
+def write_table(table: Table, folder: Path) -> str:
+    """NAME.md, .csv and .json, and the figures, from the raw results alone."""
+    raws = results.read_all(table.path(folder))
+    summary = tables.summarise(table, raws)
+    [name] = table.settings
+    scratch = {raw["seed"]: raw for raw in raws if raw["method"] == "Scratch"}
+    for method, entry in summary.get(name, {}).items():
+        mine = [raw for raw in raws if raw["method"] == method]
+        for field, unit in (("parameters", 1), ("bytes", 1e3), ("seconds", 1)):
+            label = "kilobytes" if field == "bytes" else field
+            entry[label] = float(np.mean([needed(raw, field) for raw in mine])) / unit
+        entry["unchanged"] = float(np.mean([_unchanged(raw) for raw in mine]))
+        pairs = [(raw, scratch.get(raw["seed"])) for raw in mine]
+        gained = [forward_transfer(raw, other) for raw, other in pairs if other]
+        if gained and method != "Scratch":
+            entry["fwt"] = float(np.mean(gained))
+    text = tables.write(table, folder, raws, NOTE, summary=summary, digits=2)
+    drawn = {m: [r for r in raws if r["method"] == m] for m in summary.get(name, {})}
+    draw(table, folder, drawn)
+    return text
+
+
+def _unchanged(raw: Raw) -> float:
+    """The share of later policies whose bits did not change; 1 of a single task."""
+    later = [same for row in needed(raw, "unchanged") for same in row[:-1]]
+    return float(np.mean(later)) if later else 1.0
+
+
+def draw(table: Table, folder: Path, drawn: Mapping[str, Sequence[Raw]]) -> None:
+    """Heat maps of R, and the mean over the tasks so far after each task."""
+    [name] = table.settings
+    matrices, curves = {}, {}
+    for method, raws in drawn.items():
+        size = len(raws[0]["matrix"])
+        matrices[method] = np.full((size, size), np.nan)
+        for i in range(size):
+            scores = np.array([raw["matrix"][i] for raw in raws])  # [seeds, i + 1, E]
+            matrices[method][i, : i + 1] = scores.mean((0, 2))
+            stats = tables.intervals.describe(scores.mean(1))
+            stats["of_seeds"] = scores.mean((1, 2)).tolist()
+            curves.setdefault(str(i + 1), {})[method] = stats
+    order = next(iter(drawn.values()))[0]["tasks"]
+    caption = f"{name}: {results.conditions([r for rs in drawn.values() for r in rs])}"
+    title = "Score after task i (rows) on task j (columns)"
+    figure = plots.heat_maps(matrices, order, title, caption)
+    plots.save(figure, folder / "figures", f"{name}_matrix")
+    figure = plots.lines(
+        curves,
+        {x: float(x) for x in curves},
+        {method: METHODS[method].style for method in drawn},
+        "tasks learned",
+        "Mean score on the tasks so far",
+        caption,
+        {},
+        y_label="score",
+        top=1.05,
+    )
+    plots.save(figure, folder / "figures", f"{name}_curve")
+
+
+def plan(sequence: TaskSequence, job: Job, measured: Path) -> str:
+    """Hours of each row, from the seconds in the raw results of another sequence.
+
+    With N tasks, S seeds: S (N t steps / steps there + M e episodes / episodes there),
+    where t are the seconds of training a task there, e those of an evaluation, and M
+    the evaluations: N (N + 1) / 2 where policies change, else N, and N before learning.
+    """
+    count, lines, total = len(sequence.tasks), [], 0.0
+    wanted = job.table.methods or tuple(METHODS)
+    for raw in results.read_all(measured):
+        if raw["method"] not in wanted:
+            continue
+        there = raw["budget"]["skill"]["steps"]
+        training = count * raw["seconds"] * job.skill.steps / there
+        plays = count if _unchanged(raw) == 1 else count * (count + 1) // 2
+        episodes = len(raw["before"][0])
+        share = job.evaluation.episodes / episodes
+        playing = (plays + count) * raw["evaluation_seconds"] * share
+        hours = len(job.table.seeds) * (training + playing) / 3600
+        total += hours
+        lines.append(f"{raw['method']}: {hours:.2f} h")
+    return "\n".join([*lines, f"all, without the base: {total:.2f} h"])
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure what is missing, then write table and figures."""
+    no_arguments(argv)
+    sequence = tasks.read(FLAGS["sequence"].value)
+    folder, root = Path(FLAGS["results"].value), grid.run_root(FLAGS, RUNS)
+    root = root / sequence.name
+    table = make_table(sequence, root)
+    job = grid.set_seeds(continual.job(FLAGS["preset"].value), FLAGS)
+    methods = grid.known_names(FLAGS["methods"].value, METHODS, "method")
+    if FLAGS["plan"].value:
+        print(plan(sequence, job, Path(FLAGS["plan"].value)))
+        return
+    if not FLAGS["tables_only"].value:
+        grid.run(
+            table,
+            job,
+            root,
+            folder,
+            methods=methods or job.table.methods,
+            together=FLAGS["together"].value,
+        )
+    print(write_table(table, folder))
+
+
+if __name__ == "__main__":
+    from psec_jax.cli import run
+
+    FLAGS: Mapping[str, Any] = grid.define_flags("results/continual", RUNS) | {
+        "sequence": flags.DEFINE_string(
+            "sequence",
+            "cw10",
+            f"{', '.join(sorted(tasks.PACKAGED))}, or a file ending in .json.",
+        ),
+        "plan": flags.DEFINE_string(
+            "plan",
+            None,
+            "Only print the hours that the rows would take, by the seconds in this "
+            "file of raw results.",
+        ),
+    }
+    run(main)
