@@ -403,29 +403,62 @@ def _stored(entries: Sequence[tuple[Path, str, str]]) -> tuple[int, int]:
     return numbers, size
 
 
+class Scores(NamedTuple):
+    """Scores [N, E] of a raw result: before each task, after it, and at the end."""
+
+    before: np.ndarray
+    after: np.ndarray
+    last: np.ndarray
+
+
+def scores_of(raw: Raw) -> Scores:
+    """The scores of a raw result.
+
+    Raises:
+      InputError: "matrix" and "before" are not those of N tasks and E episodes.
+    """
+    matrix, before = needed(raw, "matrix"), needed(raw, "before")
+    episodes = {len(scores) for row in (before, *matrix) for scores in row}
+    rows = [len(row) for row in matrix]
+    if (
+        not rows
+        or rows != list(range(1, len(before) + 1))
+        or len(episodes) != 1
+        or 0 in episodes
+    ):
+        raise InputError(
+            f"{results.name(raw)}: a matrix with rows of {rows} tasks, {len(before)} "
+            f"tasks before, {sorted(episodes)} episodes; expected rows of 1 to N tasks "
+            "and as many episodes of each"
+        )
+    after = [row[-1] for row in matrix]
+    return Scores(*(np.array(x, float) for x in (before, after, matrix[-1])))
+
+
 def score(raw: Raw) -> dict[str, np.ndarray]:
     """P, F and AUC of each episode, each a mean over the tasks."""
-    matrix, before = needed(raw, "matrix"), np.array(needed(raw, "before"))
-    last = np.array(matrix[-1])
-    learned = np.array([row[-1] for row in matrix])
+    _, after, last = scores_of(raw)
     return {
         "P": last.mean(0),
-        "F": (learned - last)[: max(len(last) - 1, 1)].mean(0),
+        "F": (after - last)[: max(len(last) - 1, 1)].mean(0),
         "AUC": areas(raw).mean(0),
-        "before": before.mean(0),
     }
 
 
 def areas(raw: Raw) -> np.ndarray:
     """Areas [N, E] under the learning curves, straight lines from before to after."""
-    after = np.array([row[-1] for row in needed(raw, "matrix")])
-    return (np.array(needed(raw, "before")) + after) / 2
+    before, after, _ = scores_of(raw)
+    return (before + after) / 2
 
 
-def forward_transfer(raw: Raw, scratch: Raw) -> float:
-    """FWT: mean_j (area_j - area_j of scratch) / (1 - area_j of scratch)."""
+def forward_transfer(raw: Raw, scratch: Raw) -> float | None:
+    """FWT: mean_j (area_j - area_j of scratch) / (1 - area_j of scratch), over the
+    tasks where scratch leaves something to gain; None without such a task."""
     mine, theirs = areas(raw).mean(1), areas(scratch).mean(1)
-    return float(np.mean((mine - theirs) / (1 - theirs)))
+    room = theirs < 1
+    if not room.any():
+        return None
+    return float(np.mean((mine - theirs)[room] / (1 - theirs)[room]))
 
 
 def known(job: Job, name: str, setting: Setting, root: Path) -> dict[str, Any]:
@@ -499,14 +532,20 @@ def write_table(table: Table, folder: Path) -> str:
             label = "kilobytes" if field == "bytes" else field
             entry[label] = float(np.mean([needed(raw, field) for raw in mine])) / unit
         entry["unchanged"] = float(np.mean([_unchanged(raw) for raw in mine]))
-        pairs = [(raw, scratch.get(raw["seed"])) for raw in mine]
-        gained = [forward_transfer(raw, other) for raw, other in pairs if other]
-        if gained and method != "Scratch":
-            entry["fwt"] = float(np.mean(gained))
+        entry |= _transfer(
+            [(r, scratch[r["seed"]]) for r in mine if r["seed"] in scratch]
+        )
     text = tables.write(table, folder, raws, NOTE, summary=summary, digits=2)
     drawn = {m: [r for r in raws if r["method"] == m] for m in summary.get(name, {})}
     draw(table, folder, drawn)
     return text
+
+
+def _transfer(pairs: Sequence[tuple[Raw, Raw]]) -> dict[str, float]:
+    """Entry "fwt", the mean over seeds, of results each beside that of Scratch."""
+    gained = [forward_transfer(*pair) for pair in pairs if pair[0] is not pair[1]]
+    known = [value for value in gained if value is not None]
+    return {"fwt": float(np.mean(known))} if known else {}
 
 
 def _unchanged(raw: Raw) -> float:

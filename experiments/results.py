@@ -63,6 +63,11 @@ def read(path: Path | str) -> list[dict[str, Any]]:
     return raws
 
 
+def is_flag(x: Any) -> bool:
+    """Whether it is true or false."""
+    return isinstance(x, bool)
+
+
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "setting": (is_text, "a text"),
     "method": (is_text, "a text"),
@@ -83,6 +88,14 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "scores": (list_of(is_number), "numbers"),
     "data_scores": (list_of(is_number), "numbers"),
     "x": (none_or(is_number), "a number"),
+    "tasks": (list_of(is_text), "names"),
+    "matrix": (list_of(list_of(list_of(is_number))), "scores by task and episode"),
+    "before": (list_of(list_of(is_number)), "scores by task and episode"),
+    "unchanged": (list_of(list_of(is_flag)), "true or false by task"),
+    "parameters": (is_number, "a number"),
+    "bytes": (is_number, "a number"),
+    "seconds": (is_number, "a number"),
+    "evaluation_seconds": (is_number, "a number"),
     "target": (is_text, "a text"),
 }
 _SIZES = {"steps": whole(0, 2**62), "batch_size": whole(1, 2**62)}

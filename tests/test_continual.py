@@ -123,6 +123,24 @@ def test_metrics_by_hand():
     scratch = raw_of([[0, 0], [0, 0]], [[[1, 1]], [[1, 1], [0, 1]]])
     # Areas 0.5 and 0.75 against 0.5 and 0.25: (0 + 0.5 / 0.75) / 2.
     assert continual.forward_transfer(raw, scratch) == pytest.approx(1 / 3)
+    # Where scratch has area 1 there is nothing to gain.
+    full = raw_of([[1, 1], [0, 0]], [[[1, 1]], [[1, 1], [0, 1]]])
+    assert continual.forward_transfer(raw, full) == pytest.approx(0.5 / 0.75)
+    assert continual.forward_transfer(full, raw_of([[1]], [[[1]]])) is None
+
+
+@pytest.mark.parametrize(
+    ("before", "matrix"),
+    [
+        ([[0, 0]], [[[1, 1]], [[0, 1], [1, 1]]]),
+        ([[0, 0], [0]], [[[1, 1]], [[0, 1], [1, 1]]]),
+        ([[0], [0]], [[[1]], [[0]]]),
+        ([], []),
+    ],
+)
+def test_a_matrix_of_another_form(before, matrix):
+    with pytest.raises(InputError, match="s x seed 0: a matrix with rows of"):
+        continual.score(raw_of(before, matrix))
 
 
 @pytest.mark.parametrize(
