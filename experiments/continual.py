@@ -3,7 +3,7 @@ r"""Many tasks, one after the other: performance, forgetting and forward transfe
     make setup-metaworld
     python -m experiments.continual --sequence=cw10 --preset=standard
 
-learns the tasks of a sequence (cw10, cw20, cw3, walker, or a file of yours) in order on
+learns the tasks of a sequence (cw10, cw20, cw3, unseen12, walker or a file) in order on
 a base that was pretrained on others, from demonstrations that are made on the spot, and
 after every task plays all tasks so far: R[i, j] is the score after task i on task j. It
 writes to results/continual/ the raw results (SEQUENCE.jsonl), tables and figures made
@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import grid, plots, results, tables, tasks
+from experiments import grid, intervals, plots, results, tables, tasks
 from experiments.configs import continual
 from experiments.grid import Cell, Method, Order, Table
 from experiments.results import Raw, needed
@@ -564,7 +564,7 @@ def draw(table: Table, folder: Path, drawn: Mapping[str, Sequence[Raw]]) -> None
         for i in range(size):
             scores = np.array([raw["matrix"][i] for raw in raws])  # [seeds, i + 1, E]
             matrices[method][i, : i + 1] = scores.mean((0, 2))
-            stats = tables.intervals.describe(scores.mean(1))
+            stats = intervals.describe(scores.mean(1))
             stats["of_seeds"] = scores.mean((1, 2)).tolist()
             curves.setdefault(str(i + 1), {})[method] = stats
     order = next(iter(drawn.values()))[0]["tasks"]

@@ -63,7 +63,7 @@ def read(path: Path | str) -> list[dict[str, Any]]:
     return raws
 
 
-def is_flag(x: Any) -> bool:
+def _is_flag(x: Any) -> bool:
     """Whether it is true or false."""
     return isinstance(x, bool)
 
@@ -91,7 +91,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tasks": (list_of(is_text), "names"),
     "matrix": (list_of(list_of(list_of(is_number))), "scores by task and episode"),
     "before": (list_of(list_of(is_number)), "scores by task and episode"),
-    "unchanged": (list_of(list_of(is_flag)), "true or false by task"),
+    "unchanged": (list_of(list_of(_is_flag)), "true or false by task"),
     "parameters": (is_number, "a number"),
     "bytes": (is_number, "a number"),
     "seconds": (is_number, "a number"),

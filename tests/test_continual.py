@@ -201,6 +201,8 @@ def test_packaged_sequences():
     assert twenty.tasks == ten.tasks * 2 and twenty.base == ten.base
     assert not {t.env for t in ten.tasks} & {t.env for t in ten.base}
     assert tasks.read("cw3").tasks == ten.tasks[:3]
+    unseen = tasks.read("unseen12")
+    assert (len(unseen.base), len(unseen.tasks)) == (18, 12)
     assert tasks.read("walker").full_return == 1000
 
 
