@@ -21,7 +21,7 @@ class Platform:
     """
 
     transpose_from: int | None = None
-    unroll_skills: bool = True
+    unroll_skills: bool = False
     steps_per_call: int = 64
 
     def transposes(self, batch_size: int) -> bool:
@@ -33,7 +33,7 @@ class Platform:
 # products of two skills side by side but not the halves of a batched one. It gains
 # nothing sure from a compiled loop, which a stop waits for. Accelerators wait for the
 # dispatch of every call.
-PLATFORMS = {"cpu": Platform(transpose_from=1024, steps_per_call=1)}
+PLATFORMS = {"cpu": Platform(transpose_from=1024, unroll_skills=True, steps_per_call=1)}
 
 
 def current() -> Platform:
