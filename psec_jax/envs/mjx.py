@@ -317,14 +317,14 @@ def _cartpole_observe(model: Any, data: Any) -> jax.Array:
 
 def _cartpole_reward(model: Any, data: Any) -> jax.Array:
     upright = (data.xmat[2:, 2, 2] + 1) / 2
-    centred = (1 + tolerance(data.qpos[0], margin=2)) / 2
-    control = tolerance(data.ctrl[0], 0, 0, 1, "quadratic", 0)
-    velocity = (1 + tolerance(data.qvel[1:], margin=5).min()) / 2
+    centred = (1 + tolerance(data.qpos[0], margin=2.0)) / 2
+    control = tolerance(data.ctrl[0], 0.0, 0.0, 1.0, "quadratic", 0.0)
+    velocity = (1 + tolerance(data.qvel[1:], margin=5.0).min()) / 2
     return upright.mean() * (4 + control) / 5 * velocity * centred
 
 
 def _cartpole_sparse(model: Any, data: Any) -> jax.Array:
-    upright = tolerance(data.xmat[2:, 2, 2], 0.995, 1).prod()
+    upright = tolerance(data.xmat[2:, 2, 2], 0.995, 1.0).prod()
     return tolerance(data.qpos[0], -0.25, 0.25) * upright
 
 
@@ -334,7 +334,7 @@ def _positions_and_velocities(model: Any, data: Any) -> jax.Array:
 
 
 def _cheetah_reward(model: Any, data: Any) -> jax.Array:
-    return tolerance(_speed(model, data), 10, math.inf, 10, "linear", 0)
+    return tolerance(_speed(model, data), 10.0, math.inf, 10.0, "linear", 0.0)
 
 
 def _hopper_observe(model: Any, data: Any) -> jax.Array:
@@ -344,16 +344,16 @@ def _hopper_observe(model: Any, data: Any) -> jax.Array:
 
 def _hopper_stands(model: Any, data: Any) -> jax.Array:
     torso, foot = model.body("torso").id, model.body("foot").id
-    return tolerance(data.xipos[torso, 2] - data.xipos[foot, 2], 0.6, 2)
+    return tolerance(data.xipos[torso, 2] - data.xipos[foot, 2], 0.6, 2.0)
 
 
 def _hopper_stand(model: Any, data: Any) -> jax.Array:
-    control = tolerance(data.ctrl, 0, 0, 1, "quadratic", 0).mean()
+    control = tolerance(data.ctrl, 0.0, 0.0, 1.0, "quadratic", 0.0).mean()
     return _hopper_stands(model, data) * (control + 4) / 5
 
 
 def _hopper_hop(model: Any, data: Any) -> jax.Array:
-    hopping = tolerance(_speed(model, data), 2, math.inf, 1, "linear", 0.5)
+    hopping = tolerance(_speed(model, data), 2.0, math.inf, 1.0, "linear", 0.5)
     return _hopper_stands(model, data) * hopping
 
 
@@ -364,7 +364,7 @@ def _pendulum_observe(model: Any, data: Any) -> jax.Array:
 
 def _pendulum_reward(model: Any, data: Any) -> jax.Array:
     upright = data.xmat[model.body("pole").id, 2, 2]
-    return tolerance(upright, math.cos(math.radians(8)), 1)
+    return tolerance(upright, math.cos(math.radians(8)), 1.0)
 
 
 def _walker_observe(model: Any, data: Any) -> jax.Array:
@@ -396,7 +396,7 @@ TASKS = {
     "hopper-hop": Task(_hopper_observe, _hopper_hop),
     "hopper-stand": Task(_hopper_observe, _hopper_stand),
     "pendulum-swingup": Task(_pendulum_observe, _pendulum_reward),
-    "walker-run": Task(_walker_observe, functools.partial(_walker_move, speed=8)),
+    "walker-run": Task(_walker_observe, functools.partial(_walker_move, speed=8.0)),
     "walker-stand": Task(_walker_observe, _walker_stand),
-    "walker-walk": Task(_walker_observe, functools.partial(_walker_move, speed=1)),
+    "walker-walk": Task(_walker_observe, functools.partial(_walker_move, speed=1.0)),
 }
