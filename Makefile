@@ -7,15 +7,18 @@
 # make lint    set-up, formatting, lint and types only
 # make setup-safe  set-up and the safe simulators, Bullet-Safety-Gym and MetaDrive; their
 #              tests, skipped without them, then run in make test
+# make setup-mjx  set-up and MJX, dm_control's tasks on the device; its tests, skipped
+#              without it, then run in make test and make test-slow
 # make clean   remove .venv and caches; results, runs and data stay
 .POSIX:
-.PHONY: test test-slow demo bench faults fuzz lint install setup-safe clean
+.PHONY: test test-slow demo bench faults fuzz lint install setup-safe setup-mjx clean
 
 # The first of these that is 3.11 or newer makes the environment.
 PYTHON = python3.11 python3 python3.12 python3.13
 VENV = .venv
 STAMP = $(VENV)/.installed
 SAFE_STAMP = $(VENV)/.installed-safe
+MJX_STAMP = $(VENV)/.installed-mjx
 PIP_ARGS = --disable-pip-version-check -qq
 # Huge memory pages on Linux, unless the user has set GLIBC_TUNABLES: training with large
 # batches is a tenth to a third faster.
@@ -54,6 +57,13 @@ setup-safe: $(SAFE_STAMP)
 $(SAFE_STAMP): $(STAMP) requirements-safe.txt
 	$(VENV)/bin/python -m pip install $(PIP_ARGS) --no-deps -r requirements-safe.txt
 	@touch $(SAFE_STAMP)
+
+setup-mjx: $(MJX_STAMP)
+
+# Without dependencies: the others are pinned in requirements.txt.
+$(MJX_STAMP): $(STAMP) requirements-mjx.txt
+	$(VENV)/bin/python -m pip install $(PIP_ARGS) --no-deps -r requirements-mjx.txt
+	@touch $(MJX_STAMP)
 
 # The stamp is written last: a set-up that was interrupted starts again. Candidates are
 # run, not looked up: the shim of a version manager may exist and not work.

@@ -237,6 +237,10 @@ UNKNOWN = {
         (*PRETRAIN, WALKER, "--env=atari:pong"),
         "unknown environment prefix 'atari'; choose from bullet, dm_control, gymnasium",
     ),
+    "task of mjx": (
+        (*COLLECT[:1], "--env=mjx:walker-fly"),
+        "unknown task of mjx 'walker-fly'; choose from cartpole-balance",
+    ),
     "domain": (
         (*EXPAND, WALKER, "--env=dm_control:runner-walk"),
         "unknown domain 'runner'",

@@ -25,15 +25,23 @@ def pins(file: str = "requirements.txt") -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("file", ["requirements.txt", "requirements-safe.txt"])
+EXTRA = ["requirements-safe.txt", "requirements-mjx.txt"]
+
+
+@pytest.mark.parametrize("file", ["requirements.txt", *EXTRA])
 def test_pins_hold_versions_only(file):
     for name, version in pins(file).items():
         assert re.fullmatch(r"[a-z0-9-]+", name)
         assert re.fullmatch(r"[0-9][0-9a-z.]*", version), name
 
 
-def test_safe_simulators_come_on_top():
-    assert not pins().keys() & pins("requirements-safe.txt").keys()
+@pytest.mark.parametrize("file", EXTRA)
+def test_optional_simulators_come_on_top(file):
+    assert not pins().keys() & pins(file).keys()
+
+
+def test_mjx_is_of_mujocos_version():
+    assert pins("requirements-mjx.txt")["mujoco-mjx"] == pins()["mujoco"]
 
 
 def test_pins_fit_the_ranges():

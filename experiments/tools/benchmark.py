@@ -5,11 +5,12 @@
 
 Measures start-up and memory, the rate of matrix products, training steps of every
 stage, where a step's time goes, several seeds as one program, data in a file, several
-steps as one call, the cost of composing skills, the latency of an action, evaluation,
-and bfloat16; prints a table and saves it as JSON. A full run takes minutes, in which
-nothing else should run on the machine. --quick repeats less and starts with fewer
-transitions: it checks the benchmark, its figures are not to be quoted. Evaluation by
-several processes needs `make setup-safe`, and is left out without it.
+steps as one call, the cost of composing skills, the latency of an action, evaluation
+(also with simulators on the device), and bfloat16; prints a table and saves it as JSON.
+A full run takes minutes, in which nothing else should run on the machine. --quick
+repeats less and starts with fewer transitions: it checks the benchmark, its figures are
+not to be quoted. Evaluation by several processes needs `make setup-safe`, that on the
+device `make setup-mjx`; they are left out without.
 
 Training is `runtime.loop.train` on what the workflows plan: the benchmark has no step
 of its own. Rates and ratios come from measurements in turns (A B A B ...), because the
@@ -45,9 +46,10 @@ from psec_jax.agents.common import batch_noise
 from psec_jax.cli import no_arguments, run, values_of
 from psec_jax.composition import PolicyConfig, PolicyParams
 from psec_jax.data import d4rl
+from psec_jax.envs import make_on_device
 from psec_jax.envs.vector import VectorEnv
 from psec_jax.errors import lookup
-from psec_jax.evaluation import evaluate
+from psec_jax.evaluation import MAX_WIDTH, evaluate
 from psec_jax.files import make_room, write_json
 from psec_jax.gating import GateConfig, init_gate
 from psec_jax.library import SkillLibrary
@@ -61,6 +63,7 @@ from psec_jax.runtime.run import versions
 from psec_jax.runtime.runs import Training
 from psec_jax.types import Dataset, Normaliser, Params
 from psec_jax.workflows import Job, base, gate, skill
+from psec_jax.workflows.collection import simulator_versions
 from psec_jax.workflows.demonstrations import Demos
 from psec_jax.workflows.multirun import Plan
 
@@ -96,6 +99,8 @@ class Sizes:
       env: environment of the evaluation.
       safe_env: environment of the evaluation by several processes.
       workers: their numbers.
+      device_env: environment of the evaluation on the device.
+      device_episodes: numbers of episodes evaluated there at once.
       network: sizes of the denoiser.
     """
 
@@ -116,6 +121,8 @@ class Sizes:
     env: str = "dm_control:walker-walk"
     safe_env: str = "bullet:SafetyBallRun-v0"
     workers: tuple[int, ...] = (1, 2, 4)
+    device_env: str = "mjx:walker-walk?time_limit=2.5"  # 100 control steps
+    device_episodes: tuple[int, ...] = (10, 100, 1000, 4000)
     network: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
 
 
@@ -127,6 +134,7 @@ QUICK = Sizes(
     transitions=100_000,
     start_steps=2,
     evaluation_repeats=1,
+    device_episodes=(10,),
 )
 
 
@@ -944,6 +952,46 @@ def _by_workers(sizes: Sizes) -> list[Row]:
     ]
 
 
+def on_device(sizes: Sizes) -> list[Row]:
+    """Evaluations with simulators on the device, beside dm_control's in processes, and
+    the seconds of their compilation; none where MJX is not installed."""
+    if "mujoco-mjx" not in simulator_versions():
+        return []
+    env = make_on_device(sizes.device_env)
+    policy = make_policy(
+        sizes, skills=1, obs_dim=env.obs_dim, action_dim=env.action_dim
+    )
+
+    def play(count: int, spec: str = sizes.device_env, **options: Any) -> None:
+        evaluate(policy.act, spec, count, 0, **options)
+
+    first, calls = {}, {}
+    for count in sizes.device_episodes:
+        calls[count] = functools.partial(play, count)
+        began = time.perf_counter()
+        calls[count]()
+        first[count] = time.perf_counter() - began
+    processes = sizes.device_env.replace("mjx:", "dm_control:", 1)
+    with VectorEnv(processes, MAX_WIDTH) as vector:
+        calls[0] = functools.partial(play, MAX_WIDTH, processes, vector_env=vector)
+        times = calls_in_turns(
+            {str(count): call for count, call in calls.items()},
+            sizes.evaluation_repeats,
+            0,
+        )
+    row, steps = functools.partial(make_row, "mjx"), env.max_steps
+    label = f"dm_control, {MAX_WIDTH} episodes of {steps} steps"
+    rows = [row(label, rates(MAX_WIDTH * steps, times["0"]), "steps/s")]
+    for count in sizes.device_episodes:
+        label = f"mjx, {count} episodes of {steps} steps"
+        compiling = first[count] - np.median(times[str(count)])
+        rows += [
+            row(label, rates(count * steps, times[str(count)]), "steps/s"),
+            row(f"{label}: compilation", [compiling], "s"),
+        ]
+    return rows
+
+
 def bfloat16(sizes: Sizes) -> list[Row]:
     """Forward passes and sampling with matmul_dtype=bfloat16 against float32."""
     policies = {
@@ -991,6 +1039,7 @@ GROUPS = {
     "skills": skills,
     "latency": latency,
     "evaluation": evaluation,
+    "mjx": on_device,
     "bfloat16": bfloat16,
 }
 
@@ -1019,7 +1068,8 @@ def measure(
         for name, group in GROUPS.items():
             if name in chosen:
                 rows += (measured := group(sizes))
-                show(table(measured))
+                if measured:
+                    show(table(measured))
     machine = versions()
     show(summary(rows, load, machine))
     return {

@@ -23,9 +23,10 @@ from psec_jax.data.paths import data_dir
 from psec_jax.envs.experts import (
     PRESETS,
     Policy,
-    cards,
     expert_path,
+    find_card,
     make_policy,
+    preset_or_file,
     with_noise,
 )
 from psec_jax.envs.workers import Worker, default_workers
@@ -40,6 +41,7 @@ PACKAGES = (
     "bullet-safety-gym",
     "pybullet",
     "metadrive-simulator",
+    "mujoco-mjx",
 )
 
 
@@ -106,7 +108,10 @@ def collect(
     if path.exists() and not overwrite:
         check_same(path, d4rl.load(path)[1], identity, "give another file")
         return path
-    parts = play(env, [Actor(policy, action_noise)] * episodes, seed, workers)
+    if envs.make_on_device(env) is None:
+        parts = play(env, [Actor(policy, action_noise)] * episodes, seed, workers)
+    else:
+        parts = simulate(env, policy, action_noise, episodes, seed)
     ds = dataset.check(dataset.concatenate(parts), str(path))
     attrs = identity | envs.describe(env).attributes()
     attrs |= {
@@ -149,7 +154,7 @@ def policy_hash(policy: str, env: str) -> str:
     refuses it."""
     if policy.endswith(".npz"):
         path = Path(policy)
-    elif policy in PRESETS and env in cards():
+    elif policy in PRESETS and find_card(env):
         path = expert_path(env)
     else:
         return ""
@@ -215,6 +220,41 @@ def play(
     finally:
         for worker in pool:
             worker.close()
+
+
+def simulate(
+    env: str, policy: str, action_noise: float, episodes: int, seed: int
+) -> list[Dataset]:
+    """`play` of one actor on the device; noise and first states are the same.
+
+    Args:
+      env: one of those that simulate there, see `psec_jax.envs.make_on_device`.
+      policy: "expert", "medium", "random" or the path of an expert file.
+      action_noise: standard deviation of Gaussian noise on every action.
+      episodes: whole episodes.
+      seed: of initial states and noise.
+
+    Raises:
+      InputError: a policy that cannot be made.
+    """
+    made = envs.make_on_device(env)
+    shape = made.max_steps, made.action_dim
+    expert, std = preset_or_file(policy, env, made.obs_dim, shape[1], action_noise)
+
+    def act(noise: Any, obs: Any) -> Any:
+        return noise if expert is None else expert(obs) + std * noise
+
+    parts = []
+    for numbers in envs.batches_on_device(episodes):
+        seeds, generators = zip(*(streams(seed, e) for e in numbers), strict=True)
+        drawn = [
+            g.uniform(-1, 1, shape) if expert is None else g.standard_normal(shape)
+            for g in generators
+        ]
+        noise = np.stack(drawn, axis=1).astype(np.float32)
+        played = made.roll_out(act, noise, seeds, keep=True).datasets()
+        parts += played[: episodes - len(parts)]
+    return parts
 
 
 def serve(
@@ -284,6 +324,4 @@ def rollout(env: envs.Env, act: Any, seed: int, episode: int) -> Dataset:
         rows.append((*row, step.terminal, step.timeout))
         obs = step.obs
         ended = step.terminal or step.timeout
-    types = (np.float32,) * 5 + (bool,) * 2
-    columns = zip(*rows, strict=True)
-    return Dataset(*(np.array(c, dtype=t) for c, t in zip(columns, types, strict=True)))
+    return dataset.of_steps(rows)
