@@ -8,10 +8,12 @@
 # make setup-safe  set-up and the safe simulators, Bullet-Safety-Gym and MetaDrive; their
 #              tests, skipped without them, then run in make test
 # make setup-metaworld  the same for Meta-World
+# make setup-mjx  set-up and MJX, dm_control's tasks on the device; its tests, skipped
+#              without it, then run in make test and make test-slow
 # make clean   remove .venv and caches; results, runs and data stay
 .POSIX:
-.PHONY: test test-slow demo bench faults fuzz lint install setup-safe \
-  setup-metaworld clean
+.PHONY: test test-slow demo bench faults fuzz lint install setup-safe setup-metaworld \
+  setup-mjx clean
 
 # The first of these that is 3.11 or newer makes the environment.
 PYTHON = python3.11 python3 python3.12 python3.13
@@ -19,6 +21,7 @@ VENV = .venv
 STAMP = $(VENV)/.installed
 SAFE_STAMP = $(VENV)/.installed-safe
 METAWORLD_STAMP = $(VENV)/.installed-metaworld
+MJX_STAMP = $(VENV)/.installed-mjx
 PIP_ARGS = --disable-pip-version-check -qq
 # Huge memory pages on Linux, unless the user has set GLIBC_TUNABLES: training with large
 # batches is a tenth to a third faster.
@@ -63,6 +66,13 @@ $(SAFE_STAMP): $(STAMP) requirements-safe.txt
 $(METAWORLD_STAMP): $(STAMP) requirements-metaworld.txt
 	$(VENV)/bin/python -m pip install $(PIP_ARGS) --no-deps -r requirements-metaworld.txt
 	@touch $(METAWORLD_STAMP)
+
+setup-mjx: $(MJX_STAMP)
+
+# Without dependencies: the others are pinned in requirements.txt.
+$(MJX_STAMP): $(STAMP) requirements-mjx.txt
+	$(VENV)/bin/python -m pip install $(PIP_ARGS) --no-deps -r requirements-mjx.txt
+	@touch $(MJX_STAMP)
 
 # The stamp is written last: a set-up that was interrupted starts again. Candidates are
 # run, not looked up: the shim of a version manager may exist and not work.

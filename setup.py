@@ -6,9 +6,10 @@ the one that the sdist was made with, and in a copy without either UNKNOWN.
 
 Lower bounds are the oldest versions the tests have run on, upper bounds the next
 release that may break an interface; requirements.txt pins one full, tested set. The
-extras experts, cuda and tpu are not part of that set. There is none for the d4rl
-package, with which experiments.tools.check_d4rl compares: its requirements contradict
-the others, so it needs an environment of its own.
+extras experts, mjx, cuda and tpu are not part of that set; requirements-mjx.txt pins
+what mjx adds to it. There is none for the d4rl package, with which
+experiments.tools.check_d4rl compares: its requirements contradict the others, so it
+needs an environment of its own.
 """
 
 from pathlib import Path
@@ -36,6 +37,7 @@ CORE = [
 EXTRAS = {
     # dm_control 1.0.50 accepts mujoco 4.0.0 but does not work with it.
     "dm_control": ["dm_control>=1.0.50,<1.1", "mujoco>=3.17,<4"],
+    "mjx": ["dm_control>=1.0.50,<1.1", "mujoco>=3.17,<4", "mujoco-mjx>=3.17,<4"],
     "gymnasium": ["gymnasium[mujoco]>=1.2,<2", "mujoco>=3.17,<4"],
     "plot": ["matplotlib>=3.11,<4", "scikit-learn>=1.7,<2"],
     "video": ["imageio-ffmpeg>=0.6,<1", "pillow>=11"],

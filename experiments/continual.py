@@ -11,7 +11,9 @@ of them. Finished runs and results are kept: start it again after a stop.
 docs/continual.md explains rows and columns; --plan prints the hours first.
 """
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,9 +32,11 @@ from experiments.results import Raw, needed
 from experiments.style import FIXED, Style
 from experiments.table2 import level_changes
 from experiments.tasks import Task, TaskData, TaskSequence
+from psec_jax import envs
 from psec_jax.cli import no_arguments
+from psec_jax.envs.vector import VectorEnv
 from psec_jax.errors import InputError
-from psec_jax.evaluation import episode_fields, evaluate
+from psec_jax.evaluation import environments, episode_fields, evaluate
 from psec_jax.library import SkillLibrary
 from psec_jax.policy import Policy, compose, load_base
 from psec_jax.workflows import Job
@@ -335,11 +339,22 @@ class Played(NamedTuple):
     seconds: float
 
 
-def play(cell: Cell, policy: Policy, task: Task) -> Played:
+def play(
+    cell: Cell,
+    policy: Policy,
+    task: Task,
+    vector_env: Callable[[], VectorEnv | None] = lambda: None,
+) -> Played:
     """The score of each episode: success, or the share of the full return.
 
     A policy of equal bits is played once in a task; the episodes are kept in
     ROOT/episodes.jsonl.
+
+    Args:
+      cell: of one seed.
+      policy: to be played.
+      task: in which.
+      vector_env: makes the environments, called where there is something to play.
 
     Raises:
       InputError: an environment that reports no success, without a full return.
@@ -350,7 +365,8 @@ def play(cell: Cell, policy: Policy, task: Task) -> Played:
     raw = results.by_key(path).get((task.env, name, cell.seed))
     if raw is None:
         began = time.perf_counter()
-        episodes = evaluate(policy.act, task.env, count, start)
+        made = vector_env()
+        episodes = evaluate(policy.act, task.env, count, start, vector_env=made)
         raw = results.header(cell.job, task.env, name, cell.seed, {})
         raw |= {"seconds": time.perf_counter() - began}
         raw |= episode_fields(episodes, task.env, start)
@@ -368,11 +384,14 @@ def play(cell: Cell, policy: Policy, task: Task) -> Played:
 def measure(cell: Cell, seed: int, learned: Learned) -> dict[str, Any]:
     """Raw fields: "matrix" [i][j <= i][E], "before" [j][E], bits and costs."""
     cell, order = cell.of(seed), cell.setting.sequence.tasks
-    rows = [
-        [play(cell, learned.policy(i, j), order[j]) for j in range(i + 1)]
-        for i in range(len(order))
-    ]
-    before = [play(cell, learned.policy(j - 1, j), order[j]) for j in range(len(order))]
+    before: list[Played] = []
+    rows: list[list[Played]] = [[] for _ in order]
+    for j, task in enumerate(order):  # all policies in the same simulators
+        with contextlib.ExitStack() as stack:
+            made = functools.cache(functools.partial(_open, stack, cell, task))
+            before.append(play(cell, learned.policy(j - 1, j), task, made))
+            for i in range(j, len(order)):
+                rows[i].append(play(cell, learned.policy(i, j), task, made))
     numbers, size = _stored(learned.stored)
     return {
         "tasks": [task.name for task in order],
@@ -388,6 +407,14 @@ def measure(cell: Cell, seed: int, learned: Learned) -> dict[str, Any]:
         "seconds": learned.seconds / len(order),
         "evaluation_seconds": float(np.mean([p.seconds for row in rows for p in row])),
     }
+
+
+def _open(stack: contextlib.ExitStack, cell: Cell, task: Task) -> VectorEnv | None:
+    """Environments until the stack is closed; None where they are on the device."""
+    if envs.make_on_device(task.env) is not None:
+        return None
+    made = environments(task.env, cell.job.evaluation.episodes)
+    return stack.enter_context(made)
 
 
 def _stored(entries: Sequence[tuple[Path, str, str]]) -> tuple[int, int]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from absl import flags
 
@@ -279,8 +278,6 @@ def run(
       InputError: a setting that cannot be measured, or a finished result of another
         job or of other data.
     """
-    # Seeds and settings compile the same programs; the cache makes each one once.
-    jax.config.update("jax_compilation_cache_dir", str(root.absolute() / "compiled"))
     jobs, known = {}, {}
     for name in settings or table.settings:
         setting = table.settings[name]

@@ -126,6 +126,10 @@ def known() -> dict[str, Any]:
         "bench": _rows("benchmark.json"),
         "train1": _rows("benchmark_train/run1.json"),
         "train2": _rows("benchmark_train/run2.json"),
+        "gpu": _gpu("steps", "stage", "batch", "form", "calls"),
+        "gpu_authors": _gpu("authors", "stage", "batch"),
+        "gpu_seeds": _rows("gpu/seeds.json"),
+        "gpu_cell": _rows("gpu/evaluation.json"),
         "trace": _traces(),
         "sets": _sets(),
         "paper": {
@@ -242,6 +246,15 @@ def _data(folder: str) -> dict[str, float]:
 
 def _rows(name: str) -> dict[str, Mapping[str, float]]:
     return {row["name"]: row for row in read_json(RESULTS / name)["rows"]}
+
+
+def _gpu(name: str, *keys: str) -> dict[str, dict[str, float]]:
+    """Steps per second by stage and batch, with the seconds of one in ms."""
+    rows = read_json(RESULTS / f"gpu/{name}.json")["rows"]
+    return {
+        ", ".join(str(row[key]) for key in keys): row | {"ms": 1e3 / row["steps_per_s"]}
+        for row in rows
+    }
 
 
 def _traces() -> dict[str, dict[str, float]]:

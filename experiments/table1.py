@@ -126,15 +126,20 @@ def make_cloned(name: str, cell: Cell) -> list[Made]:
     return grid.bases(cell, library)
 
 
-def make_fisor(cell: Cell) -> list[Made]:
+# The temperatures of FISOR's released code; its clip of the safety weight, 150, is not
+# followed.
+RELEASED_FISOR = {"weights.reward_temperature": 3.0, "weights.safety_temperature": 5.0}
+
+
+def make_fisor(name: str, changes: Mapping[str, Any], cell: Cell) -> list[Made]:
     """FISOR: a whole policy on its own objective, the best of several actions."""
     train_base(cell)
     grid.train(cell, "critics", "critics", data=data_path(cell.name))
     critics = functools.partial(cell.workdir, name="critics")
-    train_base(cell, "fisor", objective="fisor", critics=critics)
+    train_base(cell, name, objective="fisor", critics=critics, changes=changes)
     return grid.composed(
         cell,
-        library="library-fisor",
+        library=f"library-{name}",
         candidates=cell.job.table.fisor_candidates,
         critics=critics,
     )
@@ -300,6 +305,11 @@ def skill_row(skill: str, style: Style) -> Method:
     return Method(functools.partial(make_skill, skill), SKILL, style)
 
 
+def fisor(name: str, style: Style, changes: Mapping[str, Any] = {}) -> Method:
+    """A row of FISOR, with changes of the job."""
+    return Method(functools.partial(make_fisor, name, changes), CRITICS, style)
+
+
 def cloned(name: str, style: Style) -> Method:
     """A row of behaviour cloning."""
     return Method(functools.partial(make_cloned, name), BASE, style)
@@ -308,7 +318,8 @@ def cloned(name: str, style: Style) -> Method:
 METHODS = {
     "BC": cloned("base", Style("black", "<")),
     "BC-Safe": cloned("bc-safe", Style("dark", "<")),
-    "FISOR": Method(make_fisor, CRITICS, Style("purple", "P")),
+    "FISOR": fisor("fisor", Style("purple", "P")),
+    "FISOR released": fisor("fisor-released", Style("purple", "X"), RELEASED_FISOR),
     "Reward skill": skill_row("reward", Style("vermilion", "D")),
     "Safety skill": skill_row("safety", Style("green", "D")),
     "ASEC": composition(Style("orange", "v"), level="action"),

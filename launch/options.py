@@ -1,10 +1,8 @@
 """Flags that the stages share."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags
 
 from psec_jax import data as datasets
@@ -19,7 +17,7 @@ from psec_jax.cli import (
 )
 from psec_jax.errors import InputError
 from psec_jax.evaluation import successes
-from psec_jax.runtime import processes
+from psec_jax.runtime import platform, processes
 from psec_jax.workflows import Job, Selection
 
 CONFIG = define_config(
@@ -76,7 +74,8 @@ PEER_SECONDS = flags.DEFINE_integer(
 COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache",
     None,
-    "Directory where compiled programs are kept for later runs. Default none.",
+    "Directory where compiled programs are kept for later runs; default "
+    "$JAX_COMPILATION_CACHE_DIR or ~/.cache/psec_jax/compiled.",
 )
 ENV = flags.DEFINE_string(
     "env",
@@ -157,9 +156,7 @@ def start() -> None:
     Raises:
       InputError: processes that do not come together.
     """
-    if COMPILATION_CACHE.value is not None:
-        folder = Path(COMPILATION_CACHE.value).expanduser().absolute()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+    platform.keep_programs(COMPILATION_CACHE.value)
     cluster = (COORDINATOR.value, PROCESSES.value, PROCESS.value)
     if DISTRIBUTED.value or cluster != (None, None, None):
         processes.connect(*cluster, timeout=PEER_SECONDS.value)

@@ -186,6 +186,10 @@ def _quiet(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
     def called(argv: list[str]) -> None:
         if not any(a.lstrip("-").startswith(("v=", "verbosity")) for a in sys.argv[1:]):
             logging.set_verbosity(logging.WARNING)
+        if "jax" in sys.modules:  # a command without it compiles nothing
+            from psec_jax.runtime import platform
+
+            platform.keep_programs()
         main(argv)
 
     return called

@@ -117,6 +117,7 @@ def action_level(
 LEVELS = {"parameter": parameter_level, "noise": noise_level, "action": action_level}
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class PolicyConfig:
     """Everything static about a policy.

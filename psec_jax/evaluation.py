@@ -1,15 +1,23 @@
 """Batched rollouts of a policy: raw returns, costs and lengths of every episode."""
 
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
+from jax.tree_util import Partial
 
 from psec_jax.data import dataset
-from psec_jax.envs import one_per_process
+from psec_jax.envs import (
+    MAX_ON_DEVICE,
+    batches_on_device,
+    make_on_device,
+    one_per_process,
+)
 from psec_jax.envs.vector import VectorEnv
 from psec_jax.errors import InputError
+from psec_jax.policy import Policy
 from psec_jax.types import Dataset
 
 Act = Callable[[jax.Array, np.ndarray], Any]
@@ -99,6 +107,11 @@ def evaluate(
     A policy that gives chunks of h actions is called where a chunk is used up or an
     episode starts, and the h actions are executed without looking.
 
+    Environments that simulate on the device (`envs.mjx`) roll out there, policy and
+    simulators as one compiled program: min(E, 4096) episodes at once and no processes.
+    It is compiled once for all policies that are `policy.alike`, and for every other
+    `act`, which has to be pure, anew.
+
     Args:
       act: jitted `(keys [B], obs [B, S]) -> actions [B, A]` or chunks [B, h, A];
         actions are clipped to [-1, 1] here.
@@ -129,8 +142,8 @@ def evaluate_together(
     Args:
       act: jitted `(keys [R, B], obs [R, B, S]) -> actions [R, B, A]`, or chunks
         [R, B, h, A], of all policies, such as `policy.act_together`; B is
-        min(E, 64 / R), or min(E, 8 / R) with a process for each environment, and at
-        least 1.
+        min(E, 64 / R), or min(E, 8 / R) with a process for each environment, or
+        min(E, 4096 / R) on the device, and at least 1.
       count: R.
       env_spec: see `psec_jax.envs.make`.
       episodes: E of each policy.
@@ -142,13 +155,26 @@ def evaluate_together(
     Raises:
       As `evaluate`.
     """
+    flat = Partial(_flat(count), _as_tree(act))
+    return _roll_out(flat, count, env_spec, episodes, seed, None, None)
 
-    def flat(keys: jax.Array, obs: np.ndarray) -> np.ndarray:
+
+@functools.cache  # the same function each time: a program is compiled for it once
+def _flat(count: int) -> Callable[..., Any]:
+    def flat(act: Partial, keys: jax.Array, obs: Any) -> Any:
         rows = obs.reshape(count, -1, obs.shape[-1])
-        action = np.asarray(act(keys.reshape(rows.shape[:2]), rows))
+        action = act(keys.reshape(rows.shape[:2]), rows)
         return action.reshape(len(obs), *action.shape[2:])
 
-    return _roll_out(flat, count, env_spec, episodes, seed, None, None)
+    return flat
+
+
+def _as_tree(act: Act) -> Partial:
+    """A policy as a pytree of its arrays; none of a function that is not known."""
+    policy = getattr(act, "__self__", None)
+    if isinstance(policy, Policy) and act == policy.act:
+        return policy.batched()
+    return act if isinstance(act, Partial) else Partial(act)
 
 
 def record(
@@ -166,11 +192,9 @@ def record(
     Raises:
       As `evaluate`.
     """
-    rows: list[list[tuple]] = []
-    [result] = _roll_out(act, 1, env_spec, episodes, seed, None, vector_env, rows)
-    types = (np.float32,) * 5 + (bool,) * 2
-    columns = zip(*[row for episode in rows for row in episode], strict=True)
-    ds = Dataset(*(np.array(c, dtype=t) for c, t in zip(columns, types, strict=True)))
+    parts: list[Dataset] = []
+    [result] = _roll_out(act, 1, env_spec, episodes, seed, None, vector_env, parts)
+    ds = dataset.concatenate(parts)
     return result, ds, dataset.episode_slices(ds)
 
 
@@ -182,25 +206,85 @@ def _roll_out(
     seed: int,
     workers: int | None,
     vector_env: VectorEnv | None,
-    rows: list[list[tuple]] | None = None,
+    parts: list[Dataset] | None = None,
 ) -> list[Episodes]:
-    """The episodes of `count` policies; `rows` gets the transitions of each episode."""
+    """The episodes of `count` policies; `parts` gets the transitions of each one."""
     if dataset.whole("episodes", episodes) < 1:
         raise InputError(f"episodes is {episodes}, expected 1 or more")
     if not 0 <= dataset.whole("seed", seed) < 2**32:
         raise InputError(f"seed is {seed}, expected 0 to {2**32 - 1}")
-    if rows is not None:
-        rows += [[] for _ in range(episodes)]
+    if vector_env is None and (env := make_on_device(env_spec)) is not None:
+        return _simulate(act, count, env, episodes, seed, parts)
     if vector_env is None:
-        width = MAX_PROCESSES if one_per_process(env_spec) else MAX_WIDTH
-        width = count * min(episodes, max(width // count, 1))
-        with VectorEnv(env_spec, width, workers) as made:
-            return _play(act, count, made, episodes, seed, rows)
+        with environments(env_spec, episodes, count, workers) as made:
+            return _play(act, count, made, episodes, seed, parts)
     if vector_env.spec != env_spec:
         raise InputError(
             f"the environments given are {vector_env.spec}, expected {env_spec}"
         )
-    return _play(act, count, vector_env, episodes, seed, rows)
+    return _play(act, count, vector_env, episodes, seed, parts)
+
+
+def environments(
+    spec: str, episodes: int, count: int = 1, workers: int | None = None
+) -> VectorEnv:
+    """As many environments as `evaluate` makes for the episodes of `count` policies."""
+    width = MAX_PROCESSES if one_per_process(spec) else MAX_WIDTH
+    return VectorEnv(spec, count * min(episodes, max(width // count, 1)), workers)
+
+
+def _simulate(
+    act: Act,
+    count: int,
+    env: Any,
+    episodes: int,
+    seed: int,
+    parts: list[Dataset] | None,
+) -> list[Episodes]:
+    """`_play` on the device, in an `envs.mjx.MjxEnv`."""
+    tree, seeds = _as_tree(act), episode_seeds(seed, episodes)
+    returns = np.zeros((count, episodes))
+    for numbers in batches_on_device(episodes, MAX_ON_DEVICE // count):
+        batch = np.tile(numbers, count)
+        horizon = _horizon(_shape(act, batch, env.obs_dim), env, len(batch))
+        calls = np.arange(0, env.max_steps, horizon)
+        episode, step = np.broadcast_arrays(batch, calls[:, None])
+        keys = policy_keys(np.uint32(seed), episode.ravel(), step.ravel())
+        played = env.roll_out(
+            tree, keys.reshape(step.shape), seeds[batch], parts is not None
+        )
+        for step, b in np.argwhere(~played.finite)[:1]:
+            _not_finite(int(step), int(batch[b]), int(b) // len(numbers), count)
+        sums = played.reward.sum(0, dtype=np.float64)
+        returns[:, numbers] = sums.reshape(count, -1)
+        if parts is not None:
+            parts += played.datasets()[: episodes - len(parts)]
+    lengths = np.full(episodes, env.max_steps)
+    return [Episodes(mine, np.zeros(episodes), lengths, seeds) for mine in returns]
+
+
+def _shape(act: Act, batch: np.ndarray, obs_dim: int) -> tuple[int, ...]:
+    """Of the policy's actions; it checks its arguments here."""
+    keys = jax.eval_shape(policy_keys, np.uint32(0), batch, batch)
+    obs = jax.ShapeDtypeStruct((len(batch), obs_dim), np.float32)
+    return jax.eval_shape(act, keys, obs).shape
+
+
+def _not_finite(step: int, episode: int, policy: int, count: int) -> NoReturn:
+    which = f" of policy {policy + 1} of {count}" if count > 1 else ""
+    raise FloatingPointError(
+        f"the policy's action is not finite in step {step} of episode {episode}{which}"
+    )
+
+
+def _horizon(shape: tuple[int, ...], env: Any, width: int) -> int:
+    """h of a policy's actions [B, h, A]; 1 where they are [B, A]."""
+    if len(shape) not in (2, 3) or (shape[0], shape[-1]) != (width, env.action_dim):
+        raise InputError(
+            f"the policy gave actions {shape}, {env.spec} expects "
+            f"{(width, env.action_dim)}"
+        )
+    return shape[1] if len(shape) == 3 else 1
 
 
 def _chunks(actions: Any, env: VectorEnv, width: int) -> np.ndarray:
@@ -209,13 +293,8 @@ def _chunks(actions: Any, env: VectorEnv, width: int) -> np.ndarray:
         actions = np.asarray(actions, dtype=np.float32)
     except (TypeError, ValueError) as error:
         raise InputError(f"the policy gave no array of numbers ({error})") from error
-    chunks = actions[:, None] if actions.ndim == 2 else actions
-    if chunks.ndim != 3 or chunks.shape[::2] != (width, env.action_dim):
-        raise InputError(
-            f"the policy gave actions {actions.shape}, {env.spec} expects "
-            f"{(width, env.action_dim)}"
-        )
-    return chunks
+    horizon = _horizon(actions.shape, env, width)
+    return actions.reshape(width, horizon, env.action_dim)
 
 
 def _play(
@@ -224,8 +303,9 @@ def _play(
     env: VectorEnv,
     episodes: int,
     seed: int,
-    rows: list[list[tuple]] | None,
+    parts: list[Dataset] | None,
 ) -> list[Episodes]:
+    rows: list[list[tuple]] = [[] for _ in range(count * episodes)]
     width, total = env.num_envs, count * episodes
     seeds = np.tile(episode_seeds(seed, episodes), count)
     returns, costs = np.zeros(total), np.zeros(total)
@@ -258,13 +338,9 @@ def _play(
         used[slots] += 1
         if not np.isfinite(action).all():
             bad = current[~np.isfinite(action).all(1)][0]
-            which = f" of policy {bad // episodes + 1} of {count}" if count > 1 else ""
-            raise FloatingPointError(
-                f"the policy's action is not finite in step {lengths[bad]} of episode "
-                f"{bad % episodes}{which}"
-            )
+            _not_finite(int(lengths[bad]), bad % episodes, bad // episodes, count)
         step = env.step(slots, action)
-        if rows is not None:
+        if parts is not None:
             columns = (obs[slots], action, step.reward, step.cost, step.obs)
             for e, *row in zip(
                 current, *columns, step.terminal, step.timeout, strict=True
@@ -288,6 +364,8 @@ def _play(
         if len(free):
             obs[free] = env.reset(free, seeds[running[free]])
         slots = slots[~ended | np.isin(slots, free)]
+    if parts is not None:
+        parts += map(dataset.of_steps, rows)
     columns = [returns, costs, lengths, seeds]
     if not np.isnan(success).all():
         columns.append(success == 1)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Key
 
 from psec_jax import tree
@@ -80,6 +81,11 @@ class Policy:
             rows = _padded(keys, obs)
             action = one_or_batch(*self._acting, *rows)
             return _finite(action[: len(obs)] if obs.ndim == 2 else action, obs)
+
+    def batched(self) -> Partial:
+        """`act` of a batch without its checks, as a pytree: a compiled program that has
+        it as an argument fits every policy that is `alike`."""
+        return Partial(_act_batch, *self._acting)
 
     @functools.cached_property
     def _acting(self) -> tuple[PolicyConfig, PolicyParams]:
@@ -289,7 +295,7 @@ def act_together(
 ) -> Callable[[Key[Array, "R B"], Float[Array | np.ndarray, "R B S"]], jax.Array]:
     """`act` of R policies that are `alike`, as one jitted call with R in front."""
     params = tree.stack([policy.params for policy in policies])
-    return functools.partial(_act_together, policies[0].config, params)
+    return Partial(_act_together, policies[0].config, params)
 
 
 @functools.partial(jax.jit, static_argnums=0)

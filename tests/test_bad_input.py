@@ -237,6 +237,10 @@ UNKNOWN = {
         (*PRETRAIN, WALKER, "--env=atari:pong"),
         "unknown environment prefix 'atari'; choose from bullet, dm_control, gymnasium",
     ),
+    "task of mjx": (
+        (*COLLECT[:1], "--env=mjx:walker-fly"),
+        "unknown task of mjx 'walker-fly'; choose from cartpole-balance",
+    ),
     "domain": (
         (*EXPAND, WALKER, "--env=dm_control:runner-walk"),
         "unknown domain 'runner'",
@@ -413,7 +417,7 @@ NUMBERS = [
     field(PRETRAIN, "diffusion.sampling_steps", 9, "sampling_steps: got 9"),
     field(PRETRAIN, "run.log_every", 0, "run.log_every: got 0, expected 1 or more"),
     field(PRETRAIN, "run.save_every", -3, "run.save_every: got -3"),
-    field(PRETRAIN, "run.steps_per_call", 0, "run.steps_per_call: got 0"),
+    field(PRETRAIN, "run.steps_per_call", -1, "run.steps_per_call: got -1"),
     field(PRETRAIN, "evaluation.episodes", 0, "evaluation.episodes: got 0, expected 1"),
     field(PRETRAIN, "evaluation.seed", -1, "evaluation.seed: got -1, expected 0"),
     field(EXPAND, "skill.steps", 0, "skill.steps: got 0, expected 1 or more"),

@@ -65,7 +65,31 @@ def measured(folder, sequence, **changes):
     return table, {raw["method"]: raw for raw in raws}
 
 
-def test_a_sequence_is_learned_by_every_method(tmp_path):
+FAST = ("Fine-tuning", "LoRA", "PSEC", "Support")
+
+
+def test_a_sequence_is_learned_and_kept(tmp_path):
+    sequence = tasks.read(sequence_file(tmp_path))
+    chosen = {"table.methods": FAST}
+    table, raws = measured(tmp_path, sequence, **chosen)
+    assert raws.keys() == set(FAST)
+    assert continual._unchanged(raws["LoRA"]) == 1
+    assert not continual.score(raws["LoRA"])["F"].any()
+    assert continual._unchanged(raws["Fine-tuning"]) == 0
+    # A gate of another visit is another gate; the second task's stays.
+    assert raws["PSEC"]["unchanged"] == [[True], [True, True], [False, True, True]]
+    # The second visit adds no skill, and so no other support.
+    assert raws["Support"]["unchanged"][2] == [False, True, True]
+    assert "| Support |" in continual.write_table(table, tmp_path)
+    episodes = (tmp_path / "runs" / "episodes.jsonl").read_bytes()
+    measured(tmp_path, sequence, **chosen)
+    assert (tmp_path / "runs" / "episodes.jsonl").read_bytes() == episodes
+    with pytest.raises(InputError, match="config_fingerprint .*choose another"):
+        measured(tmp_path, sequence, **chosen, **{"skill.steps": 3})
+
+
+@pytest.mark.slow
+def test_every_method(tmp_path):
     sequence = tasks.read(sequence_file(tmp_path))
     assert [task.name for task in sequence.until(2)] == ["a", "b"]
     assert [sequence.visit(i, 0) for i in (-1, 0, 1, 2)] == [None, 0, 0, 2]
@@ -78,11 +102,6 @@ def test_a_sequence_is_learned_by_every_method(tmp_path):
     for method in ("Joint", "Scratch", "LoRA"):
         assert continual._unchanged(raws[method]) == 1, method
         assert not continual.score(raws[method])["F"].any()
-    assert continual._unchanged(raws["Fine-tuning"]) == 0
-    # A gate of another visit is another gate; the second task's stays.
-    assert raws["PSEC"]["unchanged"] == [[True], [True, True], [False, True, True]]
-    # The second visit adds no skill, and so no other support.
-    assert raws["Support"]["unchanged"][2] == [False, True, True]
     kept = {method: raw["parameters"] for method, raw in raws.items()}
     assert kept["Joint"] == kept["Fine-tuning"] == 0
     assert kept["LoRA"] < kept["PSEC"] and kept["LoRA"] < kept["Scratch"]
@@ -93,13 +112,8 @@ def test_a_sequence_is_learned_by_every_method(tmp_path):
     assert "| PSEC, one gate |" in text and "numbers / task" in text
     for name in ("mine_matrix.png", "mine_curve.svg"):
         assert (tmp_path / "figures" / name).stat().st_size > 1000
-    episodes = (tmp_path / "runs" / "episodes.jsonl").read_bytes()
-    measured(tmp_path, sequence)
-    assert (tmp_path / "runs" / "episodes.jsonl").read_bytes() == episodes
     plan = continual.plan(sequence, job("quick"), table.path(tmp_path))
     assert plan.count("\n") == 5 and plan.splitlines()[-1].startswith("all, without")
-    with pytest.raises(InputError, match="config_fingerprint .*choose another"):
-        measured(tmp_path, sequence, **{"skill.steps": 3})
 
 
 def raw_of(before, matrix):

@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 import psec_jax
 
 ROOT = Path(__file__).parents[1]
-ON_TOP = ("requirements-safe.txt", "requirements-metaworld.txt")
+ON_TOP = [f"requirements-{name}.txt" for name in ("safe", "metaworld", "mjx")]
 
 
 def pins(file: str = "requirements.txt") -> dict[str, str]:
@@ -36,6 +36,10 @@ def test_pins_hold_versions_only(file):
 @pytest.mark.parametrize("file", ON_TOP)
 def test_simulators_come_on_top(file):
     assert not pins().keys() & pins(file).keys()
+
+
+def test_mjx_is_of_mujocos_version():
+    assert pins("requirements-mjx.txt")["mujoco-mjx"] == pins()["mujoco"]
 
 
 def test_pins_fit_the_ranges():

@@ -19,7 +19,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from psec_jax.errors import InputError, Stopped, TrainingError
 from psec_jax.files import read_json
-from psec_jax.runtime import metrics
+from psec_jax.runtime import loop, metrics, platform
 from psec_jax.runtime.checkpoint import Checkpoints
 from psec_jax.runtime.loop import LoopConfig, train
 from psec_jax.runtime.run import open_run
@@ -374,6 +374,48 @@ def test_no_steps_are_refused(data):
 
 
 def test_a_loop_of_no_length_is_refused():
-    for field in ("log_every", "save_every", "steps_per_call"):
+    for field in ("log_every", "save_every"):
         with pytest.raises(InputError, match=f"^{field}: got 0, expected 1 or more"):
             LoopConfig(**{field: 0})
+    with pytest.raises(InputError, match="^steps_per_call: got -1, expected 0 or more"):
+        LoopConfig(steps_per_call=-1)
+
+
+def test_the_backend_chooses_the_length_of_a_loop(data, monkeypatch):
+    """A loop of any length gives the states, metrics and saves of single steps."""
+    counts = []
+
+    def counting(*args, **options):
+        call, zeros = compiled(*args, **options)
+        return lambda *inputs: counts.append(inputs[-1]) or call(*inputs), zeros
+
+    compiled = loop._compile
+    monkeypatch.setattr(loop, "_compile", counting)
+    single, _ = go(None, data, steps=10, log_every=4, save_every=7, calls=0)
+    assert counts == [1] * 10  # on a CPU
+    counts.clear()
+    monkeypatch.setitem(platform.PLATFORMS, "cpu", platform.Platform(steps_per_call=3))
+    looped, _ = go(None, data, steps=10, log_every=4, save_every=7, calls=0)
+    assert counts == [3, 1, 3, 1, 2]
+    assert_same(looped, single)
+
+
+def test_compiled_programs_are_kept_for_later_runs(tmp_path, monkeypatch):
+    options = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+    )
+    before = {name: getattr(jax.config, name) for name in options}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        platform.keep_programs()
+        assert before == {name: getattr(jax.config, name) for name in options}
+        jax.config.update("jax_compilation_cache_dir", None)
+        platform.keep_programs()
+        default = str(tmp_path / "psec_jax" / "compiled")
+        assert jax.config.jax_compilation_cache_dir == default
+        platform.keep_programs(tmp_path / "named")
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "named")
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)

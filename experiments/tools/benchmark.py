@@ -4,12 +4,13 @@
     python -m experiments.tools.benchmark --quick --only=matmul,train
 
 Measures start-up and memory, the rate of matrix products, training steps of every
-stage, several seeds as one program, data in a file, several steps as one call, the cost
-of composing skills, the latency of an action, evaluation, and bfloat16; prints a table
-and saves it as JSON. A full run takes minutes, in which nothing else should run on the
-machine. --quick repeats less and starts with fewer transitions: it
-checks the benchmark, its figures are not to be quoted. Evaluation by several processes
-needs `make setup-safe`, and is left out without it.
+stage, where a step's time goes, several seeds as one program, data in a file, several
+steps as one call, the cost of composing skills, the latency of an action, evaluation
+(also with simulators on the device), and bfloat16; prints a table and saves it as JSON.
+A full run takes minutes, in which nothing else should run on the machine. --quick
+repeats less and starts with fewer transitions: it checks the benchmark, its figures are
+not to be quoted. Evaluation by several processes needs `make setup-safe`, that on the
+device `make setup-mjx`; they are left out without.
 
 Training is `runtime.loop.train` on what the workflows plan: the benchmark has no step
 of its own. Rates and ratios come from measurements in turns (A B A B ...), because the
@@ -40,12 +41,15 @@ from absl import flags
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from psec_jax import tree
+from psec_jax.agents import cloning
+from psec_jax.agents.common import batch_noise
 from psec_jax.cli import no_arguments, run, values_of
 from psec_jax.composition import PolicyConfig, PolicyParams
 from psec_jax.data import d4rl
+from psec_jax.envs import make_on_device
 from psec_jax.envs.vector import VectorEnv
 from psec_jax.errors import lookup
-from psec_jax.evaluation import evaluate
+from psec_jax.evaluation import MAX_WIDTH, evaluate
 from psec_jax.files import make_room, write_json
 from psec_jax.gating import GateConfig, init_gate
 from psec_jax.library import SkillLibrary
@@ -53,12 +57,13 @@ from psec_jax.lora import dense_layers, init_skill
 from psec_jax.networks.denoiser import NetworkConfig, init_base, make_network
 from psec_jax.policy import Policy
 from psec_jax.process import ProcessConfig
-from psec_jax.runtime import batches, loop, streaming
+from psec_jax.runtime import batches, loop, platform, streaming
 from psec_jax.runtime.loop import LoopConfig
 from psec_jax.runtime.run import versions
 from psec_jax.runtime.runs import Training
 from psec_jax.types import Dataset, Normaliser, Params
 from psec_jax.workflows import Job, base, gate, skill
+from psec_jax.workflows.collection import simulator_versions
 from psec_jax.workflows.demonstrations import Demos
 from psec_jax.workflows.multirun import Plan
 
@@ -83,16 +88,19 @@ class Sizes:
       matmul: m of the square products m x m x m.
       batches: batch sizes.
       seeds: numbers R of bases trained as one program, the first of them 1.
-      loop: steps in one call.
+      loops: steps in one call, the first of them 1.
       skills: numbers K of skills composed.
       transitions: in the file that the start-up is measured with.
       start_steps: gradient steps of that run.
       rows: transitions the other stages draw from.
       episodes: evaluated together.
+      cell_episodes: the same, in a grid cell of a table.
       evaluation_repeats: turns of the evaluation.
       env: environment of the evaluation.
       safe_env: environment of the evaluation by several processes.
       workers: their numbers.
+      device_env: environment of the evaluation on the device.
+      device_episodes: numbers of episodes evaluated there at once.
       network: sizes of the denoiser.
     """
 
@@ -102,16 +110,19 @@ class Sizes:
     matmul: int = 2048
     batches: tuple[int, ...] = (256, 2048)
     seeds: tuple[int, ...] = (1, 2, 4, 8)
-    loop: int = 8
+    loops: tuple[int, ...] = (1, 8, 64)
     skills: tuple[int, ...] = (1, 4, 16, 64)
     transitions: int = 1_000_000
     start_steps: int = 20
     rows: int = 100_000
     episodes: int = 10
+    cell_episodes: int = 20
     evaluation_repeats: int = 5
     env: str = "dm_control:walker-walk"
     safe_env: str = "bullet:SafetyBallRun-v0"
     workers: tuple[int, ...] = (1, 2, 4)
+    device_env: str = "mjx:walker-walk?time_limit=2.5"  # 100 control steps
+    device_episodes: tuple[int, ...] = (10, 100, 1000, 4000)
     network: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
 
 
@@ -123,15 +134,23 @@ QUICK = Sizes(
     transitions=100_000,
     start_steps=2,
     evaluation_repeats=1,
+    device_episodes=(10,),
 )
 
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on a figure."""
+    """A bound on a figure.
+
+    Attributes:
+      sense: ">=" or "<=".
+      bound: in the figure's unit.
+      anywhere: False where a CPU is not judged by it.
+    """
 
     sense: str
     bound: float
+    anywhere: bool = True
 
     def met(self, value: float) -> bool:
         """Whether the figure keeps the bound."""
@@ -142,12 +161,13 @@ TARGETS = {
     ("train", "base, batch 2048: share of f32 matmul"): Target(">=", 75),
     ("train", "both skills and critics, batch 256: over a base step"): Target("<=", 2),
     ("train", "both skills and critics, batch 2048: over a base step"): Target("<=", 2),
-    ("seeds", "8 bases, batch 256: time over one"): Target("<=", 2),
+    ("seeds", "8 bases, batch 256: time over one"): Target("<=", 1.3, False),
     ("startup", "first gradient step, 1000000 transitions"): Target("<=", 15),
     ("startup", "peak memory, 1000000 transitions"): Target("<=", 2),
     ("skills", "K = 16, batch 2048: cost over the base"): Target("<=", 2.0),
     ("skills", "K = 64, batch 2048: cost over the base"): Target("<=", 4.5),
     ("evaluation", "10 episodes together over one at a time"): Target(">=", 5),
+    ("evaluation", "a grid cell of 20 episodes"): Target("<=", 3, False),
     ("bfloat16", "sampling, batch 2048: speed over f32"): Target(">=", 2),
 }
 
@@ -181,17 +201,17 @@ def make_row(group: str, name: str, values: Sequence[float], unit: str) -> Row:
     """A figure from its values in every turn, beside its target."""
     low, value, high = (float(q) for q in np.quantile(values, (0.05, 0.5, 0.95)))
     target = TARGETS.get((group, name))
-    if target is None or not judged(group):
+    if target is None or not judged(group, target):
         return Row(group, name, value, low, high, unit)
     bound = f"{target.sense} {target.bound:g}"
     return Row(group, name, value, low, high, unit, bound, target.met(value))
 
 
-def judged(group: str) -> bool:
-    """Whether targets of the group apply here: a CPU is busy with one seed, and only
-    CPUs with AMX have fast bfloat16."""
-    if group == "seeds":
-        return jax.default_backend() != "cpu"
+def judged(group: str, target: Target) -> bool:
+    """Whether a target of the group applies here: only CPUs with AMX have fast
+    bfloat16."""
+    if not target.anywhere and jax.default_backend() == "cpu":
+        return False
     return group != "bfloat16" or fast_bfloat16()
 
 
@@ -451,17 +471,19 @@ class Trainer:
       folder: where the data are written, to be streamed; None keeps them in memory.
 
     Attributes:
-      compilation: seconds of the first call.
+      cold: seconds to the first update, compilation included.
+      warm: the same where the program was compiled before.
     """
 
     def __init__(
         self,
         plans: Sequence[Plan],
         seconds: float,
-        steps_per_call: int = 1,
+        steps_per_call: int = 0,
         folder: Path | None = None,
     ) -> None:
-        self._update, self._per_call = plans[0].update, steps_per_call
+        own = 1 if folder else platform.current().steps_per_call
+        self._update, self._per_call = plans[0].update, steps_per_call or own
         datas: list[Any] = []
         states = []
         for plan in plans:
@@ -475,10 +497,10 @@ class Trainer:
             Training(state, data, plan.key)
             for plan, state, data in zip(plans, states, datas, strict=True)
         ]
-        first = self._train(3 * steps_per_call)
-        self.compilation = first["compile_seconds"]
-        calls = round(seconds * first["steps_per_s"] / steps_per_call)
-        self._steps = steps_per_call * (1 + max(1, calls))
+        first, again = (self._train(3 * self._per_call) for _ in range(2))
+        self.cold, self.warm = first["first_step_seconds"], again["first_step_seconds"]
+        calls = round(seconds * again["steps_per_s"] / self._per_call)
+        self._steps = self._per_call * (1 + max(1, calls))
 
     def __call__(self) -> float:
         """Seconds of one step; the loop leaves the first call out."""
@@ -513,12 +535,78 @@ def train(sizes: Sizes) -> list[Row]:
                 row(label, rates(1, times[name]), "steps/s"),
                 row(f"{label}: rate", [f / 1e9 for f in flops], "GFLOP/s"),
                 row(f"{label}: share of f32 matmul", share, "%"),
-                row(f"{label}: compilation", [trainer.compilation], "s"),
+                row(f"{label}: first step, cold", [trainer.cold], "s"),
+                row(f"{label}: first step, warm", [trainer.warm], "s"),
             ]
         over = ratios(times[OFFLINE], times["base"])
         label = f"{OFFLINE}, batch {batch}: over a base step"
-        rows.append(make_row("train", label, over, "x"))
+        rows += [make_row("train", label, over, "x"), *_memory("train", batch)]
     return rows
+
+
+def _memory(group: str, batch: int) -> list[Row]:
+    """The device's peak memory up to here; no row where it is not reported."""
+    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    if peak is None:
+        return []
+    return [make_row(group, f"batch {batch}: peak device memory", [peak / 1e9], "GB")]
+
+
+def profile(sizes: Sizes) -> list[Row]:
+    """What the parts of a base's step take: what is left without them, or with others.
+
+    The forward pass and the gradients alone add a trifle of their result to the
+    parameters, so that nothing of them can be left out.
+    """
+    rows = []
+    for batch in sizes.batches:
+        whole = base_plan(sizes, batch)
+        job, load = make_job(sizes, batch), functools.partial(_load, sizes.rows)
+        request = base.Request("", "", evaluate=False)
+        others = {
+            "without dropout": {"base.dropout": 0.0},
+            "relu for mish": {"network.activation": "relu"},
+            "products in bfloat16": {"network.matmul_dtype": "bfloat16"},
+        }
+        plans = {"whole": whole}
+        for name, part in {"forward": _forward_pass, "gradients": _gradients}.items():
+            assert whole.update is not None
+            plans[f"{name} alone"] = whole._replace(
+                update=dataclasses.replace(whole.update, update=part)
+            )
+        for name, changes in others.items():
+            plans[name] = base.plan(job.changed(changes), request, load)
+        trainers = {n: Trainer([plan], sizes.seconds) for n, plan in plans.items()}
+        times = in_turns(trainers, sizes.repeats)
+        for name in plans:
+            label = f"base, batch {batch}: {name}"
+            rows.append(
+                make_row("profile", label, [1e3 * t for t in times[name]], "ms")
+            )
+            if name != "whole":
+                over = ratios(times[name], times["whole"])
+                rows.append(make_row("profile", f"{label} over whole", over, "x"))
+    return rows
+
+
+def _loss(config: Any, params: Params, batch: Any, key: jax.Array) -> jax.Array:
+    obs, action = batch.obs, batch.action
+    noise = batch_noise(config.process, key, len(obs), action.shape[-1])
+    return jnp.mean(cloning.errors(config, params, None, obs, action, noise))
+
+
+def _forward_pass(config: Any, state: Any, batch: Any, _: Any, key: jax.Array) -> Any:
+    loss = _loss(config, state.params, batch, key)
+    params = jax.tree.map(lambda p: p + 1e-9 * loss, state.params)
+    return state._replace(params=params, step=state.step + 1), {"loss/base": loss}
+
+
+def _gradients(config: Any, state: Any, batch: Any, _: Any, key: jax.Array) -> Any:
+    loss, grads = jax.value_and_grad(lambda p: _loss(config, p, batch, key))(
+        state.params
+    )
+    params = jax.tree.map(lambda p, g: p - 1e-9 * g, state.params, grads)
+    return state._replace(params=params, step=state.step + 1), {"loss/base": loss}
 
 
 def seeds(sizes: Sizes) -> list[Row]:
@@ -563,16 +651,12 @@ def loops(sizes: Sizes) -> list[Row]:
     rows = []
     for batch in sizes.batches:
         plan = base_plan(sizes, batch)
-        times = in_turns(
-            {
-                "single": Trainer([plan], sizes.seconds),
-                "looped": Trainer([plan], sizes.seconds, sizes.loop),
-            },
-            sizes.repeats,
-        )
-        label = f"base, batch {batch}: {sizes.loop} steps in one call over single calls"
-        over = ratios(times["looped"], times["single"])
-        rows.append(make_row("steps_per_call", label, over, "x"))
+        trainers = {str(n): Trainer([plan], sizes.seconds, n) for n in sizes.loops}
+        times = in_turns(trainers, sizes.repeats)
+        for count in sizes.loops[1:]:
+            label = f"base, batch {batch}: {count} steps in one call over single calls"
+            over = ratios(times[str(count)], times["1"])
+            rows.append(make_row("steps_per_call", label, over, "x"))
     return rows
 
 
@@ -807,7 +891,24 @@ def evaluation(sizes: Sizes) -> list[Row]:
             "x",
         ),
         row(f"{count} simulators, no policy", simulator, "steps/s"),
+        *_grid_cell(sizes),
         *_by_workers(sizes),
+    ]
+
+
+def _grid_cell(sizes: Sizes) -> list[Row]:
+    """Whole episodes by a worker for every core, as tables evaluate a policy."""
+    count = sizes.cell_episodes
+    with VectorEnv(sizes.env, count) as env:
+        policy = make_policy(
+            sizes, skills=1, obs_dim=env.obs_dim, action_dim=env.action_dim
+        )
+        play = functools.partial(
+            evaluate, policy.act, sizes.env, count, 0, vector_env=env
+        )
+        times = calls_in_turns({"play": play}, sizes.evaluation_repeats, 0)
+    return [
+        make_row("evaluation", f"a grid cell of {count} episodes", times["play"], "s")
     ]
 
 
@@ -851,6 +952,46 @@ def _by_workers(sizes: Sizes) -> list[Row]:
     ]
 
 
+def on_device(sizes: Sizes) -> list[Row]:
+    """Evaluations with simulators on the device, beside dm_control's in processes, and
+    the seconds of their compilation; none where MJX is not installed."""
+    if "mujoco-mjx" not in simulator_versions():
+        return []
+    env = make_on_device(sizes.device_env)
+    policy = make_policy(
+        sizes, skills=1, obs_dim=env.obs_dim, action_dim=env.action_dim
+    )
+
+    def play(count: int, spec: str = sizes.device_env, **options: Any) -> None:
+        evaluate(policy.act, spec, count, 0, **options)
+
+    first, calls = {}, {}
+    for count in sizes.device_episodes:
+        calls[count] = functools.partial(play, count)
+        began = time.perf_counter()
+        calls[count]()
+        first[count] = time.perf_counter() - began
+    processes = sizes.device_env.replace("mjx:", "dm_control:", 1)
+    with VectorEnv(processes, MAX_WIDTH) as vector:
+        calls[0] = functools.partial(play, MAX_WIDTH, processes, vector_env=vector)
+        times = calls_in_turns(
+            {str(count): call for count, call in calls.items()},
+            sizes.evaluation_repeats,
+            0,
+        )
+    row, steps = functools.partial(make_row, "mjx"), env.max_steps
+    label = f"dm_control, {MAX_WIDTH} episodes of {steps} steps"
+    rows = [row(label, rates(MAX_WIDTH * steps, times["0"]), "steps/s")]
+    for count in sizes.device_episodes:
+        label = f"mjx, {count} episodes of {steps} steps"
+        compiling = first[count] - np.median(times[str(count)])
+        rows += [
+            row(label, rates(count * steps, times[str(count)]), "steps/s"),
+            row(f"{label}: compilation", [compiling], "s"),
+        ]
+    return rows
+
+
 def bfloat16(sizes: Sizes) -> list[Row]:
     """Forward passes and sampling with matmul_dtype=bfloat16 against float32."""
     policies = {
@@ -891,12 +1032,14 @@ GROUPS = {
     "startup": startup,
     "matmul": matmul,
     "train": train,
+    "profile": profile,
     "seeds": seeds,
     "streaming": data_in_a_file,
     "steps_per_call": loops,
     "skills": skills,
     "latency": latency,
     "evaluation": evaluation,
+    "mjx": on_device,
     "bfloat16": bfloat16,
 }
 
@@ -925,7 +1068,8 @@ def measure(
         for name, group in GROUPS.items():
             if name in chosen:
                 rows += (measured := group(sizes))
-                show(table(measured))
+                if measured:
+                    show(table(measured))
     machine = versions()
     show(summary(rows, load, machine))
     return {

@@ -29,6 +29,13 @@ def episode_slices(ds: Dataset) -> list[slice]:
     return [slice(int(a), int(b)) for a, b in zip(starts, ends, strict=True)]
 
 
+def of_steps(rows: Sequence[tuple]) -> Dataset:
+    """The transitions of one episode, each a tuple of a dataset's columns."""
+    types = (np.float32,) * 5 + (bool,) * 2
+    columns = zip(*rows, strict=True)
+    return Dataset(*(np.array(c, dtype=t) for c, t in zip(columns, types, strict=True)))
+
+
 def _episode_sums(ds: Dataset, values: np.ndarray) -> np.ndarray:
     return np.array(
         [np.sum(values[rows], dtype=np.float64) for rows in episode_slices(ds)]

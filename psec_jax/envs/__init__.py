@@ -1,10 +1,14 @@
 """Environments behind one small seam: flat float32 observations, actions in [-1, 1].
 
-Nothing here imports JAX, and a simulator is imported only when one of its environments
-is made.
+Nothing here imports JAX but `mjx`, which is imported with its simulator: when one of
+its environments is made.
 """
 
 import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 
 from psec_jax.data import keywords
 from psec_jax.data.recording import Recording
@@ -15,14 +19,20 @@ from psec_jax.errors import InputError, lookup
 
 __all__ = [
     "ENVS",
+    "MAX_ON_DEVICE",
     "FORMS",
     "Env",
     "Step",
+    "batches_on_device",
     "describe",
     "make",
+    "make_on_device",
     "one_per_process",
     "shifted",
 ]
+
+
+MAX_ON_DEVICE = 4096  # episodes at once where simulators are on the device
 
 
 def make(spec: str) -> Env:
@@ -59,6 +69,25 @@ def describe(spec: str) -> Recording:
         env.close()
 
 
+@functools.lru_cache(maxsize=4)
+def make_on_device(spec: str) -> Any:
+    """The `envs.mjx.MjxEnv` that rolls out on the device, made and compiled once; None
+    for an environment that processes step.
+
+    Raises:
+      InputError: see `make`.
+    """
+    return make(spec) if _parsed(spec)[0].on_device else None
+
+
+def batches_on_device(episodes: int, most: int = MAX_ON_DEVICE) -> list[np.ndarray]:
+    """Numbers of episodes that roll out at once on the device, [B] each; the last one
+    is repeated so that all batches have one size and are one program."""
+    width = min(episodes, max(most, 1))
+    starts = range(0, episodes, width)
+    return [np.minimum(np.arange(s, s + width), episodes - 1) for s in starts]
+
+
 def one_per_process(spec: str) -> bool:
     """Whether a process can hold one environment of this kind only."""
     prefix = spec.partition(":")[0]
@@ -83,6 +112,12 @@ def _parsed(spec: str) -> tuple[Simulator, str, dict, dict[str, float]]:
     return simulator, name, options, shift
 
 
+def _make_mjx(name: str, shift: Mapping[str, float], options: Mapping[str, Any]) -> Any:
+    from psec_jax.envs import mjx  # the one module here that imports JAX
+
+    return mjx.make(name, shift, options)
+
+
 ENVS = {
     "bullet": Simulator(bullet.make, "TASK", recording=bullet.recording),
     "dm_control": Simulator(dm_control.make, "DOMAIN-TASK", shifts=True, keywords=True),
@@ -91,6 +126,9 @@ ENVS = {
         metadrive.make, "TASK", alone=True, recording=metadrive.recording
     ),
     "metaworld": Simulator(metaworld.make, "TASK", keywords=True),
+    "mjx": Simulator(
+        _make_mjx, "DOMAIN-TASK", shifts=True, keywords=True, on_device=True
+    ),
 }
 # How environments are named, for help texts and messages.
 FORMS = " or ".join(

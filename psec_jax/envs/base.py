@@ -90,6 +90,7 @@ class Simulator(NamedTuple):
       keywords: whether it takes keyword arguments, see `data.keywords`.
       alone: whether a process can hold one environment only.
       recording: `name -> Recording` without the simulator; None: one is made.
+      on_device: whether whole roll-outs run on the device, see `envs.mjx`.
     """
 
     make: Callable[[str, Mapping[str, float], Mapping[str, Any]], Any]
@@ -98,6 +99,7 @@ class Simulator(NamedTuple):
     keywords: bool = False
     alone: bool = False
     recording: Callable[[str], Recording] | None = None
+    on_device: bool = False
 
 
 def recorded_in(env: Env) -> Recording:

@@ -21,6 +21,8 @@ class DmControlEnv:
     """One suite task; observations are the dictionary's values, concatenated in the
     environment's order. Action repeat is 1."""
 
+    prefix = "dm_control"
+
     def __init__(
         self,
         domain: str,
@@ -37,7 +39,7 @@ class DmControlEnv:
         from dm_control import suite
 
         self.spec = shifts.join(
-            keywords.join(f"dm_control:{domain}-{task}", options), shift
+            keywords.join(f"{self.prefix}:{domain}-{task}", options), shift
         )
         if "random" in options:
             raise InputError(f"{self.spec}: random is the seed of the episode")

@@ -41,17 +41,18 @@ class Expert(NamedTuple):
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         """The deterministic action tanh(mean): obs [..., S] -> float32 [..., A]."""
+        xp = obs.__array_namespace__()  # NumPy's, or JAX's in a compiled roll-out
         x = (obs - self.obs_mean) / self.obs_std
-        x = np.clip(x, -OBS_CLIP, OBS_CLIP).astype(np.float32)
+        x = xp.clip(x, -OBS_CLIP, OBS_CLIP).astype(np.float32)
         for layer in self.layers:
             x = x @ layer["kernel"] + layer["bias"]
             if "norm_scale" in layer:
                 x = x - x.mean(-1, keepdims=True)
-                x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + NORM_EPS)
+                x = x / xp.sqrt(xp.square(x).mean(-1, keepdims=True) + NORM_EPS)
                 x = x * layer["norm_scale"] + layer["norm_bias"]
-            x = np.maximum(x, 0)
+            x = xp.maximum(x, 0)
         out = x @ self.head["kernel"] + self.head["bias"]
-        return np.tanh(out[..., : self.action_dim])
+        return xp.tanh(out[..., : self.action_dim])
 
 
 def cards() -> dict[str, dict[str, Any]]:
@@ -60,20 +61,25 @@ def cards() -> dict[str, dict[str, Any]]:
     return {card["environment"]: card for card in read}
 
 
+def find_card(env_spec: str) -> dict[str, Any] | None:
+    """The card of the packaged expert of an environment; `mjx` has dm_control's."""
+    return cards().get(env_spec.replace("mjx:", "dm_control:", 1))
+
+
 def expert_path(env_spec: str) -> Path:
     """The packaged expert of an environment.
 
     Raises:
       InputError: there is none; the message lists those there are.
     """
-    known = cards()
-    if env_spec not in known:
+    card = find_card(env_spec)
+    if card is None:
         raise InputError(
             f"no packaged expert for {env_spec}; there is one for "
-            f"{', '.join(sorted(known))} (or give a policy's .npz, or "
+            f"{', '.join(sorted(cards()))} (or give a policy's .npz, or "
             "your own demonstrations)"
         )
-    return ASSETS / known[env_spec]["file"]
+    return ASSETS / card["file"]
 
 
 def load_expert(path: str | Path, action_dim: int) -> Expert:
@@ -149,15 +155,26 @@ def make_policy(
       InputError: an unknown name, no packaged expert for this environment, or an expert
         file that does not fit it.
     """
+    expert, std = preset_or_file(name, env_spec, obs_dim, action_dim, action_noise)
+    if expert is None:
+        return lambda obs, generator: generator.uniform(-1, 1, action_dim).astype("f4")
+    return with_noise(lambda obs, generator: expert(obs), std, action_dim)
+
+
+def preset_or_file(
+    name: str, env_spec: str, obs_dim: int, action_dim: int, action_noise: float
+) -> tuple[Expert | None, float]:
+    """The deterministic policy of `make_policy`, None for a random one, and the
+    standard deviation of its noise; arguments and errors are the same."""
     if not action_noise >= 0 or not np.isfinite(action_noise):
         raise InputError(f"action_noise is {action_noise}, expected 0 or more")
     if name == "random":
         if action_noise:
             raise InputError("the random policy takes no action noise")
-        return lambda obs, generator: generator.uniform(-1, 1, action_dim).astype("f4")
+        return None, 0.0
     if name in PRESETS:
         path = expert_path(env_spec)
-        extra = PRESETS[name](cards()[env_spec])
+        extra = PRESETS[name](find_card(env_spec) or {})
     elif name.endswith(".npz"):
         path, extra = Path(name), 0.0
     else:
@@ -172,8 +189,7 @@ def make_policy(
             f"has {obs_dim}"
         )
     # Two independent Gaussians add up to one.
-    std = float(np.hypot(action_noise, extra))
-    return with_noise(lambda obs, generator: expert(obs), std, action_dim)
+    return expert, float(np.hypot(action_noise, extra))
 
 
 def with_noise(act: Policy, std: float, action_dim: int) -> Policy:

@@ -48,6 +48,8 @@ class Worker:
         # One matrix-vector product per step: threads only get in each other's way, and
         # a fixed number of them keeps the results the same on every machine size.
         env["OPENBLAS_NUM_THREADS"] = env["OMP_NUM_THREADS"] = "1"
+        # MJX alone uses JAX in a worker; accelerators are the parent's.
+        env["JAX_PLATFORMS"] = "cpu"
         # Large memory pages are for training; MetaDrive crashes with them.
         env.pop("GLIBC_TUNABLES", None)
         self._process = subprocess.Popen(

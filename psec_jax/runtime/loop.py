@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from psec_jax import tree
 from psec_jax.errors import InputError, Stopped, TrainingError
-from psec_jax.runtime import processes, sharding, streaming
+from psec_jax.runtime import platform, processes, sharding, streaming
 from psec_jax.runtime.batches import Drawn
 from psec_jax.runtime.console import Line, duration
 from psec_jax.runtime.runs import RunState, Training
@@ -41,19 +41,19 @@ class LoopConfig:
     Attributes:
       log_every: steps between two lines of metrics.
       save_every: steps between two saves; the last step is always saved.
-      steps_per_call: updates in one compiled loop; on a CPU worth it for large batches.
+      steps_per_call: updates in one compiled loop; 0 is the backend's own number, see
+        `platform.Platform`, and 1 where data are streamed.
     """
 
     log_every: int = 500
     save_every: int = 2000
-    steps_per_call: int = 1
+    steps_per_call: int = 0
 
     def __post_init__(self) -> None:
-        for field in ("log_every", "save_every", "steps_per_call"):
-            if getattr(self, field) < 1:
-                raise InputError(
-                    f"{field}: got {getattr(self, field)}, expected 1 or more"
-                )
+        least = {"log_every": 1, "save_every": 1, "steps_per_call": 0}
+        for field, bound in least.items():
+            if (value := getattr(self, field)) < bound:
+                raise InputError(f"{field}: got {value}, expected {bound} or more")
 
 
 def train(
@@ -156,6 +156,8 @@ class _Loop:
         self.step = runs[0].step
         self.state = layout.put(_join([run.state for run in runs]))
         self.streams = [run.data for run in runs if isinstance(run.data, Stream)]
+        own = 1 if self.streams else platform.current().steps_per_call
+        self.per_call = config.steps_per_call or own
         self.update = update
         if self.streams:
             assert isinstance(update, Drawn)
@@ -203,7 +205,7 @@ class _Loop:
                 self.state,
                 data,
                 self.key,
-                looped=self.config.steps_per_call > 1,
+                looped=self.per_call > 1,
                 layout=self.layout,
             )
             self.zeros = zeros
@@ -222,7 +224,7 @@ class _Loop:
                 _stop(stop[0], self.runs)
             began = time.perf_counter()
             count = min(
-                self.config.steps_per_call,
+                self.per_call,
                 self.goal - self.step,
                 log_every - self.step % log_every,
                 save_every - self.step % save_every,

@@ -1,8 +1,11 @@
 """Choices that depend on the backend alone: they change speed, never the maths."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
+
+from psec_jax.data.paths import cache_dir
 
 
 @dataclass(frozen=True)
@@ -14,10 +17,12 @@ class Platform:
         narrows is computed transposed; None never does.
       unroll_skills: skills of one program come one after the other in it; False makes
         them one batched product.
+      steps_per_call: updates in one compiled loop, where a job leaves the choice open.
     """
 
     transpose_from: int | None = None
-    unroll_skills: bool = True
+    unroll_skills: bool = False
+    steps_per_call: int = 64
 
     def transposes(self, batch_size: int) -> bool:
         """Whether weight gradients are computed transposed at this batch size."""
@@ -25,11 +30,31 @@ class Platform:
 
 
 # A CPU's product is slow where the wide operand is the transposed one, and runs the
-# products of two skills side by side but not the halves of a batched one. The defaults
-# serve the backends on which neither choice was measured.
-PLATFORMS = {"cpu": Platform(transpose_from=1024, unroll_skills=True)}
+# products of two skills side by side but not the halves of a batched one. It gains
+# nothing sure from a compiled loop, which a stop waits for. Accelerators wait for the
+# dispatch of every call.
+PLATFORMS = {"cpu": Platform(transpose_from=1024, unroll_skills=True, steps_per_call=1)}
 
 
 def current() -> Platform:
     """The choices for the backend that programs run on."""
     return PLATFORMS.get(jax.default_backend(), Platform())
+
+
+def keep_programs(folder: str | Path | None = None) -> None:
+    """Keep compiled programs in a directory, where later runs find them.
+
+    JAX names each by its code, its versions and the kind of device.
+
+    Args:
+      folder: None leaves the choice to JAX's own settings, such as the variable
+        JAX_COMPILATION_CACHE_DIR, and is "compiled" in `cache_dir()` without one.
+    """
+    if folder is None:
+        if jax.config.jax_compilation_cache_dir is not None:
+            return
+        folder = cache_dir() / "compiled"
+        # Most programs of a stage compile in less than JAX's default of a second.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    path = Path(folder).expanduser().absolute()
+    jax.config.update("jax_compilation_cache_dir", str(path))

@@ -23,9 +23,10 @@ from psec_jax.data.paths import data_dir
 from psec_jax.envs.experts import (
     PRESETS,
     Policy,
-    cards,
     expert_path,
+    find_card,
     make_policy,
+    preset_or_file,
     with_noise,
 )
 from psec_jax.envs.workers import Worker, default_workers
@@ -41,6 +42,7 @@ PACKAGES = (
     "pybullet",
     "metadrive-simulator",
     "metaworld",
+    "mujoco-mjx",
 )
 
 
@@ -121,7 +123,11 @@ def collect(
     if path.exists() and not overwrite:
         check_same(path, d4rl.load(path)[1], identity, "give another file")
         return path
-    played = play(env, [Actor(policy, action_noise)] * episodes, seed, workers)
+    if envs.make_on_device(env) is None:
+        played = play(env, [Actor(policy, action_noise)] * episodes, seed, workers)
+    else:
+        simulated = simulate(env, policy, action_noise, episodes, seed)
+        played = [Played(ds, np.nan) for ds in simulated]
     ds = dataset.check(dataset.concatenate([p.dataset for p in played]), str(path))
     attrs = identity | envs.describe(env).attributes()
     attrs |= {
@@ -167,7 +173,7 @@ def policy_hash(policy: str, env: str) -> str:
     refuses it."""
     if policy.endswith(".npz"):
         path = Path(policy)
-    elif policy in PRESETS and env in cards():
+    elif policy in PRESETS and find_card(env):
         path = expert_path(env)
     else:
         return ""
@@ -233,6 +239,41 @@ def play(
     finally:
         for worker in pool:
             worker.close()
+
+
+def simulate(
+    env: str, policy: str, action_noise: float, episodes: int, seed: int
+) -> list[Dataset]:
+    """`play` of one actor on the device; noise and first states are the same.
+
+    Args:
+      env: one of those that simulate there, see `psec_jax.envs.make_on_device`.
+      policy: "expert", "medium", "random" or the path of an expert file.
+      action_noise: standard deviation of Gaussian noise on every action.
+      episodes: whole episodes.
+      seed: of initial states and noise.
+
+    Raises:
+      InputError: a policy that cannot be made.
+    """
+    made = envs.make_on_device(env)
+    shape = made.max_steps, made.action_dim
+    expert, std = preset_or_file(policy, env, made.obs_dim, shape[1], action_noise)
+
+    def act(noise: Any, obs: Any) -> Any:
+        return noise if expert is None else expert(obs) + std * noise
+
+    parts = []
+    for numbers in envs.batches_on_device(episodes):
+        seeds, generators = zip(*(streams(seed, e) for e in numbers), strict=True)
+        drawn = [
+            g.uniform(-1, 1, shape) if expert is None else g.standard_normal(shape)
+            for g in generators
+        ]
+        noise = np.stack(drawn, axis=1).astype(np.float32)
+        played = made.roll_out(act, noise, seeds, keep=True).datasets()
+        parts += played[: episodes - len(parts)]
+    return parts
 
 
 def serve(
@@ -303,7 +344,4 @@ def rollout(env: envs.Env, act: Any, seed: int, episode: int) -> Played:
         obs = step.obs
         success = np.fmax(success, step.success)
         ended = step.terminal or step.timeout
-    types = (np.float32,) * 5 + (bool,) * 2
-    columns = zip(*rows, strict=True)
-    ds = Dataset(*(np.array(c, dtype=t) for c, t in zip(columns, types, strict=True)))
-    return Played(ds, float(success))
+    return Played(dataset.of_steps(rows), float(success))
