@@ -32,6 +32,7 @@ _PACKAGES = (
     "bullet-safety-gym",
     "pybullet",
     "metadrive-simulator",
+    "metaworld",
     "panda3d",
 )
 _ABSENT = "(absent)"
