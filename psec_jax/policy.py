@@ -396,8 +396,8 @@ def compose(
     matmul_dtype: str | None = None,
     candidates: int = 1,
     critics: str | Path | None = None,
-    rule: str = "safety",
-    cost_weight: float = 1.0,
+    rule: str | None = None,
+    cost_weight: float | None = None,
 ) -> Policy:
     """A policy from a library on disk.
 
@@ -417,16 +417,21 @@ def compose(
       candidates: actions sampled at every step, of which critics choose one; a gate of
         the head "select" brings its own number, critics and rule.
       critics: folder of the run whose critics choose among several candidates.
-      rule: how they choose, a key of `choice.RULES`.
-      cost_weight: lambda of the rule "reward_cost".
+      rule: how they choose, a key of `choice.RULES`; default "safety".
+      cost_weight: lambda of the rule "reward_cost"; default 1.
 
     Raises:
-      InputError: names or numbers that do not fit the library, or several candidates
-        without critics of the rule.
+      InputError: names or numbers that do not fit the library, or several candidates, a
+        rule or a cost weight without critics.
     """
     lookup(LEVELS, level, "level")
-    lookup(RULES, rule, "rule")
-    check_cost_weight(cost_weight)
+    choosing = {"rule": rule, "cost_weight": cost_weight}
+    choosing = {name: value for name, value in choosing.items() if value is not None}
+    if choosing and critics is None:
+        raise InputError(
+            f"{' and '.join(choosing)}: critics choose by it, and none are given; a "
+            "gate of the head 'select' has its own"
+        )
     if candidates < 1:
         raise InputError(f"candidates: got {candidates}, expected 1 or more")
     if candidates > 1 and critics is None:
@@ -441,7 +446,7 @@ def compose(
                 f"candidates and critics: the gate {gate!r} has its own, give none"
             )
     elif critics is not None:
-        policy = with_critics(policy, critics, candidates, rule, cost_weight)
+        policy = with_critics(policy, critics, candidates, **choosing)
     if matmul_dtype is None:
         return policy
     network = dataclasses.replace(policy.config.network, matmul_dtype=matmul_dtype)
