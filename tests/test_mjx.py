@@ -219,11 +219,10 @@ def test_several_policies_play_as_each_alone():
 
 @needs_mjx
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["expert", "medium", "random"])
-def test_collected_data_are_dm_controls(policy, tmp_path):
+def test_collected_data_are_dm_controls(tmp_path):
     """Over five steps, in which rounding has not grown; the same noise, too."""
     mine, other = (
-        d4rl.load(collect(spec, policy, 3, 1, out=tmp_path / f"{i}.hdf5"))
+        d4rl.load(collect(spec, "medium", 3, 1, out=tmp_path / f"{i}.hdf5"))
         for i, spec in enumerate((WALK, plain(WALK)))
     )
     chex.assert_trees_all_close(mine[0], other[0], atol=1e-2)
