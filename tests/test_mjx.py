@@ -15,7 +15,7 @@ from dm_control.utils import rewards
 from experiments.tools import benchmark
 from psec_jax import envs
 from psec_jax.data import d4rl
-from psec_jax.envs import mjx
+from psec_jax.envs import experts, mjx
 from psec_jax.envs.gl import CannotDraw
 from psec_jax.envs.vector import VectorEnv
 from psec_jax.errors import InputError
@@ -84,6 +84,14 @@ def test_formulas_are_dm_controls(name):
         np.testing.assert_allclose(task.reward(model, data), rewarded[-1], atol=1e-5)
     assert max(rewarded) > 0
     env.close()
+
+
+def test_experts_are_dm_controls():
+    path = experts.expert_path("mjx:walker-walk")
+    assert path == experts.expert_path("dm_control:walker-walk")
+    expert = experts.load_expert(path, 6)
+    obs = np.random.default_rng(0).normal(size=(4, 24)).astype(np.float32)
+    np.testing.assert_allclose(jax.jit(expert.__call__)(obs), expert(obs), atol=1e-5)
 
 
 def test_refusals(monkeypatch):
@@ -221,8 +229,9 @@ def test_several_policies_play_as_each_alone():
 @pytest.mark.slow
 def test_collected_data_are_dm_controls(tmp_path):
     """Over five steps, in which rounding has not grown; the same noise, too."""
+    policy = str(experts.expert_path("mjx:walker-walk"))
     mine, other = (
-        d4rl.load(collect(spec, "medium", 3, 1, out=tmp_path / f"{i}.hdf5"))
+        d4rl.load(collect(spec, policy, 3, 1, 0.2, out=tmp_path / f"{i}.hdf5"))
         for i, spec in enumerate((WALK, plain(WALK)))
     )
     chex.assert_trees_all_close(mine[0], other[0], atol=1e-2)
