@@ -1,14 +1,17 @@
-"""Look after a skill library: what is in it, is it whole, remove something.
+"""Look after a skill library: what is in it, is it whole, bring in or remove something.
 
     python -m launch.library list --library=runs/library
     python -m launch.library show walk --library=runs/library
     python -m launch.library show base --library=runs/library
     python -m launch.library verify --library=runs/library
     python -m launch.library remove walk --library=runs/library
+    python -m launch.library import lora/model50000.pickle --library=runs/authors
 
 `verify` reads every file, compares it with its hash, and checks that every skill and
 gate was made for this base. A skill that a gate needs is removed after the gate. Where
-a skill and a gate share a name, write skill/NAME or gate/NAME.
+a skill and a gate share a name, write skill/NAME or gate/NAME. `import` adds what a
+checkpoint of the paper authors' code holds, a base, skills or a gate, and makes the
+library where there is none; --critics also writes the critics of a skills' checkpoint.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,11 +19,25 @@ from typing import Any
 
 from absl import flags
 
+from psec_jax import released
 from psec_jax.cli import run
 from psec_jax.errors import InputError, lookup
 from psec_jax.library import SkillLibrary, table
 
 LIBRARY = flags.DEFINE_string("library", "runs/library", "Folder of the skill library.")
+NAME = flags.DEFINE_string(
+    "name", None, "import: put before the names of skills and gate, as in NAME-reward."
+)
+LEVEL = flags.DEFINE_enum(
+    "level",
+    None,
+    ["noise", "action"],
+    "import: level of a gate that mixes predictions. The checkpoint does not say it; "
+    "default noise.",
+)
+CRITICS = flags.DEFINE_string(
+    "critics", None, "import: also write the checkpoint's critics to this folder."
+)
 
 
 def list_entries(library: SkillLibrary) -> None:
@@ -38,7 +55,7 @@ def list_entries(library: SkillLibrary) -> None:
             (
                 kind,
                 str(card["name"]),
-                str(card.get("env", "-")),
+                str(card.get("env") or "-"),
                 mean,
                 str(card.get("steps", "-")),
                 _FORMS[kind](card),
@@ -76,6 +93,12 @@ def remove(library: SkillLibrary, name: str) -> None:
     kind, name = _find(library, name)
     library.remove(kind, name)
     print(f"removed {kind} {name}")
+
+
+def import_file(library: SkillLibrary, path: str) -> None:
+    """Add what a checkpoint of the paper authors' code holds."""
+    given = {"name": NAME.value or "", "level": LEVEL.value, "critics": CRITICS.value}
+    print("\n".join(released.add(path, library.root, **given)))
 
 
 def _find(library: SkillLibrary, name: str) -> tuple[str, str]:
@@ -130,6 +153,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     "show": (show, ("NAME",)),
     "verify": (verify, ()),
     "remove": (remove, ("NAME",)),
+    "import": (import_file, ("FILE",)),
 }
 
 
@@ -141,7 +165,9 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) - 2 != len(parameters):
         usage = " ".join([argv[1], *parameters])
         raise InputError(f"got {' '.join(argv[1:])!r}, expected {usage!r}")
-    command(SkillLibrary.open(LIBRARY.value), *argv[2:])
+    # The library that something is imported into may be a new one.
+    opened = SkillLibrary if command is import_file else SkillLibrary.open
+    command(opened(LIBRARY.value), *argv[2:])
 
 
 if __name__ == "__main__":
