@@ -6,27 +6,42 @@
     python -m launch.library verify --library=runs/library
     python -m launch.library remove walk --library=runs/library
     python -m launch.library import lora/model50000.pickle --library=runs/authors
+    python -m launch.library export walk --library=runs/library --out=runs/walk-peft
+    python -m launch.library import runs/walk-peft --library=runs/library --name=walk-2
+    python -m launch.library merge both --skills=walk,run --alpha=8,8 --data=walk.hdf5
 
 `verify` reads every file, compares it with its hash, and checks that every skill and
 gate was made for this base. A skill that a gate needs is removed after the gate. Where
 a skill and a gate share a name, write skill/NAME or gate/NAME. `import` adds what a
 checkpoint of the paper authors' code holds, a base, skills or a gate, and makes the
 library where there is none; --critics also writes the critics of a skills' checkpoint.
+Of a folder in the format of PEFT, as `export` writes it, it adds the skill as --name.
+`merge` makes one skill of several at fixed weights, or with --method=fold a new library
+--out whose base is what they make of this one's; it prints how far the result is from
+the exact sum, for each layer and on the states of --data, and saves nothing where an
+error is above --bound.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from absl import flags
 
-from psec_jax import released
-from psec_jax.cli import run
+from psec_jax import data as datasets
+from psec_jax import peft, released
+from psec_jax.cli import floats, run
 from psec_jax.errors import InputError, lookup
 from psec_jax.library import SkillLibrary, table
+from psec_jax.merging import FOLD, METHODS, MergeConfig, Merged, merge_of_library
 
 LIBRARY = flags.DEFINE_string("library", "runs/library", "Folder of the skill library.")
 NAME = flags.DEFINE_string(
-    "name", None, "import: put before the names of skills and gate, as in NAME-reward."
+    "name",
+    None,
+    "import: put before the names of skills and gate, as in NAME-reward; of a "
+    "folder of PEFT the skill's name.",
 )
 LEVEL = flags.DEFINE_enum(
     "level",
@@ -37,6 +52,40 @@ LEVEL = flags.DEFINE_enum(
 )
 CRITICS = flags.DEFINE_string(
     "critics", None, "import: also write the checkpoint's critics to this folder."
+)
+
+SKILLS = flags.DEFINE_list("skills", None, "merge: names of the skills.")
+ALPHA = flags.DEFINE_list("alpha", None, "merge: the weight of each skill.")
+METHOD = flags.DEFINE_enum(
+    "method",
+    MergeConfig.method,
+    [FOLD, *METHODS],
+    "merge: concatenate, exact, of the sum of the ranks; svd, the nearest of --rank; "
+    "ties, trimmed and with elected signs; dare, thinned at random; fold, exact, into "
+    "the base.",
+)
+RANK = flags.DEFINE_integer(
+    "rank", MergeConfig.rank, "merge: rank of the result; 0 is the sum of the ranks.", 0
+)
+DENSITY = flags.DEFINE_float(
+    "density",
+    MergeConfig.density,
+    "merge: share of the numbers that ties and dare keep of each skill.",
+)
+BOUND = flags.DEFINE_float(
+    "bound",
+    MergeConfig.bound,
+    "merge: the largest relative error, of a layer or on data, that is saved.",
+)
+OUT = flags.DEFINE_string(
+    "out", None, "export: folder to be written. merge --method=fold: the new library."
+)
+DATA = flags.DEFINE_string(
+    "data", None, "merge: data whose states predictions are compared on."
+)
+STATES = flags.DEFINE_integer("states", 256, "merge: how many of them, at random.", 1)
+SEED = flags.DEFINE_integer(
+    "seed", 0, "merge: of states, actions, noise, and what dare drops.", 0, 2**32 - 1
 )
 
 
@@ -96,9 +145,89 @@ def remove(library: SkillLibrary, name: str) -> None:
 
 
 def import_file(library: SkillLibrary, path: str) -> None:
-    """Add what a checkpoint of the paper authors' code holds."""
+    """Add what a checkpoint of the authors' code, or a folder of PEFT, holds."""
+    if os.path.isdir(path):
+        if not NAME.value:
+            raise InputError(f"--name: not given, expected a name for the skill {path}")
+        library = SkillLibrary.open(library.root)
+        library.add_skill(NAME.value, *peft.read(path))
+        print(f"added skill {NAME.value}")
+        return
     given = {"name": NAME.value or "", "level": LEVEL.value, "critics": CRITICS.value}
     print("\n".join(released.add(path, library.root, **given)))
+
+
+def export(library: SkillLibrary, name: str) -> None:
+    """Write a skill as PEFT reads it."""
+    if not OUT.value:
+        raise InputError("--out: not given, expected a folder")
+    peft.export(OUT.value, *library.load_skill(name))
+    print(f"{OUT.value} holds {peft.CONFIG} and {peft.ARRAYS}")
+
+
+def merge(library: SkillLibrary, name: str) -> None:
+    """Make one skill of several at fixed weights, or fold them into a new base."""
+    config = MergeConfig(
+        METHOD.value, RANK.value, DENSITY.value, SEED.value, BOUND.value
+    )
+    if (OUT.value is not None) != (config.method == FOLD):
+        raise InputError(f"--out: --method={FOLD} needs it, and no other method has it")
+    save = _saver(library, name, OUT.value)
+    obs = _states()
+    alpha = floats("alpha", ALPHA.value) or []
+    made = merge_of_library(
+        library.root, SKILLS.value or [], alpha, config, obs, STATES.value
+    )
+    made.card["merged"]["data"] = DATA.value
+    print(_report(made))
+    made.errors.check(config.bound)
+    print(save(made))
+
+
+def _saver(
+    library: SkillLibrary, name: str, out: str | None
+) -> Callable[[Merged], str]:
+    """What saves a merge; a name that is in use is refused before anything is done."""
+    if out is None:
+        if name in library.skills():
+            raise InputError(f"{library.root} has a skill {name!r} already")
+
+        def save(made: Merged) -> str:
+            library.add_skill(name, made.params, made.card)
+            return f"added skill {name}"
+
+        return save
+    new = SkillLibrary(out)
+    if os.path.lexists(new.root / "base"):
+        raise InputError(f"{out} has a base already; choose another --out")
+    _, normaliser, card = library.load_base()
+    kept = ("obs_dim", "action_dim", "network", "process", "diffusion", "env", "data")
+    fields = {field: card[field] for field in (*kept, "actions") if field in card}
+
+    def save_base(made: Merged) -> str:
+        own = {"name": name, "merged": made.card["merged"]}
+        SkillLibrary.create(out).add_base(made.params, normaliser, fields | own)
+        return f"{out} is a library with the base {name}"
+
+    return save_base
+
+
+def _states() -> np.ndarray:
+    """Raw observations of --data."""
+    if not DATA.value:
+        raise InputError("--data: not given, expected data whose states are looked at")
+    return datasets.read(DATA.value)[0].obs
+
+
+def _report(made: Merged) -> str:
+    errors = made.errors
+    rows = [("error against the exact sum", "")]
+    rows += [(f"layer {layer}", f"{e:.3g}") for layer, e in errors.layers.items()]
+    rows += [
+        ("predictions on data", f"{errors.prediction:.3g}"),
+        ("sampled actions, root mean square", f"{errors.action:.3g}"),
+    ]
+    return table(rows)
 
 
 def _find(library: SkillLibrary, name: str) -> tuple[str, str]:
@@ -154,6 +283,8 @@ COMMANDS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     "verify": (verify, ()),
     "remove": (remove, ("NAME",)),
     "import": (import_file, ("FILE",)),
+    "merge": (merge, ("NAME",)),
+    "export": (export, ("NAME",)),
 }
 
 
