@@ -44,7 +44,7 @@ EXTRAS = {
     "sweep": ["submitit>=1.5.4,<2"],
     "stream": ["grain>=0.2.18,<0.3"],
     # Skills in PEFT's format are read and written without it; its tests load them.
-    "peft": ["peft>=0.19,<1", "torch>=2.13,<3"],
+    "peft": ["peft>=0.21.2,<1", "torch>=2.13,<3"],
     "experts": ["stable-baselines3>=2.9,<3"],
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],

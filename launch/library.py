@@ -8,6 +8,10 @@
     python -m launch.library import lora/model50000.pickle --library=runs/authors
     python -m launch.library export walk --library=runs/library --out=runs/walk-peft
     python -m launch.library import runs/walk-peft --library=runs/library --name=walk-2
+    python -m launch.library analyse --library=runs/library --data=walk.hdf5 \
+        --out=runs/analysis
+    python -m launch.library prune --library=runs/library --out=runs/analysis
+    python -m launch.library restore run --library=runs/library
     python -m launch.library merge both --skills=walk,run --alpha=8,8 --data=walk.hdf5
 
 `verify` reads every file, compares it with its hash, and checks that every skill and
@@ -20,22 +24,35 @@ Of a folder in the format of PEFT, as `export` writes it, it adds the skill as -
 --out whose base is what they make of this one's; it prints how far the result is from
 the exact sum, for each layer and on the states of --data, and saves nothing where an
 error is above --bound.
+
+`analyse` compares every two skills, in weights and in predictions on the states of
+--data, says which ones the others make up for, and writes analysis.json and
+heatmaps.png to --out. `prune` reads that, retires the skills that it suggests to
+remove, and adds for each a gate of its name over those that stay; with --env it shows
+the returns before and after. `restore` brings back what was retired.
 """
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import flags
 
+from launch import heatmaps
+from psec_jax import analysis, peft, pruning, released
 from psec_jax import data as datasets
-from psec_jax import peft, released
-from psec_jax.cli import floats, run
+from psec_jax.analysis import AnalysisConfig
+from psec_jax.cli import ENV_HELP, floats, run
 from psec_jax.errors import InputError, lookup
+from psec_jax.evaluation import evaluate
+from psec_jax.files import make_room, write_json
 from psec_jax.library import SkillLibrary, table
 from psec_jax.merging import FOLD, METHODS, MergeConfig, Merged, merge_of_library
+from psec_jax.policy import Policy, compose
 
+ANALYSIS, HEATMAPS = "analysis.json", "heatmaps.png"
 LIBRARY = flags.DEFINE_string("library", "runs/library", "Folder of the skill library.")
 NAME = flags.DEFINE_string(
     "name",
@@ -54,7 +71,7 @@ CRITICS = flags.DEFINE_string(
     "critics", None, "import: also write the checkpoint's critics to this folder."
 )
 
-SKILLS = flags.DEFINE_list("skills", None, "merge: names of the skills.")
+SKILLS = flags.DEFINE_list("skills", None, "merge, analyse: names of the skills.")
 ALPHA = flags.DEFINE_list("alpha", None, "merge: the weight of each skill.")
 METHOD = flags.DEFINE_enum(
     "method",
@@ -78,14 +95,39 @@ BOUND = flags.DEFINE_float(
     "merge: the largest relative error, of a layer or on data, that is saved.",
 )
 OUT = flags.DEFINE_string(
-    "out", None, "export: folder to be written. merge --method=fold: the new library."
+    "out",
+    None,
+    "export, analyse: folder to be written; prune: that of the analysis. "
+    "merge --method=fold: the new library.",
 )
 DATA = flags.DEFINE_string(
-    "data", None, "merge: data whose states predictions are compared on."
+    "data", None, "merge, analyse: data whose states predictions are compared on."
 )
-STATES = flags.DEFINE_integer("states", 256, "merge: how many of them, at random.", 1)
+GATES = flags.DEFINE_list(
+    "gates", [], "analyse: gates with supports, to compare where the skills apply."
+)
+REDUNDANT = flags.DEFINE_float(
+    "redundant",
+    AnalysisConfig.redundant,
+    "analyse: suggest to remove a skill where the rest predicts what it does with at "
+    "most this relative error.",
+)
+CONFLICT = flags.DEFINE_float(
+    "conflict",
+    AnalysisConfig.conflict,
+    "analyse: suggest to keep two skills apart from this conflict on.",
+)
+ENV = flags.DEFINE_string(
+    "env", None, f"prune: show returns before and after. {ENV_HELP}"
+)
+EPISODES = flags.DEFINE_integer("episodes", 10, "prune: how many of each.", 1)
+STATES = flags.DEFINE_integer("states", 256, "merge, analyse: how many of them.", 1)
 SEED = flags.DEFINE_integer(
-    "seed", 0, "merge: of states, actions, noise, and what dare drops.", 0, 2**32 - 1
+    "seed",
+    0,
+    "Of what is drawn at random.",
+    0,
+    2**32 - 1,
 )
 
 
@@ -182,6 +224,64 @@ def merge(library: SkillLibrary, name: str) -> None:
     print(_report(made))
     made.errors.check(config.bound)
     print(save(made))
+
+
+def analyse(library: SkillLibrary) -> None:
+    """Compare the skills, and write what was found to --out."""
+    out = _out()
+    config = AnalysisConfig(STATES.value, SEED.value, REDUNDANT.value, CONFLICT.value)
+    found, record = analysis.analyse(
+        library.root, SKILLS.value or [], config, _states(), GATES.value or []
+    )
+    record["data"] = DATA.value
+    make_room(out / ANALYSIS)
+    write_json(out / ANALYSIS, found._asdict() | {"made_of": record})
+    heatmaps.draw(found, out / HEATMAPS)
+    rows = [("skill", "left by the rest", "largest conflict", "suggestion")]
+    rows += [
+        (name, f"{found.left[k]:.3g}", f"{max(found.conflict[k]):.2f}", suggestion)
+        for k, (name, suggestion) in enumerate(found.suggestions.items())
+    ]
+    print(table(rows))
+    print(f"{out / ANALYSIS} and {out / HEATMAPS} have the matrices")
+
+
+def prune(library: SkillLibrary) -> None:
+    """Retire the skills that an analysis suggests to remove."""
+    path = _out() / ANALYSIS
+    plan = pruning.read(path, library)
+    if not plan:
+        print(f"{path} suggests to remove no skill")
+        return
+    pruning.check(library, plan)
+    rows = [("retired", "in its place", "return before", "after")]
+    for name, weights in plan.items():
+        others = " + ".join(f"{w:.3g} {other}" for other, w in weights.items())
+        before = compose(library.root, name)
+        after = compose(library.root, list(weights), alpha=list(weights.values()))
+        rows.append((name, others or "the base", _return(before), _return(after)))
+    pruning.prune(library, plan)
+    print(table(rows))
+
+
+def _return(policy: Policy) -> str:
+    """Mean return of a policy in --env."""
+    if ENV.value is None:
+        return "-"
+    episodes = evaluate(policy.act, ENV.value, EPISODES.value, SEED.value)
+    return f"{float(np.mean(episodes.returns)):.1f}"
+
+
+def restore(library: SkillLibrary, name: str) -> None:
+    """Bring back a skill that was retired."""
+    library.restore("skill", name)
+    print(f"restored skill {name}")
+
+
+def _out() -> Path:
+    if not OUT.value:
+        raise InputError("--out: not given, expected a folder")
+    return Path(OUT.value)
 
 
 def _saver(
@@ -285,6 +385,9 @@ COMMANDS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     "import": (import_file, ("FILE",)),
     "merge": (merge, ("NAME",)),
     "export": (export, ("NAME",)),
+    "analyse": (analyse, ()),
+    "prune": (prune, ()),
+    "restore": (restore, ("NAME",)),
 }
 
 

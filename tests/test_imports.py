@@ -36,6 +36,8 @@ ROOMS = [
         "psec_jax.policy",
         "psec_jax.probe",
         "psec_jax.peft",
+        "psec_jax.analysis",
+        "psec_jax.pruning",
         "psec_jax.merging",
         "psec_jax.released",
     ],
