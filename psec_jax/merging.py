@@ -160,7 +160,7 @@ def factors_of(
     if not np.isfinite(alpha).all():
         raise InputError(f"alpha: got {list(alpha)}, expected finite numbers")
     if any(adapter_of(skill) != "lora" for skill in skills):
-        raise InputError("only lora skills can be merged, an mlp skill is no product")
+        raise InputError("only lora skills are products A B, an mlp skill is none")
     flat = [
         {path: np.asarray(leaf, np.float64) for path, leaf in tree.flatten(s).items()}
         for s in skills

@@ -8,6 +8,7 @@ averaged weights of bases and skills are read, and the target networks of critic
 
 import dataclasses
 import hashlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from psec_jax import tree
 from psec_jax.agents import critic_file
 from psec_jax.agents.critic_file import Finished
 from psec_jax.agents.critics import CriticParams
+from psec_jax.cards import NAME
 from psec_jax.errors import InputError, lookup
 from psec_jax.files import make_room, read_bytes, read_json
 from psec_jax.gating import GateConfig
@@ -157,6 +159,14 @@ def add(
     gate = _at_level(path, found.gate, level, [prefix + skill for skill in SKILLS])
     if gate is not None:
         entries["gate", f"{prefix}gate-{gate.card['level']}"] = gate
+    for _, entry_name in entries:
+        if not NAME.fullmatch(entry_name):
+            raise InputError(
+                f"--name: got {name!r}, expected letters, digits, '.', '_' and '-', "
+                "not starting with '.'"
+            )
+    if critics is not None and os.path.lexists(Path(critics) / critic_file.NAME):
+        raise InputError(f"{critics} holds critics already; choose another folder")
     library = SkillLibrary(root)
     there = (library.root / "base" / "base.json").exists()
     mine = base_fingerprint(found.base.params, found.normaliser)

@@ -183,7 +183,7 @@ BAD = {
     "a word": (("--alpha=2,x",), "--alpha: could not convert"),
     "NaN": (("--alpha=2,nan",), "--alpha: got nan, expected finite numbers"),
     "no such skill": (("--skills=walk,fly",), "has no skill 'fly'; it has"),
-    "an mlp": (("--skills=walk,mlp",), "only lora skills can be merged"),
+    "an mlp": (("--skills=walk,mlp",), "only lora skills are products"),
     "rank": (("--rank=2",), "rank: method concatenate keeps the sum of the ranks"),
     "density": (("--method=ties", "--density=0"), "density: got 0.0, expected in"),
     "bound": (("--bound=-1",), "bound: got -1.0, expected 0 or more"),

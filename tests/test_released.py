@@ -298,6 +298,13 @@ def test_critics_need_to_be_there_and_named(files, tmp_path):
         (tmp_path / "config.json").write_text(settings)
         with pytest.raises(InputError, match=words):
             released.add(tmp_path / "lora.pickle", **given)
+    (tmp_path / "critics").mkdir()
+    (tmp_path / "critics" / critic_file.NAME).touch()
+    (tmp_path / "config.json").write_text(CONFIG)
+    with pytest.raises(InputError, match="holds critics already"):
+        released.add(tmp_path / "lora.pickle", **given)
+    with pytest.raises(InputError, match=r"--name: got '\.\./x', expected letters"):
+        released.add(tmp_path / "lora.pickle", tmp_path / "new", name="../x")
     assert not (tmp_path / "new").exists()
     with pytest.raises(InputError, match="holds no gate that mixes predictions"):
         released.add(files / "composition.pickle", tmp_path / "new", level="noise")
