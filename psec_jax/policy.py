@@ -338,20 +338,31 @@ def load_base(root: str | Path) -> Policy:
     """
     params, normaliser, card = SkillLibrary.open(root).load_base()
     network, process = network_config(card), process_config(card)
-    _check_arrays(str(root), network, process, params, card)
+    check_base(str(root), network, process, params, card)
     config = PolicyConfig(network, process, card["action_dim"])
     box = box_of_card(card.get("actions"))
     return Policy(config, _on_device(PolicyParams(params, normaliser)), box=box)
 
 
-def _check_arrays(
+def check_base(
     root: str,
     network: NetworkConfig,
     process: ProcessConfig,
     params: Params,
     card: dict[str, Any],
 ) -> None:
-    """Refuse a base whose arrays are not those of the network that its card names."""
+    """Refuse a base whose arrays are not those of the network that its card names.
+
+    Args:
+      root: the library, named in messages.
+      network: of the card.
+      process: of the card, for its chunks.
+      params: the base's arrays.
+      card: "obs_dim" and "action_dim".
+
+    Raises:
+      InputError: an array that is missing, unknown or of another shape.
+    """
     got = {path: jnp.shape(leaf) for path, leaf in tree.flatten(params).items()}
     if network.blocks > len(got):
         raise InputError(f"{root}: base: {len(got)} arrays for {network.blocks} blocks")
