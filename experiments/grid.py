@@ -278,7 +278,9 @@ def run(
         job or of other data.
     """
     # Seeds and settings compile the same programs; the cache makes each one once.
-    jax.config.update("jax_compilation_cache_dir", str(root.absolute() / "compiled"))
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = str(root.absolute() / "compiled")
+        jax.config.update("jax_compilation_cache_dir", folder)
     jobs, known = {}, {}
     for name in settings or table.settings:
         setting = table.settings[name]

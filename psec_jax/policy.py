@@ -488,7 +488,7 @@ def twins_of(critics: str | Path, finished: Finished, rule: str) -> dict[str, Pa
                 f"among candidates by {rule} needs {kind}"
             )
         q = of_kind(finished.params, kinds, kind).q
-        twins[kind] = jax.tree.map(jnp.asarray, q)
+        twins[kind] = jax.device_put(q)
     return twins
 
 
@@ -616,4 +616,4 @@ def _compose_gate(root, skills, gate, alpha) -> Policy:
 
 
 def _on_device(params: PolicyParams) -> PolicyParams:
-    return jax.tree.map(jnp.asarray, params)
+    return jax.device_put(params)

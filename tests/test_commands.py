@@ -1,8 +1,6 @@
 """The commands end to end on dm_control's walker, with budgets of a few steps."""
 
-import contextlib
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -12,7 +10,6 @@ import sys
 from pathlib import Path
 
 import h5py
-import jax
 import numpy as np
 import pytest
 import short
@@ -23,14 +20,12 @@ from experiments import grid, results, table2
 from experiments.configs.dmc_walker import get_config
 from psec_jax import tree
 from psec_jax.data import d4rl, dataset
-from psec_jax.envs.vector import VectorEnv
 from psec_jax.errors import InputError, Stopped
-from psec_jax.evaluation import evaluate
 from psec_jax.library import SkillLibrary
 from psec_jax.runtime import loop
 from psec_jax.runtime.loop import train
 from psec_jax.types import Dataset
-from psec_jax.workflows import Job, demonstrations, multirun
+from psec_jax.workflows import Job, demonstrations
 from psec_jax.workflows.collection import collect
 from psec_jax.workflows.demonstrations import FIRST, load_demos
 
@@ -102,24 +97,6 @@ def library(stand, walk):
             tiny(), workdir=f"lib_{name}", name=name, env=env, data=data, **options
         )
     return SkillLibrary.open("lib")
-
-
-@pytest.fixture(scope="module")
-def environments():
-    """Environments by name, made once: starting a simulator takes seconds."""
-    with contextlib.ExitStack() as stack:
-        yield functools.cache(lambda spec: stack.enter_context(VectorEnv(spec, 1)))
-
-
-@pytest.fixture
-def quick_starts(environments, monkeypatch):
-    """Evaluations use `environments` instead of starting their own."""
-
-    def quick(act, env, episodes, seed):
-        return evaluate(act, env, episodes, seed, vector_env=environments(env))
-
-    monkeypatch.setattr(multirun, "evaluate", quick)
-    monkeypatch.setattr(grid, "evaluate", quick)
 
 
 def done(module, *arguments):
@@ -391,12 +368,8 @@ def test_table(place, quick_starts, monkeypatch):
         }
     )
     job, lines = Job.from_dict(config.to_dict()), []
-    compiled = jax.config.jax_compilation_cache_dir
     arguments = (table, job, Path("table"), Path("results"), lines.append)
-    try:
-        grid.run(*arguments, methods=methods)
-    finally:
-        jax.config.update("jax_compilation_cache_dir", compiled)
+    grid.run(*arguments, methods=methods)
     assert len(lines) == 8 and lines[0].startswith("S->W Base seed 0: return")
     text = table2.write_table(Path("results"))
     summary = json.loads(Path("results/table2.json").read_text())["cells"]

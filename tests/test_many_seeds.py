@@ -524,17 +524,14 @@ def test_a_table_of_several_seeds(place, monkeypatch):
         | {"base.env": SPEC, "base.episodes": 10, "data.policy": "random"}
         | {"skill.episodes": 10, "evaluation.episodes": 2}
     )
-    lines, cache = [], jax.config.jax_compilation_cache_dir
-    try:
-        for folder, seeds, methods, together in (
-            ("all", (0, 1), ("Scratch", "PSEC"), True),
-            ("one", (1,), ("PSEC",), False),
-        ):
-            arguments = (Path(folder, "runs"), Path(folder, "results"), lines.append)
-            chosen = job.changed({"table.seeds": seeds})
-            grid.run(table, chosen, *arguments, methods=methods, together=together)
-    finally:
-        jax.config.update("jax_compilation_cache_dir", cache)
+    lines = []
+    for folder, seeds, methods, together in (
+        ("all", (0, 1), ("Scratch", "PSEC"), True),
+        ("one", (1,), ("PSEC",), False),
+    ):
+        arguments = (Path(folder, "runs"), Path(folder, "results"), lines.append)
+        chosen = job.changed({"table.seeds": seeds})
+        grid.run(table, chosen, *arguments, methods=methods, together=together)
     assert [line.partition(":")[0] for line in lines[:4]] == [
         f"S->W {method} seed {seed}"
         for method in ("Scratch", "PSEC")

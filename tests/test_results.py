@@ -5,7 +5,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -222,9 +221,6 @@ def no_training(monkeypatch):
 
     monkeypatch.setattr(grid, "train", fail)
     monkeypatch.setattr(dynamics_shift.multirun, "train", fail)
-    cache = jax.config.jax_compilation_cache_dir
-    yield
-    jax.config.update("jax_compilation_cache_dir", cache)
 
 
 @pytest.mark.parametrize("name", FINISHED)
