@@ -440,6 +440,7 @@ def _compile(
     The sums ride along in the compiled step, so that averaging costs no dispatch. The
     tick is the one output that no later call donates: the loop waits on it.
     """
+    update = jax.jit(update, inline=True)  # traced once for both
     _, metrics = jax.eval_shape(update, state, data, key)
     fold_in = jax.vmap(jax.random.fold_in) if key.ndim else jax.random.fold_in
 
