@@ -510,7 +510,7 @@ def twins_of(critics: str | Path, finished: Finished, rule: str) -> dict[str, Pa
                 f"among candidates by {rule} needs {kind}"
             )
         q = of_kind(finished.params, kinds, kind).q
-        twins[kind] = jax.tree.map(jnp.asarray, q)
+        twins[kind] = jax.device_put(q)
     return twins
 
 
@@ -638,4 +638,4 @@ def _compose_gate(root, skills, gate, alpha) -> Policy:
 
 
 def _on_device(params: PolicyParams) -> PolicyParams:
-    return jax.tree.map(jnp.asarray, params)
+    return jax.device_put(params)
