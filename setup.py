@@ -6,8 +6,8 @@ the one that the sdist was made with, and in a copy without either UNKNOWN.
 
 Lower bounds are the oldest versions the tests have run on, upper bounds the next
 release that may break an interface; requirements.txt pins one full, tested set. The
-extras experts, mjx, cuda and tpu are not part of that set; requirements-mjx.txt pins
-what mjx adds to it. There is none for the d4rl package, with which
+extras experts, mjx, peft, cuda and tpu are not part of that set; requirements-mjx.txt
+pins what mjx adds to it. There is none for the d4rl package, with which
 experiments.tools.check_d4rl compares: its requirements contradict the others, so it
 needs an environment of its own.
 """
@@ -45,6 +45,8 @@ EXTRAS = {
     "minari": ["minari>=0.5.4,<0.6", "pillow>=11"],
     "sweep": ["submitit>=1.5.4,<2"],
     "stream": ["grain>=0.2.18,<0.3"],
+    # Skills in PEFT's format are read and written without it; its tests load them.
+    "peft": ["peft>=0.21.2,<1", "torch>=2.13,<3"],
     "experts": ["stable-baselines3>=2.9,<3"],
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],

@@ -39,6 +39,7 @@ TABLES = {
     "bullet5": "dsrl/table1_bullet_limit5",
     "metadrive": "dsrl/table1_metadrive",
     "softmax": "dsrl_softmax/table1_bullet",
+    "select": "dsrl_select/table1_bullet",
     "shift": "dynamics/dynamics_shift",
     "thousand": "dynamics_1000/dynamics_shift",
 }

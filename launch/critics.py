@@ -1,4 +1,4 @@
-r"""Train critics of reward and safety alone, to be shared by skills.
+r"""Train critics of reward, safety and cost alone, to be shared by skills and gates.
 
     python -m launch.critics --config=experiments/configs/dsrl.py:quick \
         --workdir=runs/ball/critics --library=runs/ball/library \

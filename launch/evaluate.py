@@ -57,12 +57,14 @@ CRITICS = flags.DEFINE_string(
 )
 RULE = flags.DEFINE_enum(
     "rule",
-    "safety",
+    None,
     list(RULES),
-    "How critics choose: least Q_h (safety), least Q_c (cost), most Q (reward), most Q "
-    "where Q_h <= 0 (feasible), most Q - lambda Q_c (reward_cost).",
+    "How critics choose: least Q_h (safety, the default), least Q_c (cost), most Q "
+    "(reward), most Q where Q_h <= 0 (feasible), most Q - lambda Q_c (reward_cost).",
 )
-COST_WEIGHT = flags.DEFINE_float("cost_weight", 1.0, "lambda of --rule=reward_cost.")
+COST_WEIGHT = flags.DEFINE_float(
+    "cost_weight", None, "lambda of --rule=reward_cost; default 1."
+)
 SEEDS = define_seeds()
 EPISODES = flags.DEFINE_integer("episodes", 10, "Whole episodes.")
 SEED = flags.DEFINE_integer("seed", 10_000, "Of initial states and the policy's noise.")

@@ -338,7 +338,8 @@ def _play(
         used[slots] += 1
         if not np.isfinite(action).all():
             bad = current[~np.isfinite(action).all(1)][0]
-            _not_finite(int(lengths[bad]), bad % episodes, bad // episodes, count)
+            policy, episode = divmod(int(bad), episodes)
+            _not_finite(int(lengths[bad]), episode, policy, count)
         step = env.step(slots, action)
         if parts is not None:
             columns = (obs[slots], action, step.reward, step.cost, step.obs)

@@ -3,6 +3,7 @@
     ROOT/base/base.safetensors            ROOT/base/base.json
     ROOT/skills/NAME/skill.safetensors    ROOT/skills/NAME/skill.json
     ROOT/gates/NAME/gate.safetensors      ROOT/gates/NAME/gate.json
+    ROOT/removed/skills/NAME/...          what was retired, and can be restored
 
 Arrays are in safetensors files under "/"-joined paths of their pytree; the JSON card
 beside them says what they are, with the SHA-256 of the arrays' file and of the card
@@ -410,6 +411,57 @@ class SkillLibrary:
             with reported(f"remove {folder}"):
                 remove_folder(folder)
 
+    def retire(self, kind: str, name: str) -> None:
+        """Remove a "skill" or "gate" so that `restore` brings it back.
+
+        Raises:
+          InputError: as `remove`; a symbolic link; one of that name was retired before.
+        """
+        folder, aside = self._folder(kind, name), self._retired(kind, name)
+        self._refuse_linked(kind)
+        with self._lock():
+            self._require(kind, name)
+            if folder.is_symlink():
+                raise InputError(f"{folder} is a symbolic link, which is not retired")
+            if kind == "skill":
+                self._refuse_needed(name)
+            if os.path.lexists(aside):
+                raise InputError(
+                    f"{aside} is there already; restore it or move it elsewhere"
+                )
+            _move(folder, aside)
+
+    def restore(self, kind: str, name: str) -> None:
+        """Bring a retired "skill" or "gate" back.
+
+        Raises:
+          InputError: none of that name was retired; one of that name was added since;
+            it is damaged, or does not fit the library as it is now. It stays retired.
+        """
+        folder, aside = self._folder(kind, name), self._retired(kind, name)
+        self._refuse_linked(kind)
+        with self._lock():
+            if not aside.is_dir():
+                names = ", ".join(self.retired(kind)) or "none"
+                raise InputError(f"{self.root} has no retired {kind} {name!r}: {names}")
+            if os.path.lexists(folder):
+                raise InputError(f"{self.root} has a {kind} {name!r} again")
+            _move(aside, folder)
+            try:
+                (self._load_skill if kind == "skill" else self._load_gate)(name)
+            except InputError:
+                _move(folder, aside)
+                raise
+
+    def retired(self, kind: str) -> list[str]:
+        """Names of the retired ones of a kind, sorted."""
+        folder = self._retired(kind, "any").parent
+        names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+        return sorted(name for name in names if NAME.fullmatch(name))
+
+    def _retired(self, kind: str, name: str) -> Path:
+        return self.root / "removed" / self._folder(kind, name).relative_to(self.root)
+
     def _refuse_needed(self, skill: str) -> None:
         for gate in self.gates():
             if skill in self._read_card("gate", gate)["skills"]:
@@ -564,6 +616,14 @@ class SkillLibrary:
                 replace_folder(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move(source: Path, target: Path) -> None:
+    with reported(f"move {source} to {target}"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(source, target)
+        sync_folder(target.parent)
+        sync_folder(source.parent)
 
 
 def read_arrays(path: Path | str, content: bytes) -> dict[str, np.ndarray]:

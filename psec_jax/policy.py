@@ -338,20 +338,31 @@ def load_base(root: str | Path) -> Policy:
     """
     params, normaliser, card = SkillLibrary.open(root).load_base()
     network, process = network_config(card), process_config(card)
-    _check_arrays(str(root), network, process, params, card)
+    check_base(str(root), network, process, params, card)
     config = PolicyConfig(network, process, card["action_dim"])
     box = box_of_card(card.get("actions"))
     return Policy(config, _on_device(PolicyParams(params, normaliser)), box=box)
 
 
-def _check_arrays(
+def check_base(
     root: str,
     network: NetworkConfig,
     process: ProcessConfig,
     params: Params,
     card: dict[str, Any],
 ) -> None:
-    """Refuse a base whose arrays are not those of the network that its card names."""
+    """Refuse a base whose arrays are not those of the network that its card names.
+
+    Args:
+      root: the library, named in messages.
+      network: of the card.
+      process: of the card, for its chunks.
+      params: the base's arrays.
+      card: "obs_dim" and "action_dim".
+
+    Raises:
+      InputError: an array that is missing, unknown or of another shape.
+    """
     got = {path: jnp.shape(leaf) for path, leaf in tree.flatten(params).items()}
     if network.blocks > len(got):
         raise InputError(f"{root}: base: {len(got)} arrays for {network.blocks} blocks")
@@ -396,8 +407,8 @@ def compose(
     matmul_dtype: str | None = None,
     candidates: int = 1,
     critics: str | Path | None = None,
-    rule: str = "safety",
-    cost_weight: float = 1.0,
+    rule: str | None = None,
+    cost_weight: float | None = None,
 ) -> Policy:
     """A policy from a library on disk.
 
@@ -417,16 +428,21 @@ def compose(
       candidates: actions sampled at every step, of which critics choose one; a gate of
         the head "select" brings its own number, critics and rule.
       critics: folder of the run whose critics choose among several candidates.
-      rule: how they choose, a key of `choice.RULES`.
-      cost_weight: lambda of the rule "reward_cost".
+      rule: how they choose, a key of `choice.RULES`; default "safety".
+      cost_weight: lambda of the rule "reward_cost"; default 1.
 
     Raises:
-      InputError: names or numbers that do not fit the library, or several candidates
-        without critics of the rule.
+      InputError: names or numbers that do not fit the library, or several candidates, a
+        rule or a cost weight without critics.
     """
     lookup(LEVELS, level, "level")
-    lookup(RULES, rule, "rule")
-    check_cost_weight(cost_weight)
+    choosing = {"rule": rule, "cost_weight": cost_weight}
+    choosing = {name: value for name, value in choosing.items() if value is not None}
+    if choosing and critics is None:
+        raise InputError(
+            f"{' and '.join(choosing)}: critics choose by it, and none are given; a "
+            "gate of the head 'select' has its own"
+        )
     if candidates < 1:
         raise InputError(f"candidates: got {candidates}, expected 1 or more")
     if candidates > 1 and critics is None:
@@ -441,7 +457,7 @@ def compose(
                 f"candidates and critics: the gate {gate!r} has its own, give none"
             )
     elif critics is not None:
-        policy = with_critics(policy, critics, candidates, rule, cost_weight)
+        policy = with_critics(policy, critics, candidates, **choosing)
     if matmul_dtype is None:
         return policy
     network = dataclasses.replace(policy.config.network, matmul_dtype=matmul_dtype)
@@ -494,7 +510,7 @@ def twins_of(critics: str | Path, finished: Finished, rule: str) -> dict[str, Pa
                 f"among candidates by {rule} needs {kind}"
             )
         q = of_kind(finished.params, kinds, kind).q
-        twins[kind] = jax.tree.map(jnp.asarray, q)
+        twins[kind] = jax.device_put(q)
     return twins
 
 
@@ -622,4 +638,4 @@ def _compose_gate(root, skills, gate, alpha) -> Policy:
 
 
 def _on_device(params: PolicyParams) -> PolicyParams:
-    return jax.tree.map(jnp.asarray, params)
+    return jax.device_put(params)

@@ -1,21 +1,27 @@
 """The environment of the tests, set before JAX or a simulator is imported."""
 
 import atexit
+import contextlib
 import ctypes.util
+import functools
 import os
 import shutil
 import tempfile
+
+import pytest
 
 # Sharding is tested on eight devices made of one CPU. XLA sizes the thread pool that
 # they share by NPROC, by default the number of cores; with fewer threads than devices
 # a collective waits for ever.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["NPROC"] = "16"
-# Compilation is most of the tests' time: without optimisation it takes a third less.
-# XLA_FLAGS=--xla_backend_optimization_level=3 runs them on optimised programs.
+# Compilation is most of the tests' time: without optimisation, and with XLA's older
+# emitters of loops, it takes a third of it.
+# XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true" runs
+# them on the programs that a user runs.
 os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8 "
-    + os.environ.get("XLA_FLAGS", "")
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
 ).strip()
 
 # Processes, and commands that tests start, compile the same programs: the first one to
@@ -33,3 +39,26 @@ if "MUJOCO_GL" not in os.environ:
         if ctypes.util.find_library(library):
             os.environ["MUJOCO_GL"] = backend
             break
+
+
+@pytest.fixture(scope="module")
+def environments():
+    """Environments by name, made once: starting a simulator takes seconds."""
+    from psec_jax.envs.vector import VectorEnv
+
+    with contextlib.ExitStack() as stack:
+        yield functools.cache(lambda spec: stack.enter_context(VectorEnv(spec, 1)))
+
+
+@pytest.fixture
+def quick_starts(environments, monkeypatch):
+    """Evaluations use `environments` instead of starting their own."""
+    from experiments import grid
+    from psec_jax.evaluation import evaluate
+    from psec_jax.workflows import multirun
+
+    def quick(act, env, episodes, seed):
+        return evaluate(act, env, episodes, seed, vector_env=environments(env))
+
+    monkeypatch.setattr(multirun, "evaluate", quick)
+    monkeypatch.setattr(grid, "evaluate", quick)

@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import os
+import pickletools
 import re
 import resource
 import select
@@ -345,6 +346,19 @@ def _read_results(folder: Path) -> None:
     results.conditions(raws)
 
 
+def _make_released(folder: Path) -> None:
+    import lzma
+
+    packed = Path(__file__).parent / "released" / "composition.pickle.xz"
+    (folder / "model.pickle").write_bytes(lzma.decompress(packed.read_bytes()))
+
+
+def _read_released(folder: Path) -> None:
+    from psec_jax import released
+
+    released.read(folder / "model.pickle")
+
+
 READERS = {
     "library": Reader(_make_library, _read_library, _mend_library, 3),
     "critics": Reader(_make_critics, _read_critics, _mend_critics, 3),
@@ -354,6 +368,7 @@ READERS = {
     "minari": Reader(_make_minari, _read_minari, share=3),
     "run": Reader(_make_run, _read_run, share=2),
     "results": Reader(_make_results, _read_results, share=2),
+    "released": Reader(_make_released, _read_released, share=3),
 }
 
 # --- changes --------------------------------------------------------------------------
@@ -572,6 +587,21 @@ def _swap_hdf5(random: Random, data: bytes) -> bytes:
     return stream.getvalue()
 
 
+def _swap_pickle(random: Random, data: bytes) -> bytes:
+    """Other instructions in the first 2,000 bytes, which build the first arrays."""
+    out, start = bytearray(data), bytes(data)
+    for _ in range(int(random.choice([1, 1, 2, 4]))):
+        opcodes = [ord(op.code) for op in pickletools.opcodes]
+        out[random.integers(2000)] = int(random.choice(opcodes))
+    names = (b"numpy", b"ndarray", b"dtype", b"jax._src.array", b"f4", b"score_model")
+    if random.random() < 0.3:
+        name = names[int(random.integers(len(names)))]
+        other = names[int(random.integers(len(names)))][: len(name)]
+        at = start.find(name)
+        out[at : at + len(name)] = other.ljust(len(name), b".")
+    return bytes(out)
+
+
 def _swap_zip(random: Random, data: bytes) -> bytes:
     """Another structure of a zip file: headers, packing, names, sizes."""
     try:
@@ -622,6 +652,7 @@ SWAPS = {
     ".safetensors": _swap_arrays,
     ".hdf5": _swap_hdf5,
     ".npz": _swap_zip,
+    ".pickle": _swap_pickle,
 }
 
 

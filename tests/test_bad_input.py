@@ -36,7 +36,7 @@ PRETRAIN = ("launch.pretrain", *TINY, "--workdir=new", "--library=none")
 EXPAND = ("launch.expand", *TINY, "--workdir=new", "--library=lib", "--name=new")
 COMPOSE = ("launch.compose", *TINY, "--workdir=new", "--library=lib", "--name=new")
 EVALUATE = ("launch.evaluate", "--library=lib", "--env=dm_control:walker-walk")
-COLLECT = ("experiments.tools.collect", "--env=dm_control:walker-walk")
+COLLECT = ("experiments.tools.collect", "--env=dm_control:walker-walk", "--workers=1")
 WALKER = "--data=walker.hdf5"
 
 

@@ -258,7 +258,7 @@ def test_library_commands(tmp_path):
         (several, "write skill/walk or gate/walk"),
         (unknown, "has no 'fly'; it has base, walk, walk"),
         (missing, "is not a skill library"),
-        (bare, "no sub-command; choose from list, remove, show, verify"),
+        (bare, "no sub-command; choose from analyse, export, import"),
     ]:
         assert answer.returncode == 2 and answer.stdout == ""
         assert answer.stderr.startswith("error: ") and words in answer.stderr

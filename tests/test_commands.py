@@ -1,8 +1,6 @@
 """The commands end to end on dm_control's walker, with budgets of a few steps."""
 
-import contextlib
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -22,14 +20,12 @@ from experiments import grid, results, table2
 from experiments.configs.dmc_walker import get_config
 from psec_jax import tree
 from psec_jax.data import d4rl, dataset
-from psec_jax.envs.vector import VectorEnv
 from psec_jax.errors import InputError, Stopped
-from psec_jax.evaluation import evaluate
 from psec_jax.library import SkillLibrary
 from psec_jax.runtime import loop
 from psec_jax.runtime.loop import train
 from psec_jax.types import Dataset
-from psec_jax.workflows import Job, demonstrations, multirun
+from psec_jax.workflows import Job, demonstrations
 from psec_jax.workflows.collection import collect
 from psec_jax.workflows.demonstrations import FIRST, load_demos
 
@@ -101,24 +97,6 @@ def library(stand, walk):
             tiny(), workdir=f"lib_{name}", name=name, env=env, data=data, **options
         )
     return SkillLibrary.open("lib")
-
-
-@pytest.fixture(scope="module")
-def environments():
-    """Environments by name, made once: starting a simulator takes seconds."""
-    with contextlib.ExitStack() as stack:
-        yield functools.cache(lambda spec: stack.enter_context(VectorEnv(spec, 1)))
-
-
-@pytest.fixture
-def quick_starts(environments, monkeypatch):
-    """Evaluations use `environments` instead of starting their own."""
-
-    def quick(act, env, episodes, seed):
-        return evaluate(act, env, episodes, seed, vector_env=environments(env))
-
-    monkeypatch.setattr(multirun, "evaluate", quick)
-    monkeypatch.setattr(grid, "evaluate", quick)
 
 
 def done(module, *arguments):

@@ -42,7 +42,7 @@ def place(tmp_path, monkeypatch):
         d4rl_sets.save(name, dataset.concatenate(episodes), {})
 
 
-def test_table_and_study(place):
+def test_table_and_study(place, quick_starts):
     job, lines = small_config(), []
     table = dynamics_shift.TABLE
     root, folder = Path("runs"), Path("results")

@@ -1,12 +1,11 @@
 """Figures: one end to end in the real simulator, the others from raw files."""
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import shell
 
 from experiments import figures, grid, results, table2
 from experiments.configs import dmc_walker
@@ -70,7 +69,7 @@ def test_figure_end_to_end(place):
         figures.measure(NAME, other, root, folder, lines.append)
 
 
-def test_a_variant_keeps_the_tables_base(place):
+def test_a_variant_keeps_the_tables_base(place, quick_starts):
     """Skills on another budget stand on a copy of the table's base."""
     root, folder = place
     job = tiny_config()
@@ -193,11 +192,10 @@ def test_one_name_is_wanted(names, message):
         figures.main(["figures", *names])
 
 
-def test_unknown_figure_is_one_line_and_exit_code_2(tmp_path):
-    command = [sys.executable, "-m", "experiments.figures", "nope", "--preset=quick"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == (
+def test_unknown_figure_is_one_line_and_exit_code_2():
+    answer = shell.call("experiments.figures", "nope", "--preset=quick")
+    assert answer.code == 2 and answer.out == ""
+    assert answer.err == (
         "error: unknown figure 'nope'; choose from "
         f"{', '.join(sorted(figures.FIGURES))}\n"
     )

@@ -17,6 +17,7 @@ ROOMS = [
         "psec_jax.types",
         "psec_jax.tree",
         "psec_jax.files",
+        "psec_jax.unpickle",
     ],
     ["psec_jax.data"],
     [
@@ -30,7 +31,16 @@ ROOMS = [
     ],
     ["psec_jax.process", "psec_jax.composition"],
     ["psec_jax.losses", "psec_jax.runtime"],
-    ["psec_jax.agents", "psec_jax.policy"],
+    [
+        "psec_jax.agents",
+        "psec_jax.policy",
+        "psec_jax.probe",
+        "psec_jax.peft",
+        "psec_jax.analysis",
+        "psec_jax.pruning",
+        "psec_jax.merging",
+        "psec_jax.released",
+    ],
     ["psec_jax.envs", "psec_jax.evaluation"],
     ["psec_jax.workflows"],
     ["psec_jax.cli"],
@@ -151,6 +161,16 @@ def test_h5py_is_used_by_one_module():
     ]
     # One reads what anybody wrote, the other one writes.
     assert users == ["psec_jax.data.d4rl", "psec_jax.data.hdf5"]
+
+
+def test_one_module_knows_pickles():
+    users = [
+        name
+        for name, file in MODULES.items()
+        if "pickletools" in imports_of(file.read_text(encoding="utf-8"))
+    ]
+    # It takes a pickle's instructions from there, and runs none of them.
+    assert users == ["psec_jax.unpickle"]
 
 
 def test_core_loads_no_simulator():

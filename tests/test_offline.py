@@ -243,6 +243,12 @@ def test_a_gate_whose_critics_choose():
         policy.alpha(obs)
     with pytest.raises(InputError, match="the gate 'select' has its own, give none"):
         compose("lib", gate="select", candidates=2, critics="critics")
+    for given in ({"rule": "cost"}, {"cost_weight": 2.0}):
+        [name] = given
+        with pytest.raises(
+            InputError, match=f"^{name}: critics choose by it, and none"
+        ):
+            compose("lib", gate="select", **given)
     with pytest.raises(InputError, match="samples one action: it chooses among none"):
         compose("lib").choice(keys, obs)
     # The library is whole without the critics' run, and a damaged one is refused.

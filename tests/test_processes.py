@@ -24,6 +24,7 @@ from psec_jax.files import read_json
 from psec_jax.library import SkillLibrary
 from psec_jax.runtime import processes
 
+ONE_DEVICE = " --xla_force_host_platform_device_count=1"
 SECONDS = 400  # at most, for what takes some twenty
 
 
@@ -37,7 +38,7 @@ def start(folder, port, *arguments, own=((), ())):
     """Two processes of launch.pretrain, one device each; `own` arguments of each."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join((str(ROOT), str(Path(__file__).parent))),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + ONE_DEVICE,
     }
     command = [sys.executable, "-m", "launch.pretrain", *FLAGS, *arguments]
     command += [f"--coordinator=localhost:{port}", "--processes=2"]

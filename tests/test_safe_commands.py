@@ -153,7 +153,7 @@ def test_refusals(place, tmp_path):
     assert answer.code == 2 and "cost limit: got -1" in answer.err
 
 
-def test_table1(place, monkeypatch):
+def test_table1(place, quick_starts, monkeypatch):
     sizes = {"steps": 2, "batch_size": 8}
     parts = ("base", "critics", "skill", "gate")
     job = config.job("quick").changed(

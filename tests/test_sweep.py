@@ -51,7 +51,8 @@ def place(tmp_path, monkeypatch):
     """A folder to work in, with demonstrations of two tiny trajectories."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("XLA_FLAGS", "")  # one device, as a user has
+    one_device = " --xla_force_host_platform_device_count=1"  # as a user has
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"] + one_device)
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     steps, generator = 6, np.random.default_rng(0)
     ends = np.arange(steps) % 3 == 2

@@ -43,6 +43,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from psec_jax import tree
 from psec_jax.agents import cloning
 from psec_jax.agents.common import batch_noise
+from psec_jax.agents.critics import CriticConfig
 from psec_jax.cli import no_arguments, run, values_of
 from psec_jax.composition import PolicyConfig, PolicyParams
 from psec_jax.data import d4rl
@@ -54,6 +55,7 @@ from psec_jax.files import make_room, write_json
 from psec_jax.gating import GateConfig, init_gate
 from psec_jax.library import SkillLibrary
 from psec_jax.lora import dense_layers, init_skill
+from psec_jax.networks.critics import init_q
 from psec_jax.networks.denoiser import NetworkConfig, init_base, make_network
 from psec_jax.policy import Policy
 from psec_jax.process import ProcessConfig
@@ -767,6 +769,29 @@ def make_policy(
     )
 
 
+def make_selecting(sizes: Sizes) -> Policy:
+    """A random policy of two skills: six weight vectors, four samples of each."""
+    policy = make_policy(sizes, skills=2)
+    widths = CriticConfig().widths
+    twins = randomised(
+        lambda: jax.vmap(lambda k: init_q(widths, k, OBS_DIM, ACTION_DIM))(
+            jax.random.split(jax.random.key(0))
+        )
+    )
+    config = dataclasses.replace(
+        policy.config,
+        gate=GateConfig(head="select", candidates=4),
+        candidates=4,
+        rule="reward_cost",
+    )
+    params = policy.params._replace(
+        gate={"head": {"alphas": STRENGTH * normal(0, 6, 2)}},
+        critics={"reward": twins, "cost": twins},
+        cost_weight=jnp.float32(1),
+    )
+    return Policy(config, params, policy.skills)
+
+
 def make_library(frozen: Params, count: int) -> Params:
     """Random skills on a base: leaves [K, ...]."""
     keys = jax.random.split(jax.random.key(0), count)
@@ -840,6 +865,7 @@ def latency(sizes: Sizes) -> list[Row]:
     policies = {
         "base": make_policy(sizes),
         "one skill with gate": make_policy(sizes, skills=1),
+        "two skills, 24 candidates judged by critics": make_selecting(sizes),
     }
     calls = {
         f"{name}, {batch} observation{'s' * (batch > 1)}": _acting(policy, batch)
@@ -954,7 +980,8 @@ def _by_workers(sizes: Sizes) -> list[Row]:
 
 def on_device(sizes: Sizes) -> list[Row]:
     """Evaluations with simulators on the device, beside dm_control's in processes, and
-    the seconds of their compilation; none where MJX is not installed."""
+    the seconds of their compilation; none where MJX is not installed. A CPU, on which
+    the others would take hours, plays the first number of episodes only."""
     if "mujoco-mjx" not in simulator_versions():
         return []
     env = make_on_device(sizes.device_env)
@@ -966,7 +993,9 @@ def on_device(sizes: Sizes) -> list[Row]:
         evaluate(policy.act, spec, count, 0, **options)
 
     first, calls = {}, {}
-    for count in sizes.device_episodes:
+    on_cpu = jax.default_backend() == "cpu"
+    counts = sizes.device_episodes[: 1 if on_cpu else None]
+    for count in counts:
         calls[count] = functools.partial(play, count)
         began = time.perf_counter()
         calls[count]()
@@ -982,7 +1011,7 @@ def on_device(sizes: Sizes) -> list[Row]:
     row, steps = functools.partial(make_row, "mjx"), env.max_steps
     label = f"dm_control, {MAX_WIDTH} episodes of {steps} steps"
     rows = [row(label, rates(MAX_WIDTH * steps, times["0"]), "steps/s")]
-    for count in sizes.device_episodes:
+    for count in counts:
         label = f"mjx, {count} episodes of {steps} steps"
         compiling = first[count] - np.median(times[str(count)])
         rows += [

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -118,8 +119,13 @@ def make_optimiser(config: OptimiserConfig) -> optax.GradientTransformation:
     return optax.adamw(rate, weight_decay=config.weight_decay)
 
 
+@partial(jax.jit, static_argnums=0)
 def init_state(config: OptimiserConfig, params: Params) -> TrainState:
-    """Step 0; the average starts as a copy, so that both may be donated."""
+    """Step 0; the average starts as a copy, so that both may be donated.
+
+    Weak types, which would compile the step a second time, are dropped.
+    """
+    params = jax.tree.map(lambda x: jnp.array(x, x.dtype), params)
     return TrainState(
         params=params,
         ema=jax.tree.map(jnp.copy, params),

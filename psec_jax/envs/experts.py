@@ -39,7 +39,7 @@ class Expert(NamedTuple):
     obs_std: np.ndarray
     action_dim: int
 
-    def __call__(self, obs: np.ndarray) -> np.ndarray:
+    def __call__(self, obs: Any) -> Any:
         """The deterministic action tanh(mean): obs [..., S] -> float32 [..., A]."""
         xp = obs.__array_namespace__()  # NumPy's, or JAX's in a compiled roll-out
         x = (obs - self.obs_mean) / self.obs_std

@@ -274,7 +274,7 @@ class _Loop:
         if len(self.runs) > 1:
             states = [self.one(self.state, r) for r in range(len(self.runs))]
         else:
-            states = [jax.tree.map(jnp.copy, self.state) if copied else self.state]
+            states = [_copy(self.state) if copied else self.state]
         return states if self.mesh is None else sharding.local(states)
 
     def _rate(self) -> float | None:
@@ -381,16 +381,22 @@ def _streamed(update: Drawn, stream: Stream) -> Update:
     return on_batch
 
 
+@jax.jit
+def _copy(state: State) -> State:
+    """Arrays of its own. An explicit dtype drops weak types, which would compile the
+    step a second time."""
+    return jax.tree.map(lambda x: jnp.array(x, x.dtype), state)
+
+
 def _join(states: Sequence[State]) -> State:
     """The states of R trainings as one, leaves [R, ...]; of one training as it is.
 
-    The step donates its input: copies keep the caller's arrays alive. An explicit dtype
-    drops weak types, which would compile the step a second time.
+    The step donates its input: copies keep the caller's arrays alive.
     """
     if any(tree.shapes(state) != tree.shapes(states[0]) for state in states):
         raise InputError("the states of the trainings differ in their shapes")
     if len(states) == 1:
-        return jax.tree.map(lambda x: jnp.array(x, x.dtype), states[0])
+        return _copy(states[0])
     return jax.tree.map(
         lambda *leaves: jnp.stack([jnp.asarray(x, leaves[0].dtype) for x in leaves]),
         *states,
@@ -436,6 +442,7 @@ def _compile(
     The sums ride along in the compiled step, so that averaging costs no dispatch. The
     tick is the one output that no later call donates: the loop waits on it.
     """
+    update = jax.jit(update, inline=True)  # traced once for both
     _, metrics = jax.eval_shape(update, state, data, key)
     fold_in = jax.vmap(jax.random.fold_in) if key.ndim else jax.random.fold_in
 

@@ -28,6 +28,7 @@ _PACKAGES = (
     "numpy",
     "dm_control",
     "mujoco",
+    "mujoco-mjx",
     "gymnasium",
     "bullet-safety-gym",
     "pybullet",

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from psec_jax import tree
 from psec_jax.agents import cloning, offline
@@ -102,7 +101,7 @@ def make(
     def fresh() -> tuple[Any, Any]:
         dims = rows.obs.shape[-1], rows.action.shape[-1]
         state = agent.init(full, init_key, *dims, base=base, start=start)
-        return state, jax.tree.map(jnp.asarray, frozen)
+        return state, jax.device_put(frozen)
 
     return Actor(
         config=full,

@@ -265,7 +265,7 @@ def simulate(
 
     parts = []
     for numbers in envs.batches_on_device(episodes):
-        seeds, generators = zip(*(streams(seed, e) for e in numbers), strict=True)
+        seeds, generators = zip(*(streams(seed, int(e)) for e in numbers), strict=True)
         drawn = [
             g.uniform(-1, 1, shape) if expert is None else g.standard_normal(shape)
             for g in generators

@@ -107,7 +107,7 @@ def discounted(
         next_action=actions,
         mask=data.rows.mask,
     )
-    rows = jax.tree.map(jnp.asarray, rows)
+    rows = jax.device_put(rows)
     first = jax.tree.map(lambda leaf: leaf[0], q)
     state = fitted_q.init(config, first, actions.shape[1])
     while (done := int(state.step)) < config.steps:
