@@ -316,7 +316,7 @@ METHODS = {
     "ASEC": Method(_gates("action"), CLONED, Style("orange", "v")),
     "NSEC": Method(_gates("noise"), CLONED, Style("sky", "^")),
     "PSEC": Method(_gates("parameter"), GATE, Style("blue", "o")),
-    "PSEC, one gate": Method(_one_gate("linear"), GATE, Style("blue", "o", FIXED)),
+    "PSEC one gate": Method(_one_gate("linear"), GATE, Style("blue", "o", FIXED)),
     "Support": Method(_one_gate("support"), BASE, Style("green", "D")),
 }
 

@@ -110,7 +110,7 @@ def test_every_method(tmp_path):
     assert demonstrations.keys() == {"a", "b"} and min(demonstrations.values()) > 0
 
     text = continual.write_table(table, tmp_path)
-    assert "| PSEC, one gate |" in text and "numbers / task" in text
+    assert "| PSEC one gate |" in text and "numbers / task" in text
     for name in ("mine_matrix.png", "mine_curve.svg"):
         assert (tmp_path / "figures" / name).stat().st_size > 1000
     plan = continual.plan(sequence, job("quick"), table.path(tmp_path))
