@@ -51,7 +51,7 @@ def keep_programs(folder: str | Path | None = None) -> None:
         JAX_COMPILATION_CACHE_DIR, and is "compiled" in `cache_dir()` without one.
     """
     if folder is None:
-        if jax.config.jax_compilation_cache_dir is not None:
+        if jax.config.values["jax_compilation_cache_dir"] is not None:
             return
         folder = cache_dir() / "compiled"
         # Most programs of a stage compile in less than JAX's default of a second.
