@@ -46,7 +46,7 @@ def test_batches_of_many_sizes_are_few_programs():
         got = acting.act(keys[:size], obs[:size])
         assert got.shape == (size, tiny.ACTION_DIM)
         np.testing.assert_allclose(got, whole[:size], atol=1e-5)
-    assert policy._act_batch._cache_size() == before + 1
+    assert policy._act_batch._cache_size() <= before + 1
     assert acting.act(keys[:0], obs[:0]).shape == (0, tiny.ACTION_DIM)
 
 

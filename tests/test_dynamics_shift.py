@@ -39,7 +39,7 @@ def place(tmp_path, monkeypatch):
     for name in (f"{TARGET}-v2", "walker2d-gravity-source"):
         spec = d4rl_sets.task(name).spec
         episodes = play(spec, [Actor("random")] * 4, seed=0, workers=1)
-        d4rl_sets.save(name, dataset.concatenate(episodes), {})
+        d4rl_sets.save(name, dataset.concatenate([e.dataset for e in episodes]), {})
 
 
 def test_table_and_study(place, quick_starts):
@@ -156,7 +156,9 @@ def test_another_robot_of_the_same_sizes_is_refused(place):
     spec = d4rl_sets.task("halfcheetah-medium-v2").spec
     actors = [Actor("random")] * 2
     episodes = play(spec, actors, seed=0, workers=1)
-    d4rl_sets.save("halfcheetah-medium-v2", dataset.concatenate(episodes), {})
+    d4rl_sets.save(
+        "halfcheetah-medium-v2", dataset.concatenate([e.dataset for e in episodes]), {}
+    )
     expand = ("launch.expand", f"--config={CONFIG}", "--noevaluate", "--name=s")
     expand += ("--workdir=s", "--library=l")
     answer = shell.call(*expand, "--data=halfcheetah-medium-v2")

@@ -452,7 +452,7 @@ class Odd(gymnasium.Env):
         return self.observation_space.sample(), self.reward, False, False, info
 
 
-gymnasium.register("Odd-v0", Odd, max_episode_steps=5)
+gymnasium.register("OddForm-v0", Odd, max_episode_steps=5)
 NUMBERS = [1.0, 1, True, np.float32(1), np.ones(1), np.ones((1, 1)), np.array(1.0)]
 NO_NUMBERS = [None, np.ones(2), "1", np.nan, [1.0, 2.0], np.array([np.inf])]
 
@@ -477,7 +477,7 @@ def test_whatever_gymnasium_makes(
     observation, shape, side, kind, reward, cost, metadata, form
 ):
     action = gymnasium.spaces.Box(*side, shape, kind)
-    spec = gymnasium.spec("Odd-v0")
+    spec = gymnasium.spec("OddForm-v0")
     options = {
         "observation_space": observation,
         "action_space": action,

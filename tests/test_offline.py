@@ -316,7 +316,7 @@ def test_bad_input_of_gates_that_critics_guide():
             "lib", rule="reward_cost", candidates=2, critics="critics", cost_weight=-1.0
         )
     with pytest.raises(InputError, match="unknown rule 'luck'"):
-        compose("lib", rule="luck")
+        compose("lib", rule="luck", candidates=2, critics="critics")
     assert not Path("bad").exists()
     flags = ("--library=lib", "--data=mixed.hdf5", "--workdir=bad", "--name=bad")
     answer = call(

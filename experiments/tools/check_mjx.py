@@ -40,7 +40,10 @@ def main(argv: Sequence[str]) -> None:
         make_room(out)
     other = env.replace("mjx:", "dm_control:", 1)
     players = {
-        other: lambda: play(other, [Actor(policy)] * episodes, given["seed"]),
+        other: lambda: [
+            played.dataset
+            for played in play(other, [Actor(policy)] * episodes, given["seed"])
+        ],
         env: lambda: simulate(env, policy, 0.0, episodes, given["seed"]),
     }
     returns = {}
