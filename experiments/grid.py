@@ -283,7 +283,7 @@ def run(
         setting = table.settings[name]
         jobs[name] = job.changed(setting.changes)
         known[name] = table.known(jobs[name], name, setting)
-    seeds = tuple(job.table.seeds)
+    seeds, done = tuple(job.table.seeds), {}
     for name in jobs:
         setting = table.settings[name]
         here = table.methods if setting.methods is None else setting.methods
@@ -298,17 +298,26 @@ def run(
                     group,
                     variant(setting),
                 )
-                for raw in _missing(table, cell, known[name], folder, borrow):
+                for raw in _missing(table, cell, known[name], folder, borrow, done):
                     if results.append(table.path(folder), raw):
                         report(_line(table, raw))
 
 
 def _missing(
-    table: Table, cell: Cell, known: Raw, folder: Path, borrow: Path | None
+    table: Table,
+    cell: Cell,
+    known: Raw,
+    folder: Path,
+    borrow: Path | None,
+    done: dict[tuple[str, str, int], Raw],
 ) -> Iterator[dict[str, Any]]:
-    """The results of a cell that are not in the file yet, measured or borrowed."""
+    """The results of a cell that are not in the file yet, measured or borrowed.
+
+    `done` is what was read of the file so far.
+    """
     expected = {**known, "config_fingerprint": results.fingerprint(cell.job)}
-    done = results.by_key(table.path(folder))
+    if not all((cell.name, cell.method, seed) in done for seed in cell.seeds):
+        done.update(results.by_key(table.path(folder)))
     others = results.by_key(borrow) if borrow and cell.setting.same else {}
     record, missing = {**cell.setting.record, **known}, []
     for seed in cell.seeds:

@@ -237,8 +237,7 @@ def test_committed_lines_are_finished_results_of_their_preset(
     )
     for setting in {key[0] for key in measured}:
         rows = [method for name, method in measured if name == setting]
-        # The file is read for each cell: one of all seeds is a fifth of the reading.
-        options = {"settings": [setting], "methods": rows, "together": True}
+        options = {"settings": [setting], "methods": rows}
         grid.run(table, chosen, tmp_path / "runs", tmp_path, print, **options)
     assert path.read_bytes() == (RESULTS / f"{name}.jsonl").read_bytes()
 
