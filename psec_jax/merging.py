@@ -266,9 +266,9 @@ def data_errors(
       obs: the states, [N, S].
       seed: of actions, times and noise.
     """
-    weights, key = jnp.asarray(alpha, jnp.float32), jax.random.key(seed)
-    one = jnp.ones(1)
-    probe = jax.jit(exact.probe)(weights, key, obs)
+    weights, one = jnp.asarray(alpha, jnp.float32), jnp.ones(1)
+    probe_key, key = jax.random.split(jax.random.key(seed))
+    probe = jax.jit(exact.probe)(weights, probe_key, obs)
     predict = jax.jit(exact.predict)
     expected = predict(weights, probe)
     change = expected - predict(jnp.zeros_like(weights), probe)
