@@ -237,7 +237,7 @@ def analyse(library: SkillLibrary) -> None:
     make_room(out / ANALYSIS)
     write_json(out / ANALYSIS, found._asdict() | {"made_of": record})
     heatmaps.draw(found, out / HEATMAPS)
-    rows = [("skill", "left by the rest", "largest conflict", "suggestion")]
+    rows = [("skill", "error without it", "largest conflict", "suggestion")]
     rows += [
         (name, f"{found.left[k]:.3g}", f"{max(found.conflict[k]):.2f}", suggestion)
         for k, (name, suggestion) in enumerate(found.suggestions.items())

@@ -159,6 +159,8 @@ def add(
     gate = _at_level(path, found.gate, level, [prefix + skill for skill in SKILLS])
     if gate is not None:
         entries["gate", f"{prefix}gate-{gate.card['level']}"] = gate
+    if name and not entries:
+        raise InputError(f"--name: got {name!r}, but {path} holds a base alone")
     for _, entry_name in entries:
         if not NAME.fullmatch(entry_name):
             raise InputError(
@@ -203,7 +205,7 @@ def add(
 def _at_level(
     path: str | Path, gate: Entry | None, level: str | None, skills: Sequence[str]
 ) -> Entry | None:
-    """The gate over skills of these names, at another level where one was asked for."""
+    """The gate over skills of these names, at another level where one is given."""
     if level is not None and (gate is None or gate.card["level"] == "parameter"):
         raise InputError(
             f"{path}: --level={level}, but it holds no gate that mixes predictions"

@@ -305,6 +305,8 @@ def test_critics_need_to_be_there_and_named(files, tmp_path):
         released.add(tmp_path / "lora.pickle", **given)
     with pytest.raises(InputError, match=r"--name: got '\.\./x', expected letters"):
         released.add(tmp_path / "lora.pickle", tmp_path / "new", name="../x")
+    with pytest.raises(InputError, match=r"--name: got 'x', but .* a base alone"):
+        released.add(files / "pretrain.pickle", tmp_path / "new", name="x")
     assert not (tmp_path / "new").exists()
     with pytest.raises(InputError, match="holds no gate that mixes predictions"):
         released.add(files / "composition.pickle", tmp_path / "new", level="noise")
