@@ -62,3 +62,13 @@ def quick_starts(environments, monkeypatch):
 
     monkeypatch.setattr(multirun, "evaluate", quick)
     monkeypatch.setattr(grid, "evaluate", quick)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A library that is made once and copied for each test."""
+    from fuzz import _make_library
+
+    folder = tmp_path_factory.mktemp("made")
+    _make_library(folder / "lib")
+    return folder / "lib"

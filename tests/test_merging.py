@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import tiny
 from fuzz import _demos as demos
-from fuzz import _make_library as make_library
 from shell import call
 
 from psec_jax import merging, tree
@@ -104,14 +103,6 @@ def test_skills_that_change_nothing():
     for method in METHODS:
         merged = merge_skills(MergeConfig(method), [nothing, nothing], [1.0, 2.0])
         assert set(errors(merged, [nothing, nothing], [1.0, 2.0]).values()) == {0.0}
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A library that is made once and copied for each test."""
-    folder = tmp_path_factory.mktemp("made")
-    make_library(folder / "lib")
-    return folder / "lib"
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny
-from fuzz import _make_library as make_library
 from shell import call
 from test_library import assert_same
 
@@ -117,14 +116,6 @@ def test_what_peft_itself_writes_is_read(tmp_path):
     params, card = peft.read(tmp_path)
     assert card["alpha"] == pytest.approx(5 / 3)
     assert_adds(model, params, card["alpha"])
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A library that is made once and copied for each test."""
-    folder = tmp_path_factory.mktemp("made")
-    make_library(folder / "lib")
-    return folder / "lib"
 
 
 @pytest.fixture
