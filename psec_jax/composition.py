@@ -1,10 +1,11 @@
 """Three levels at which skills are composed, and the policy they make.
 
-Each level is `(net, process, base, library, strength, alpha, key, obs) -> action` for
+Each level is `(net, process, base, library, strength, alpha, noise, obs) -> action` for
 one example with normalised observation; the caller vmaps. With one-hot alpha and
-strength 1 all three give the same action from the same key.
+strength 1 all three give the same action from the same noise.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from psec_jax.networks.denoiser import (
     make_denoise,
     make_network,
 )
-from psec_jax.process import ProcessConfig, sample
+from psec_jax.process import ProcessConfig, draw_noise, sample_from
 from psec_jax.types import Normaliser, Params
 
 
@@ -71,12 +72,12 @@ def parameter_level(
     library: Params,
     strength: Float[Array, " K"],
     alpha: Float[Array, " K"],
-    key: Key[Array, ""],
+    noise: Float[Array, "Z A"],
     obs: Float[Array, " S"],
 ) -> Float[Array, " A"]:
     """One chain of the network with composed weights (`parameter_denoise`)."""
     denoise = parameter_denoise(net, base, library, strength, alpha)
-    return sample(denoise, process, key, obs, net.action_dim)
+    return sample_from(denoise, process, noise, obs)
 
 
 def noise_level(
@@ -86,12 +87,12 @@ def noise_level(
     library: Params,
     strength: Float[Array, " K"],
     alpha: Float[Array, " K"],
-    key: Key[Array, ""],
+    noise: Float[Array, "Z A"],
     obs: Float[Array, " S"],
 ) -> Float[Array, " A"]:
     """One chain on the mixed noise (`noise_denoise`)."""
     denoise = noise_denoise(net, base, library, strength, alpha)
-    return sample(denoise, process, key, obs, net.action_dim)
+    return sample_from(denoise, process, noise, obs)
 
 
 def action_level(
@@ -101,7 +102,7 @@ def action_level(
     library: Params,
     strength: Float[Array, " K"],
     alpha: Float[Array, " K"],
-    key: Key[Array, ""],
+    noise: Float[Array, "Z A"],
     obs: Float[Array, " S"],
 ) -> Float[Array, " A"]:
     """ASEC: a = sum_k alpha_k(s) a_k, each a_k from its own chain on the same noise."""
@@ -109,7 +110,7 @@ def action_level(
 
     def one(skill: Params, strength: Array) -> Array:
         denoise = make_denoise(net, base, tree.stack([skill]), strength[None])
-        return sample(denoise, process, key, obs, net.action_dim)
+        return sample_from(denoise, process, noise, obs)
 
     return jnp.einsum("k,ka->a", alpha, jax.vmap(one)(library, strength))
 
@@ -239,13 +240,49 @@ class Choice(NamedTuple):
     chosen: Int[Array, ""]
 
 
+def action_noise(config: PolicyConfig, key: Key[Array, ""]) -> Float[Array, "Z HA"]:
+    """The noise of one sampled action (or chunk)."""
+    size = config.process.horizon * config.action_dim
+    return draw_noise(config.process, key, size)
+
+
+def act_noise(
+    config: PolicyConfig, params: PolicyParams, key: Key[Array, ""]
+) -> Float[Array, "*N Z HA"]:
+    """The noise of one call of `act`: where critics choose, of each candidate."""
+    if not config.chooses:
+        return action_noise(config, key)
+    count = config.candidates
+    if config.gate is not None and config.gate.head == "select":
+        assert params.gate is not None
+        count *= len(params.gate["head"]["alphas"])
+    keys = jax.random.split(key, count)
+    return jax.vmap(functools.partial(action_noise, config))(keys)
+
+
 def act(
     config: PolicyConfig,
     params: PolicyParams,
     key: Key[Array, ""],
     obs: Float[Array, " S"],
 ) -> Float[Array, " A"] | Float[Array, "h A"]:
+    """`act_from` of noise drawn from a key."""
+    return act_from(config, params, act_noise(config, params, key), obs)
+
+
+def act_from(
+    config: PolicyConfig,
+    params: PolicyParams,
+    noise: Float[Array, "*N Z HA"],
+    obs: Float[Array, " S"],
+) -> Float[Array, " A"] | Float[Array, "h A"]:
     """The actions to execute from one raw observation; alpha(s) is computed once.
+
+    Args:
+      config: the static part.
+      params: the arrays.
+      noise: as `act_noise` draws it.
+      obs: raw.
 
     Returns:
       One action [A], or [h, A] where h = `process.execute` is above 1: the first ones
@@ -254,11 +291,11 @@ def act(
     Raises:
       InputError: several candidates, and no critics to choose among them.
     """
-    if config.chooses:
-        return choose(config, params, key, obs).action
     obs = params.normaliser(obs)
-    draw = sampler(config, params, obs)
-    chunk = draw(key, _alphas(config, params, obs)[0]).reshape(-1, config.action_dim)
+    if config.chooses:
+        return choose_scaled(config, params, noise, obs).action
+    alpha = _alphas(config, params, obs)[0]
+    chunk = sampler(config, params, obs)(noise, alpha).reshape(-1, config.action_dim)
     execute = config.process.execute
     return chunk[0] if execute == 1 else chunk[:execute]
 
@@ -274,22 +311,23 @@ def choose(
     Raises:
       InputError: no critics, or not those of the rule.
     """
-    return choose_scaled(config, params, key, params.normaliser(obs))
+    noise = act_noise(config, params, key)
+    return choose_scaled(config, params, noise, params.normaliser(obs))
 
 
 def choose_scaled(
     config: PolicyConfig,
     params: PolicyParams,
-    key: Key[Array, ""],
+    noise: Float[Array, "N Z A"],
     obs: Float[Array, " S"],
 ) -> Choice:
-    """`choose` from one normalised observation."""
+    """`choose` from the noise of one normalised observation."""
     for kind in RULES[config.rule].critics:
         if kind not in (params.critics or {}):
             raise InputError(
                 f"the choice among candidates by {config.rule} needs a critic of {kind}"
             )
-    alphas, actions = candidates(config, params, key, obs)
+    alphas, actions = candidates(config, params, noise, obs)
     values = judge(params.critics or {}, obs, actions)
     chosen = jnp.argmax(score(config, params, values))
     return Choice(actions[chosen], alphas[chosen], values, chosen)
@@ -304,14 +342,13 @@ def score(config: PolicyConfig, params: PolicyParams, values: Judged) -> Array:
 def candidates(
     config: PolicyConfig,
     params: PolicyParams,
-    key: Key[Array, ""],
+    noise: Float[Array, "N Z A"],
     obs: Float[Array, " S"],
 ) -> tuple[Float[Array, "N K"], Float[Array, "N A"]]:
     """N = W n weights and actions of one normalised observation: n =
     `config.candidates` samples with each of the gate's W candidates of the weights."""
     alphas = jnp.repeat(_alphas(config, params, obs), config.candidates, axis=0)
-    keys = jax.random.split(key, len(alphas))
-    return alphas, jax.vmap(sampler(config, params, obs))(keys, alphas)
+    return alphas, jax.vmap(sampler(config, params, obs))(noise, alphas)
 
 
 def _alphas(
@@ -325,16 +362,14 @@ def _alphas(
 
 def sampler(
     config: PolicyConfig, params: PolicyParams, obs: Float[Array, " S"]
-) -> Callable[[Key[Array, ""], Float[Array, " K"]], Array]:
-    """(key, alpha) -> action, or chunk, [H * A] of one normalised observation."""
+) -> Callable[[Float[Array, "Z HA"], Float[Array, " K"]], Array]:
+    """(noise, alpha) -> action, or chunk, [H * A] of one normalised observation."""
     net = network_of(config)
     if config.gate is None:
         denoise = make_denoise(net, params.base)
-        return lambda key, alpha: sample(
-            denoise, config.process, key, obs, net.action_dim
-        )
+        return lambda noise, alpha: sample_from(denoise, config.process, noise, obs)
     library, strength = members(config, params)
     level = LEVELS[config.level]
-    return lambda key, alpha: level(
-        net, config.process, params.base, library, strength, alpha, key, obs
+    return lambda noise, alpha: level(
+        net, config.process, params.base, library, strength, alpha, noise, obs
     )

@@ -1,7 +1,8 @@
 """Generative processes of actions, for one example: what is drawn, learned and sampled.
 
 Everything is written against `denoise(obs [S], a_t [A], t []) -> [A]`. A chunk of H
-actions is one vector of H * A numbers here. `PROCESSES` at the foot is the table.
+actions is one vector of H * A numbers here. Samplers are functions of their noise, of
+Z = 1 + T rows (`draw_noise`). `PROCESSES` at the foot is the table.
 """
 
 from collections.abc import Callable, Mapping
@@ -143,39 +144,36 @@ def ddpm_reverse(
     schedule = make_schedule(config)
     t = np.arange(config.steps - 1, -1, -1)
 
-    def step(a_t: Array, inputs: tuple[Any, Any, Any]) -> tuple[Array, Array]:
-        t, beta, alpha_bar = inputs
+    def step(a_t: Array, inputs: tuple[Any, ...]) -> tuple[Array, Array]:
+        t, beta, alpha_bar, z_t = inputs
         eps = denoise(obs, a_t, t.astype(jnp.float32))
         mean = (a_t - beta / jnp.sqrt(1 - alpha_bar) * eps) / jnp.sqrt(1 - beta)
-        a_t = mean + (t > 0) * jnp.sqrt(beta) * config.temperature * z[t]
+        a_t = mean + (t > 0) * jnp.sqrt(beta) * config.temperature * z_t
         if config.clip:
             a_t = jnp.clip(a_t, -1, 1)
         return a_t, a_t
 
-    a_0, trace = jax.lax.scan(step, a_T, (t, schedule.beta[t], schedule.alpha_bar[t]))
+    inputs = (t, schedule.beta[t], schedule.alpha_bar[t], z[::-1])
+    a_0, trace = jax.lax.scan(step, a_T, inputs)
     return jnp.clip(a_0, -1, 1), trace
 
 
 def ddpm_sample(
     denoise: Denoise,
     config: ProcessConfig,
-    key: Key[Array, ""],
+    noise: Float[Array, "Z A"],
     obs: Float[Array, " S"],
-    action_dim: int,
 ) -> Float[Array, " A"]:
     """One action by DDPM, all T steps."""
-    start_key, noise_key = jax.random.split(key)
-    a_T = config.start_scale * jax.random.normal(start_key, (action_dim,))
-    z = jax.random.normal(noise_key, (config.steps, action_dim))
-    return ddpm_reverse(denoise, config, obs, a_T, z)[0]
+    a_T = config.start_scale * noise[0]
+    return ddpm_reverse(denoise, config, obs, a_T, noise[1:])[0]
 
 
 def ddim_sample(
     denoise: Denoise,
     config: ProcessConfig,
-    key: Key[Array, ""],
+    noise: Float[Array, "Z A"],
     obs: Float[Array, " S"],
-    action_dim: int,
 ) -> Float[Array, " A"]:
     """One action by deterministic DDIM (Song et al. 2021, eq. 12 with eta = 0)."""
     schedule = make_schedule(config)
@@ -183,8 +181,7 @@ def ddim_sample(
     t = np.linspace(config.steps - 1, 0, count).round().astype(np.int32)
     alpha_bar = schedule.alpha_bar[t]
     next_alpha_bar = np.append(alpha_bar[1:], np.float32(1))
-    start_key, _ = jax.random.split(key)
-    a_T = config.start_scale * jax.random.normal(start_key, (action_dim,))
+    a_T = config.start_scale * noise[0]
 
     def step(a_t: Array, inputs: tuple[Any, Any, Any]) -> tuple[Array, None]:
         t, alpha_bar, next_alpha_bar = inputs
@@ -259,15 +256,13 @@ def velocity(
 def _integrate(
     denoise: Denoise,
     config: ProcessConfig,
-    key: Key[Array, ""],
+    noise: Float[Array, "Z A"],
     obs: Float[Array, " S"],
-    action_dim: int,
     midpoint: bool,
 ) -> Float[Array, " A"]:
     """The flow from noise at time T to the action at time 0, in equal steps."""
     count = config.sampling_steps or config.steps
-    start_key, _ = jax.random.split(key)
-    a_T = config.start_scale * jax.random.normal(start_key, (action_dim,))
+    a_T = config.start_scale * noise[0]
 
     def slope(a_t: Array, share: Array) -> Array:
         v = denoise(obs, a_t, share * config.steps)
@@ -288,26 +283,24 @@ def _integrate(
 def euler_sample(
     denoise: Denoise,
     config: ProcessConfig,
-    key: Key[Array, ""],
+    noise: Float[Array, "Z A"],
     obs: Float[Array, " S"],
-    action_dim: int,
 ) -> Float[Array, " A"]:
     """One action of a flow by Euler steps, one call of the network each."""
-    return _integrate(denoise, config, key, obs, action_dim, midpoint=False)
+    return _integrate(denoise, config, noise, obs, midpoint=False)
 
 
 def midpoint_sample(
     denoise: Denoise,
     config: ProcessConfig,
-    key: Key[Array, ""],
+    noise: Float[Array, "Z A"],
     obs: Float[Array, " S"],
-    action_dim: int,
 ) -> Float[Array, " A"]:
     """One action of a flow by midpoint steps, two calls of the network each."""
-    return _integrate(denoise, config, key, obs, action_dim, midpoint=True)
+    return _integrate(denoise, config, noise, obs, midpoint=True)
 
 
-Sampler = Callable[[Denoise, ProcessConfig, Array, Array, int], Array]
+Sampler = Callable[[Denoise, ProcessConfig, Array, Array], Array]
 
 
 class Process(NamedTuple):
@@ -317,7 +310,8 @@ class Process(NamedTuple):
       draw: `(config, key, action_dim) -> (t, eps)`, the random numbers of one loss.
       corrupt: `(config, action, t, eps) -> a_t`, what the network sees.
       target: `(config, action, eps)`, what the network predicts.
-      samplers: name -> `(denoise, config, key, obs, action_dim) -> action`.
+      samplers: name -> `(denoise, config, noise, obs) -> action`, the noise of
+        `draw_noise`.
     """
 
     draw: Callable[[ProcessConfig, Array, int], tuple[Array, Array]]
@@ -363,6 +357,28 @@ def target(
     return PROCESSES[config.kind].target(config, action, eps)
 
 
+def draw_noise(
+    config: ProcessConfig, key: Key[Array, ""], action_dim: int
+) -> Float[Array, "Z A"]:
+    """Standard normal numbers for one action (or chunk): those of the start, then a row
+    for each of T steps, which DDPM alone reads."""
+    start_key, noise_key = jax.random.split(key)
+    start = jax.random.normal(start_key, (1, action_dim))
+    steps = jax.random.normal(noise_key, (config.steps, action_dim))
+    return jnp.concatenate([start, steps])
+
+
+def sample_from(
+    denoise: Denoise,
+    config: ProcessConfig,
+    noise: Float[Array, "Z A"],
+    obs: Float[Array, " S"],
+) -> Float[Array, " A"]:
+    """The action (or chunk) that the configured sampler makes of given noise."""
+    sampler = PROCESSES[config.kind].samplers[config.sampler]
+    return sampler(denoise, config, noise, obs)
+
+
 def sample(
     denoise: Denoise,
     config: ProcessConfig,
@@ -371,5 +387,4 @@ def sample(
     action_dim: int,
 ) -> Float[Array, " A"]:
     """One action (or one chunk of them) by the configured sampler."""
-    sampler = PROCESSES[config.kind].samplers[config.sampler]
-    return sampler(denoise, config, key, obs, action_dim)
+    return sample_from(denoise, config, draw_noise(config, key, action_dim), obs)

@@ -16,7 +16,14 @@ from psec_jax.agents.common import Demonstrations, OptimiserConfig, Transitions
 from psec_jax.agents.fitted_q import FittedQConfig
 from psec_jax.agents.gate import GateTrainConfig
 from psec_jax.choice import RULES
-from psec_jax.composition import PolicyConfig, PolicyParams, act, choose, sampler
+from psec_jax.composition import (
+    PolicyConfig,
+    PolicyParams,
+    act,
+    action_noise,
+    choose,
+    sampler,
+)
 from psec_jax.errors import InputError
 from psec_jax.gating import GateConfig, gate_alpha, init_gate
 from psec_jax.networks.critics import init_q, twin_q
@@ -56,7 +63,8 @@ def by_hand(key, obs):
     obs = params().normaliser(obs)
     draw = jax.jit(sampler(config, params(), obs))
     rows = jnp.repeat(ALPHAS, 3, axis=0)
-    actions = [draw(k, w) for k, w in zip(jax.random.split(key, 12), rows, strict=True)]
+    noise = [action_noise(config, k) for k in jax.random.split(key, 12)]
+    actions = [draw(z, w) for z, w in zip(noise, rows, strict=True)]
     said = {
         kind: np.transpose([twin_q(q, obs, action) for action in actions])
         for kind, q in (params().critics or {}).items()

@@ -25,7 +25,7 @@ from psec_jax.errors import InputError
 from psec_jax.gating import GateConfig, init_gate
 from psec_jax.lora import ADAPTERS
 from psec_jax.networks.denoiser import make_denoise
-from psec_jax.process import sample
+from psec_jax.process import draw_noise, sample
 from psec_jax.types import Normaliser
 
 B, K = 8, tiny.SKILLS
@@ -52,7 +52,8 @@ def batched(level, sampler="ddpm", kind="mlp"):
     def one(library, strength, alpha, key, obs):
         base, library = mild(tiny.base(kind), sampler), mild(library, sampler)
         net = tiny.net(kind)
-        return LEVELS[level](net, process, base, library, strength, alpha, key, obs)
+        noise = draw_noise(process, key, tiny.ACTION_DIM)
+        return LEVELS[level](net, process, base, library, strength, alpha, noise, obs)
 
     return jax.jit(jax.vmap(one, (None, None, 0, 0, 0)))
 

@@ -24,6 +24,8 @@ from psec_jax.composition import (
     LEVELS,
     PolicyConfig,
     PolicyParams,
+    act_noise,
+    action_noise,
     choose_scaled,
     members,
     network_of,
@@ -60,19 +62,22 @@ def _diffusion(config: PolicyConfig, params: PolicyParams, alpha, key, obs, acti
 
 
 def _cloning(config: PolicyConfig, params: PolicyParams, alpha, key, obs, action):
-    return cloning_loss(sampler(config, params, obs)(key, alpha), action)
+    return cloning_loss(
+        sampler(config, params, obs)(action_noise(config, key), alpha), action
+    )
 
 
 def _critic(config: PolicyConfig, params: PolicyParams, alpha, key, obs, action):
     """-(Q - lambda Q_c) of the action that the weights sample, or another rule's."""
-    sampled = sampler(config, params, obs)(key, alpha)
+    sampled = sampler(config, params, obs)(action_noise(config, key), alpha)
     values = judge(params.critics or {}, obs, sampled[None])
     return -score(config, params, values)[0]
 
 
 def _selected(config: PolicyConfig, params: PolicyParams, alpha, key, obs, action):
     """Mean (alpha - alpha*)^2, alpha* the weights that critics choose there."""
-    chosen = choose_scaled(*selecting(config, params), key, obs).alpha
+    policy = selecting(config, params)
+    chosen = choose_scaled(*policy, act_noise(*policy, key), obs).alpha
     return jnp.mean((alpha - chosen) ** 2)
 
 

@@ -18,7 +18,14 @@ from psec_jax.agents.common import Transitions
 from psec_jax.agents.critics import CRITICS
 from psec_jax.agents.fitted_q import FittedQConfig, Steps
 from psec_jax.choice import RULES, Critics, judge
-from psec_jax.composition import PolicyConfig, PolicyParams, candidates, sampler
+from psec_jax.composition import (
+    PolicyConfig,
+    PolicyParams,
+    act_noise,
+    action_noise,
+    candidates,
+    sampler,
+)
 from psec_jax.data import dataset
 from psec_jax.data.recording import say
 from psec_jax.errors import TrainingError
@@ -143,7 +150,8 @@ def fixed_weights(
     """The policies of fixed weights, all on the same noise."""
 
     def draw(key: Array, obs: Array) -> Array:
-        return jax.vmap(partial(sampler(config, params, obs), key))(alphas)
+        noise = action_noise(config, key)
+        return jax.vmap(partial(sampler(config, params, obs), noise))(alphas)
 
     return draw
 
@@ -157,7 +165,8 @@ def priced(
     critics: Critics = params.critics or {}
 
     def draw(key: Array, obs: Array) -> Array:
-        _, actions = candidates(config, params, key, obs)
+        noise = act_noise(config, params, key)
+        _, actions = candidates(config, params, noise, obs)
         values = judge(critics, obs, actions)
         best = jax.vmap(lambda price: jnp.argmax(rule.score(values, price)))(prices)
         return actions[best]
