@@ -10,10 +10,11 @@
 # make setup-metaworld  the same for Meta-World
 # make setup-mjx  set-up and MJX, dm_control's tasks on the device; its tests, skipped
 #              without it, then run in make test and make test-slow
+# make setup-onnx  set-up and the packages that write and run policies as ONNX, likewise
 # make clean   remove .venv and caches; results, runs and data stay
 .POSIX:
 .PHONY: test test-slow demo bench faults fuzz lint install setup-safe setup-metaworld \
-  setup-mjx clean
+  setup-mjx setup-onnx clean
 
 # The first of these that is 3.11 or newer makes the environment.
 PYTHON = python3.11 python3 python3.12 python3.13
@@ -22,6 +23,7 @@ STAMP = $(VENV)/.installed
 SAFE_STAMP = $(VENV)/.installed-safe
 METAWORLD_STAMP = $(VENV)/.installed-metaworld
 MJX_STAMP = $(VENV)/.installed-mjx
+ONNX_STAMP = $(VENV)/.installed-onnx
 PIP_ARGS = --disable-pip-version-check -qq
 # Huge memory pages on Linux, unless the user has set GLIBC_TUNABLES: training with large
 # batches is a tenth to a third faster.
@@ -73,6 +75,13 @@ setup-mjx: $(MJX_STAMP)
 $(MJX_STAMP): $(STAMP) requirements-mjx.txt
 	$(VENV)/bin/python -m pip install $(PIP_ARGS) --no-deps -r requirements-mjx.txt
 	@touch $(MJX_STAMP)
+
+setup-onnx: $(ONNX_STAMP)
+
+# Without dependencies: one of these packages asks for an old version of what is there.
+$(ONNX_STAMP): $(STAMP) requirements-onnx.txt
+	$(VENV)/bin/python -m pip install $(PIP_ARGS) --no-deps -r requirements-onnx.txt
+	@touch $(ONNX_STAMP)
 
 # The stamp is written last: a set-up that was interrupted starts again. Candidates are
 # run, not looked up: the shim of a version manager may exist and not work.

@@ -9,7 +9,9 @@ release that may break an interface; requirements.txt pins one full, tested set.
 extras experts, mjx, peft, cuda and tpu are not part of that set; requirements-mjx.txt
 pins what mjx adds to it. There is none for the d4rl package, with which
 experiments.tools.check_d4rl compares: its requirements contradict the others, so it
-needs an environment of its own.
+needs an environment of its own. There is none for ONNX either: jax2onnx asks for an
+older orbax-checkpoint than it needs here; requirements-onnx.txt is installed without
+its dependencies.
 """
 
 from pathlib import Path
@@ -45,6 +47,9 @@ EXTRAS = {
     "minari": ["minari>=0.5.4,<0.6", "pillow>=11"],
     "sweep": ["submitit>=1.5.4,<2"],
     "stream": ["grain>=0.2.18,<0.3"],
+    "export": ["flatbuffers>=25"],
+    "serve": ["msgpack>=1.1,<2", "websockets>=15,<18"],
+    "hub": ["huggingface_hub>=2.4,<3"],
     # Skills in PEFT's format are read and written without it; its tests load them.
     "peft": ["peft>=0.21.2,<1", "torch>=2.13,<3"],
     "experts": ["stable-baselines3>=2.9,<3"],
@@ -72,6 +77,9 @@ EXTRAS["all"] = [
         "video",
         "sweep",
         "stream",
+        "export",
+        "serve",
+        "hub",
         "dev",
     )
     for requirement in EXTRAS[extra]

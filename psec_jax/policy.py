@@ -25,6 +25,8 @@ from psec_jax.composition import (
     PolicyConfig,
     PolicyParams,
     act,
+    act_from,
+    act_noise,
     choose,
     weights,
 )
@@ -87,6 +89,16 @@ class Policy:
         it as an argument fits every policy that is `alike`."""
         return Partial(_act_batch, *self._acting)
 
+    def noise(self, keys: Key[Array, " B"]) -> Float[Array, "B ..."]:
+        """The standard normal numbers that `act` draws from B keys."""
+        with jax.enable_x64(False):
+            return _noise_batch(*self._acting, keys)
+
+    def from_noise(self) -> Partial:
+        """`(noise [B, ...], obs [B, S]) -> actions`: `act` of a batch from the noise
+        that it would draw, without its checks, as `batched` is."""
+        return Partial(_act_from_batch, *self._acting)
+
     @functools.cached_property
     def _acting(self) -> tuple[PolicyConfig, PolicyParams]:
         """What `act` runs: LoRA skills of fixed weights are merged into the base once,
@@ -103,7 +115,8 @@ class Policy:
         if not fixed or any(isinstance(leaf, Tracer) for leaf in leaves):
             return config, params
         alpha = cast(Any, params.gate)["head"]["alpha"]
-        with jax.enable_x64(False):
+        # Kept, and so no part of a program that may be traced right now.
+        with jax.enable_x64(False), jax.ensure_compile_time_eval():
             base = _merge(params.base, params.library, alpha)
         alone = params._replace(base=base, library=None, strength=None, gate=None)
         return dataclasses.replace(config, gate=None), alone
@@ -264,6 +277,16 @@ def _act_one(config, params, key, obs):
 def _act_batch(config, params, keys, obs):
     one = functools.partial(act, config, params)
     return jax.vmap(one)(keys, obs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _act_from_batch(config, params, noise, obs):
+    return jax.vmap(functools.partial(act_from, config, params))(noise, obs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _noise_batch(config, params, keys):
+    return jax.vmap(functools.partial(act_noise, config, params))(keys)
 
 
 @functools.partial(jax.jit, static_argnums=0)

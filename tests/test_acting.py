@@ -50,6 +50,12 @@ def test_batches_of_many_sizes_are_few_programs():
     assert acting.act(keys[:0], obs[:0]).shape == (0, tiny.ACTION_DIM)
 
 
+def test_merged_weights_outlive_the_program_that_first_needs_them():
+    acting, obs, keys = fixed(), np.asarray(tiny.normal(4, tiny.OBS_DIM)), tiny.keys(4)
+    inside = jax.jit(acting.act)(keys, obs)
+    np.testing.assert_allclose(acting.act(keys, obs), inside, atol=1e-6)
+
+
 def test_fixed_weights_are_merged():
     acting = fixed()
     config, params = acting._acting

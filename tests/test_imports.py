@@ -36,6 +36,7 @@ ROOMS = [
         "psec_jax.policy",
         "psec_jax.probe",
         "psec_jax.peft",
+        "psec_jax.exporting",
         "psec_jax.analysis",
         "psec_jax.pruning",
         "psec_jax.merging",
