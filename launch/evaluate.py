@@ -13,13 +13,13 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from launch import composed
 from psec_jax import envs
 from psec_jax.choice import RULES
 from psec_jax.cli import (
     define_env,
     define_seeds,
     define_shift,
-    floats,
     no_arguments,
     run,
     seeds_of,
@@ -31,19 +31,8 @@ from psec_jax.library import SkillLibrary
 from psec_jax.policy import compose
 from psec_jax.workflows.multirun import roll_out
 
-LIBRARY = flags.DEFINE_string("library", "runs/library", "Folder of the skill library.")
 ENV = define_env()
 SHIFT = define_shift()
-SKILLS = flags.DEFINE_list("skills", [], "Names of skills; none is the base alone.")
-ALPHA = flags.DEFINE_list(
-    "alpha",
-    None,
-    "Fixed weight of each skill; at the noise and action levels the base's is first.",
-)
-GATE = flags.DEFINE_string("gate", None, "Name of a gate; it brings its skills.")
-LEVEL = flags.DEFINE_string(
-    "level", "parameter", "Of fixed weights: parameter, noise or action."
-)
 MATMUL_DTYPE = flags.DEFINE_string(
     "matmul_dtype",
     None,
@@ -79,11 +68,8 @@ def main(argv: Sequence[str]) -> None:
         make_room(OUT.value)
     policies = {
         seed.name: compose(
-            seed.within(LIBRARY.value),
-            SKILLS.value,
-            alpha=floats("alpha", ALPHA.value),
-            gate=GATE.value,
-            level=LEVEL.value,
+            seed.within(composed.LIBRARY.value),
+            **composed.choice(),
             matmul_dtype=MATMUL_DTYPE.value,
             candidates=CANDIDATES.value,
             critics=seed.within_any(CRITICS.value),
@@ -94,7 +80,9 @@ def main(argv: Sequence[str]) -> None:
     }
     about = envs.describe(env)
     for seed in seeds_of(SEEDS.value):
-        card = SkillLibrary.open(seed.within(LIBRARY.value)).card("base", "base")
+        card = SkillLibrary.open(seed.within(composed.LIBRARY.value)).card(
+            "base", "base"
+        )
         check_box(card.get("actions"), about)
     played = dict.fromkeys(policies, env)
     results = roll_out(policies, played, EPISODES.value, SEED.value)

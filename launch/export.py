@@ -16,20 +16,10 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from launch import composed
 from psec_jax import exporting
-from psec_jax.cli import floats, no_arguments, run
+from psec_jax.cli import no_arguments, run
 
-LIBRARY = flags.DEFINE_string("library", "runs/library", "Folder of the skill library.")
-SKILLS = flags.DEFINE_list("skills", [], "Names of skills; none is the base alone.")
-ALPHA = flags.DEFINE_list(
-    "alpha",
-    None,
-    "Fixed weight of each skill; at the noise and action levels the base's is first.",
-)
-GATE = flags.DEFINE_string("gate", None, "Name of a gate; it brings its skills.")
-LEVEL = flags.DEFINE_string(
-    "level", "parameter", "Of fixed weights: parameter, noise or action."
-)
 OUT = flags.DEFINE_string(
     "out",
     None,
@@ -43,13 +33,10 @@ def main(argv: Sequence[str]) -> None:
     """Flags to one call."""
     no_arguments(argv)
     about = exporting.export(
-        LIBRARY.value,
+        composed.LIBRARY.value,
         OUT.value,
         FORMAT.value,
-        skills=SKILLS.value,
-        alpha=floats("alpha", ALPHA.value),
-        gate=GATE.value,
-        level=LEVEL.value,
+        **composed.choice(),
     )
     for name, difference in about["differences"].items():
         print(

@@ -35,8 +35,7 @@ from psec_jax.files import (
     write_atomic,
     write_json,
 )
-from psec_jax.library import SkillLibrary
-from psec_jax.policy import Policy, compose
+from psec_jax.policy import Policy, compose, describe
 from psec_jax.runtime.run import versions
 
 ABOUT = "policy.json"
@@ -255,34 +254,17 @@ def compare(policy: Policy, function: Function) -> float:
 
 def _about(root: str | Path, policy: Policy, choice: dict[str, Any]) -> dict[str, Any]:
     """policy.json, but for the files."""
-    library = SkillLibrary.open(root)
-    base = library.card("base", "base")
-    obs, noise = _shapes(policy)
-    config, gate = policy.config, choice.get("gate")
-    actions = [policy.config.action_dim]
-    if config.process.execute > 1:
-        actions = [config.process.execute, *actions]
+    given = {name: choice.get(name) for name in ("gate", "alpha")}
     return {
         "format_version": FORMAT_VERSION,
-        "base": {"name": base["name"], "fingerprint": base["fingerprint"]},
-        "skills": [
-            {"name": n, "fingerprint": library.card("skill", n)["fingerprint"]}
-            for n in policy.skills
-        ],
-        "gate": gate
-        and {"name": gate, "fingerprint": library.card("gate", gate)["fingerprint"]},
-        "alpha": choice.get("alpha"),
-        "policy": dataclasses.asdict(config),
+        **describe(root, policy, **given),
+        "noise": list(_shapes(policy)[1]),
+        "policy": dataclasses.asdict(policy.config),
         "normaliser": {
             field: np.asarray(value).tolist()
             for field, value in policy.params.normaliser._asdict().items()
         },
-        "action_box": policy.box
-        and {"low": list(policy.box.low), "high": list(policy.box.high)},
-        "obs": list(obs),
-        "noise": list(noise),
-        "action": actions,
-        "units": "[-1, 1]" if policy.box is None else "environment",
+        "action_box": policy.box and dataclasses.asdict(policy.box),
         "differences": {},
         "versions": versions(),
     }

@@ -76,7 +76,7 @@ class Policy:
           InputError: observations that are not finite numbers of the base's size, or
             keys that are none, or as many as there are observations.
         """
-        obs = self._observations(obs)
+        obs = self.observations(obs)
         keys = _keys(keys, obs)
         one_or_batch = _act_batch if obs.ndim == 2 else _act_one
         with jax.enable_x64(False):  # the same numbers whatever the caller computes in
@@ -136,7 +136,7 @@ class Policy:
                 "the weights of the head 'select' depend on the sampled actions: "
                 "Policy.choice(keys, obs).alpha has them"
             )
-        obs = self._observations(obs)
+        obs = self.observations(obs)
         one_or_batch = _weights_batch if obs.ndim == 2 else _weights_one
         with jax.enable_x64(False):
             return _finite(one_or_batch(self.config, self.params, obs), obs)
@@ -149,7 +149,7 @@ class Policy:
         """
         if not self.config.chooses:
             raise InputError("this policy samples one action: it chooses among none")
-        obs = self._observations(obs)
+        obs = self.observations(obs)
         keys = _keys(keys, obs)
         one_or_batch = _choose_batch if obs.ndim == 2 else _choose_one
         with jax.enable_x64(False):
@@ -168,8 +168,12 @@ class Policy:
             )
         return self.box.to_env(np.asarray(action))
 
-    def _observations(self, obs: Any) -> Any:
-        """Observations as float32; concrete ones are checked for numbers and NaN."""
+    def observations(self, obs: Any) -> Any:
+        """Observations [S] or [B, S] as float32, as every method here reads them.
+
+        Raises:
+          InputError: they are not finite numbers of the base's size.
+        """
         array = obs if isinstance(obs, Tracer) else _numbers(obs)
         # Observations of one number would be broadcast without a word.
         size = len(self.params.normaliser.mean)
@@ -577,6 +581,35 @@ def check_critics(critics: str | Path, finished: Finished, policy: Policy) -> No
                 f"{critics}: these critics read observations scaled by another {field} "
                 "than the base's; train critics for this base"
             )
+
+
+def describe(
+    root: str | Path, policy: Policy, gate: str | None = None, alpha: Any = None
+) -> dict[str, Any]:
+    """What a composed policy is, for JSON: names, fingerprints, shapes and units.
+
+    Args:
+      root: the library.
+      policy: made of it.
+      gate: its gate's name.
+      alpha: its fixed weights.
+    """
+    library = SkillLibrary.open(root)
+
+    def entry(kind: str, name: str) -> dict[str, str]:
+        card = library.card(kind, name)
+        return {"name": card["name"], "fingerprint": card["fingerprint"]}
+
+    execute = policy.config.process.execute
+    return {
+        "base": entry("base", "base"),
+        "skills": [entry("skill", name) for name in policy.skills],
+        "gate": None if gate is None else entry("gate", gate),
+        "alpha": None if alpha is None else np.asarray(alpha).tolist(),
+        "obs": [len(policy.params.normaliser.mean)],
+        "action": [*([execute] if execute > 1 else []), policy.config.action_dim],
+        "units": "[-1, 1]" if policy.box is None else "environment",
+    }
 
 
 def _compose(root, skills, alpha, gate, level) -> Policy:

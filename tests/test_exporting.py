@@ -1,6 +1,7 @@
 """Exported policies: every form of policy acts as `Policy.act`, and what is refused."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import subprocess
@@ -47,7 +48,7 @@ def support(kind):
 
 
 def policy(
-    kind="mlp", sampler="ddpm", level="parameter", box=None, execute=1, net={}, **gate
+    kind="mlp", sampler="ddpm", level="parameter", box=None, execute=1, net=None, **gate
 ):
     process, size = tiny.SAMPLERS[sampler], A
     if kind == "transformer":
@@ -57,7 +58,7 @@ def policy(
     form = GateConfig(**{"widths": (8,), "base_member": base_member} | gate)
     start = jnp.full(K + base_member, 0.3)
     params = init_gate(form, jax.random.key(1), S, start, support(form.support))
-    config = PolicyConfig(tiny.network(kind, **net), process, size, level, form)
+    config = PolicyConfig(tiny.network(kind, **(net or {})), process, size, level, form)
     skills = tiny.library(kind=kind)
     arrays = PolicyParams(tiny.base(kind), NORMALISER, skills, jnp.ones(K), params)
     return Policy(config, arrays, ("a", "b", "c"), box)
@@ -73,14 +74,13 @@ def choosing():
 
 
 BOX = ActionBox((-2.0, 3.0), (1.0, 3.0))  # the second number never varies
+RELEASED = {"compat": "released"}
 FORMS = {
-    "support, noise level": dict(level="noise", support="neighbour", box=BOX),
-    "ddim, learned support": dict(sampler="ddim", support="learned", head="topk"),
-    "euler, action level": dict(sampler="euler", level="action", head="softmax"),
-    "midpoint, released": dict(
-        sampler="midpoint", head="sigmoid", net={"compat": "released"}
-    ),
-    "chunks": dict(kind="transformer", execute=2, head="constant"),
+    "support, noise level": {"level": "noise", "support": "neighbour", "box": BOX},
+    "ddim, learned support": {"sampler": "ddim", "support": "learned", "head": "topk"},
+    "euler, action level": {"sampler": "euler", "level": "action", "head": "softmax"},
+    "midpoint, released": {"sampler": "midpoint", "head": "sigmoid", "net": RELEASED},
+    "chunks": {"kind": "transformer", "execute": 2, "head": "constant"},
 }
 
 
@@ -106,8 +106,8 @@ def test_the_comparison_sees_what_is_wrong():
     shifted = jax.jit(lambda obs, noise: right(obs, noise) + jnp.asarray([3e-3, 0]))
     assert exporting.compare(made, shifted) == pytest.approx(2e-3, rel=0.1)
     for wrong in (lambda x: x[..., :1], lambda x: x * np.nan, lambda x: x[:1]):
-        got = exporting.compare(made, lambda obs, noise: wrong(right(obs, noise)))
-        assert got == np.inf
+        damaged = functools.partial(lambda wrong, *x: wrong(right(*x)), wrong)
+        assert exporting.compare(made, damaged) == np.inf
 
 
 def test_what_onnx_cannot_hold_is_refused():

@@ -37,6 +37,7 @@ ROOMS = [
         "psec_jax.probe",
         "psec_jax.peft",
         "psec_jax.exporting",
+        "psec_jax.serving",
         "psec_jax.analysis",
         "psec_jax.pruning",
         "psec_jax.merging",
