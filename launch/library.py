@@ -12,6 +12,8 @@
         --out=runs/analysis
     python -m launch.library prune --library=runs/library --out=runs/analysis
     python -m launch.library restore run --library=runs/library
+    python -m launch.library push --library=runs/library --to=hf:OWNER/NAME
+    python -m launch.library pull walk --library=runs/library --from=hf:OWNER/NAME
     python -m launch.library merge both --skills=walk,run --alpha=8,8 --data=walk.hdf5
 
 `verify` reads every file, compares it with its hash, and checks that every skill and
@@ -24,6 +26,12 @@ Of a folder in the format of PEFT, as `export` writes it, it adds the skill as -
 --out whose base is what they make of this one's; it prints how far the result is from
 the exact sum, for each layer and on the states of --data, and saves nothing where an
 error is above --bound.
+
+`push` adds the library, or one entry with what it needs, to a repository of the Hugging
+Face Hub or to another folder, with a README.md; `pull` adds what such a place holds to
+the library. Everything is verified before it is added; another base, or another entry
+of the same name, is refused. The Hub needs the extra hub; its token is that of HF_TOKEN
+or of `hf auth login`.
 
 `analyse` compares every two skills, in weights and in predictions on the states of
 --data, says which ones the others make up for, and writes analysis.json and
@@ -41,14 +49,14 @@ import numpy as np
 from absl import flags
 
 from launch import heatmaps
-from psec_jax import analysis, peft, pruning, released
+from psec_jax import analysis, peft, pruning, released, sharing
 from psec_jax import data as datasets
 from psec_jax.analysis import AnalysisConfig
 from psec_jax.cli import ENV_HELP, floats, run
 from psec_jax.errors import InputError, lookup
 from psec_jax.evaluation import evaluate
 from psec_jax.files import make_room, write_json
-from psec_jax.library import SkillLibrary, table
+from psec_jax.library import SkillLibrary, find_entry, table
 from psec_jax.merging import FOLD, METHODS, MergeConfig, Merged, merge_of_library
 from psec_jax.policy import Policy, compose
 
@@ -122,6 +130,15 @@ ENV = flags.DEFINE_string(
 )
 EPISODES = flags.DEFINE_integer("episodes", 10, "prune: how many of each.", 1)
 STATES = flags.DEFINE_integer("states", 256, "merge, analyse: how many of them.", 1)
+PLACE = "hf:OWNER/NAME, a repository of the Hugging Face Hub, or a folder"
+TO = flags.DEFINE_string("to", None, f"push: {PLACE}.")
+FROM = flags.DEFINE_string("from", None, f"pull: {PLACE}.")
+REVISION = flags.DEFINE_string(
+    "revision", None, "pull: branch, tag or commit of a repository; default main."
+)
+PUBLIC = flags.DEFINE_bool(
+    "public", False, "push: everybody may see a repository that is made."
+)
 SEED = flags.DEFINE_integer(
     "seed",
     0,
@@ -272,6 +289,28 @@ def _return(policy: Policy) -> str:
     return f"{float(np.mean(episodes.returns)):.1f}"
 
 
+def push(library: SkillLibrary, name: str | None = None) -> None:
+    """Add the library, or one entry, to a place."""
+    if not TO.value:
+        raise InputError(f"--to: not given, expected {PLACE}")
+    added = sharing.push(library.root, TO.value, name, private=not PUBLIC.value)
+    print(_shared(added, TO.value))
+
+
+def pull(library: SkillLibrary, name: str | None = None) -> None:
+    """Add what a place holds, or one entry of it, to the library."""
+    if not FROM.value:
+        raise InputError(f"--from: not given, expected {PLACE}")
+    added = sharing.pull(library.root, FROM.value, name, REVISION.value)
+    print(_shared(added, str(library.root)))
+
+
+def _shared(added: list[tuple[str, str]], where: str) -> str:
+    if not added:
+        return f"{where} has it all already"
+    return "\n".join(f"added {kind} {name} to {where}" for kind, name in added)
+
+
 def restore(library: SkillLibrary, name: str) -> None:
     """Bring back a skill that was retired."""
     library.restore("skill", name)
@@ -331,21 +370,7 @@ def _report(made: Merged) -> str:
 
 
 def _find(library: SkillLibrary, name: str) -> tuple[str, str]:
-    kind, slash, rest = name.partition("/")
-    found = [
-        entry
-        for entry in library.entries()
-        if entry == (kind, rest) or (not slash and entry[1] == name)
-    ]
-    if not found:
-        names = ", ".join(name for _, name in library.entries())
-        raise InputError(f"{library.root} has no {name!r}; it has {names}")
-    if len(found) > 1:
-        raise InputError(
-            f"{library.root} has several entries {name!r}; "
-            f"write {' or '.join(f'{kind}/{name}' for kind, name in found)}"
-        )
-    return found[0]
+    return find_entry(library.entries(), name, str(library.root))
 
 
 def _gate_form(card: dict[str, Any]) -> str:
@@ -388,6 +413,8 @@ COMMANDS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     "analyse": (analyse, ()),
     "prune": (prune, ()),
     "restore": (restore, ("NAME",)),
+    "push": (push, ("[NAME]",)),
+    "pull": (pull, ("[NAME]",)),
 }
 
 
@@ -396,11 +423,12 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) < 2:
         raise InputError(f"no sub-command; choose from {', '.join(sorted(COMMANDS))}")
     command, parameters = lookup(COMMANDS, argv[1], "sub-command")
-    if len(argv) - 2 != len(parameters):
+    optional = sum(parameter.startswith("[") for parameter in parameters)
+    if not len(parameters) - optional <= len(argv) - 2 <= len(parameters):
         usage = " ".join([argv[1], *parameters])
         raise InputError(f"got {' '.join(argv[1:])!r}, expected {usage!r}")
-    # The library that something is imported into may be a new one.
-    opened = SkillLibrary if command is import_file else SkillLibrary.open
+    # The library that something is brought into may be a new one.
+    opened = SkillLibrary if command in (import_file, pull) else SkillLibrary.open
     command(opened(LIBRARY.value), *argv[2:])
 
 

@@ -28,7 +28,7 @@ import safetensors
 import safetensors.numpy
 
 from psec_jax import tree
-from psec_jax.cards import DTYPES, NAME, check_card, form_of
+from psec_jax.cards import DTYPES, NAME, check_card, form_of, shortened
 from psec_jax.errors import InputError, printable
 from psec_jax.files import (
     beside,
@@ -49,7 +49,7 @@ from psec_jax.lora import adapter_of, check_skill, rank_of
 from psec_jax.types import Normaliser, Params
 
 FORMAT_VERSION = 1
-_FOLDERS = {"skill": "skills", "gate": "gates"}
+FOLDERS = {"skill": "skills", "gate": "gates"}
 _MAX_LEVELS = 16  # of an array's path
 
 T = TypeVar("T")
@@ -104,7 +104,7 @@ class SkillLibrary:
         return library
 
     def _recover(self) -> None:
-        folders = (self.root, *(self.root / f for f in _FOLDERS.values()))
+        folders = (self.root, *(self.root / f for f in FOLDERS.values()))
         folders = [f for f in folders if f.is_dir() and left_over(f)]
         # A reader of a library that it may not write leaves everything as it is.
         if folders and os.access(self.root, os.W_OK):
@@ -129,7 +129,7 @@ class SkillLibrary:
         return self._names("gate")
 
     def _names(self, kind: str) -> list[str]:
-        folder = self.root / _FOLDERS[kind]
+        folder = self.root / FOLDERS[kind]
         if not folder.is_dir():
             return []
         return sorted(p.name for p in folder.iterdir() if NAME.fullmatch(p.name))
@@ -160,7 +160,7 @@ class SkillLibrary:
         name = str(card["name"])
         _check_base(f"base {name!r}", tensors, card)
         with self._lock():
-            if os.path.lexists(self._folder("base", "base")):
+            if os.path.lexists(self.folder("base", "base")):
                 old = self._read_card("base", "base")
                 dependants = self.skills() + self.gates()
                 if old["fingerprint"] != fingerprint and dependants:
@@ -252,7 +252,7 @@ class SkillLibrary:
         fingerprint: str,
     ) -> dict[str, Any]:
         """The card with the base's identity; refuses a name or a base that is wrong."""
-        if os.path.lexists(self._folder(kind, name)):
+        if os.path.lexists(self.folder(kind, name)):
             if not overwrite:
                 raise InputError(f"{self.root} has a {kind} {name!r} already")
             self._check_replaced(kind, name, card, fingerprint)
@@ -273,7 +273,7 @@ class SkillLibrary:
         self, kind: str, name: str, card: Mapping[str, Any], fingerprint: str
     ) -> None:
         """Refuse to replace an entry of another run, or a skill that a gate needs."""
-        if self._folder(kind, name).is_symlink():
+        if self.folder(kind, name).is_symlink():
             return  # what it names stays
         old = self._read_card(kind, name)
         self._same_run(kind, name, old, card)
@@ -385,7 +385,7 @@ class SkillLibrary:
           InputError: an unknown name, a symbolic link, a damaged card, or a file that
             cannot be written.
         """
-        folder = self._folder(kind, name)
+        folder = self.folder(kind, name)
         with self._lock():
             card = self._read_card(kind, name)
             if folder.is_symlink():
@@ -399,9 +399,9 @@ class SkillLibrary:
         Raises:
           InputError: an unknown name, or a skill that a gate needs.
         """
-        if kind not in _FOLDERS:
+        if kind not in FOLDERS:
             raise InputError(f"cannot remove a {kind}; expected skill or gate")
-        folder = self._folder(kind, name)
+        folder = self.folder(kind, name)
         self._refuse_linked(kind)
         with self._lock():
             if not folder.is_symlink():
@@ -417,7 +417,7 @@ class SkillLibrary:
         Raises:
           InputError: as `remove`; a symbolic link; one of that name was retired before.
         """
-        folder, aside = self._folder(kind, name), self._retired(kind, name)
+        folder, aside = self.folder(kind, name), self._retired(kind, name)
         self._refuse_linked(kind)
         with self._lock():
             self._require(kind, name)
@@ -438,7 +438,7 @@ class SkillLibrary:
           InputError: none of that name was retired; one of that name was added since;
             it is damaged, or does not fit the library as it is now. It stays retired.
         """
-        folder, aside = self._folder(kind, name), self._retired(kind, name)
+        folder, aside = self.folder(kind, name), self._retired(kind, name)
         self._refuse_linked(kind)
         with self._lock():
             if not aside.is_dir():
@@ -460,7 +460,7 @@ class SkillLibrary:
         return sorted(name for name in names if NAME.fullmatch(name))
 
     def _retired(self, kind: str, name: str) -> Path:
-        return self.root / "removed" / self._folder(kind, name).relative_to(self.root)
+        return self.root / "removed" / self.folder(kind, name).relative_to(self.root)
 
     def _refuse_needed(self, skill: str) -> None:
         for gate in self.gates():
@@ -470,12 +470,39 @@ class SkillLibrary:
                 )
 
     def _refuse_linked(self, kind: str) -> None:
-        folder = self._folder(kind, "any").parent
+        folder = self.folder(kind, "any").parent
         if kind != "base" and folder.is_symlink():
             raise InputError(
                 f"{folder} is a symbolic link, through which nothing is written; move "
                 "the folder itself there"
             )
+
+    def adopt(self, other: "SkillLibrary", entries: Sequence[tuple[str, str]]) -> None:
+        """Move entries of another library, all of which was verified, into this one.
+
+        Args:
+          other: on the same disk.
+          entries: kinds and names, the base before skills and these before gates, so
+            that the library is whole wherever a kill ends it.
+
+        Raises:
+          InputError: a name that is in use by now, another base, or a full disk.
+        """
+        with self._lock():
+            for kind, name in entries:
+                self._refuse_linked(kind)
+                if os.path.lexists(self.folder(kind, name)):
+                    raise InputError(f"{self.root} has a {kind} {name!r} already")
+            if ("base", "base") not in entries:
+                mine = self._read_card("base", "base")["fingerprint"]
+                theirs = other._read_card("base", "base")["fingerprint"]
+                if mine != theirs:
+                    raise InputError(
+                        f"{other.root}: made for base {theirs}, the base of "
+                        f"{self.root} is {mine}"
+                    )
+            for kind, name in entries:
+                _move(other.folder(kind, name), self.folder(kind, name))
 
     def entries(self) -> list[tuple[str, str]]:
         """("base", "base"), then every ("skill", name) and ("gate", name)."""
@@ -491,7 +518,7 @@ class SkillLibrary:
         Raises:
           InputError: a bad name, a damaged card, or an entry that another run made.
         """
-        if not self._folder(kind, name).exists():
+        if not self.folder(kind, name).exists():
             return False
         if self.card(kind, name).get("config") == _as_json(dict(config)):
             return True
@@ -517,12 +544,17 @@ class SkillLibrary:
                 else:
                     self.load_gate(name)
             except InputError as error:
-                if kind == "base" or os.path.lexists(self._folder(kind, name)):
+                if kind == "base" or os.path.lexists(self.folder(kind, name)):
                     problems.append(str(error))  # else it was removed meanwhile
         # A damaged base is reported again for every skill.
         return list(dict.fromkeys(problems))
 
-    def _folder(self, kind: str, name: str) -> Path:
+    def folder(self, kind: str, name: str) -> Path:
+        """Where an entry is, or would be.
+
+        Raises:
+          InputError: no name of an entry.
+        """
         if kind == "base":
             return self.root / "base"
         if not NAME.fullmatch(name):
@@ -530,12 +562,12 @@ class SkillLibrary:
                 f"{kind} name {name!r}: expected letters, digits, '.', '_' and '-', "
                 "not starting with '.'"
             )
-        return self.root / _FOLDERS[kind] / name
+        return self.root / FOLDERS[kind] / name
 
     def _require(self, kind: str, name: str) -> Path:
-        folder = self._folder(kind, name)
+        folder = self.folder(kind, name)
         if not folder.is_dir():
-            names = self._names(kind) if kind in _FOLDERS else []
+            names = self._names(kind) if kind in FOLDERS else []
             raise InputError(
                 f"{self.root} has no {kind} {name!r}; it has "
                 f"{', '.join(names) or 'none'}"
@@ -547,8 +579,9 @@ class SkillLibrary:
         card = read_json(path)
         if card.get("format_version") != FORMAT_VERSION:
             raise InputError(
-                f"{path}: format version {card.get('format_version')!r}, "
-                f"expected {FORMAT_VERSION}"
+                f"{path}: format version {shortened(card.get('format_version'))}, "
+                f"expected {FORMAT_VERSION}; this is a library of another psec_jax: "
+                "use the version that its card names, or make it again with this one"
             )
         if card.get("card_sha256") != _card_hash(card):
             raise InputError(f"{path}: does not match its own hash; it was edited")
@@ -557,7 +590,7 @@ class SkillLibrary:
 
     def _load(self, kind: str, name: str) -> tuple[Params, dict[str, Any]]:
         card = self._read_card(kind, name)
-        path = self._folder(kind, name) / f"{kind}.safetensors"
+        path = self.folder(kind, name) / f"{kind}.safetensors"
         content = read_bytes(path)
         found = hashlib.sha256(content).hexdigest()
         if found != card["sha256"]:
@@ -588,7 +621,7 @@ class SkillLibrary:
         return params, card
 
     def _add(self, kind: str, name: str, params: Params, card: dict[str, Any]) -> None:
-        folder = self._folder(kind, name)
+        folder = self.folder(kind, name)
         self._refuse_linked(kind)
         # Not np.ascontiguousarray: that turns a scalar into an array of one element.
         flat = {
@@ -624,6 +657,36 @@ def _move(source: Path, target: Path) -> None:
         os.rename(source, target)
         sync_folder(target.parent)
         sync_folder(source.parent)
+
+
+def find_entry(
+    entries: Sequence[tuple[str, str]], name: str, where: str
+) -> tuple[str, str]:
+    """Kind and name of the entry that NAME, or KIND/NAME, stands for.
+
+    Args:
+      entries: all kinds and names.
+      name: of one of them.
+      where: the library, named in messages.
+
+    Raises:
+      InputError: no such entry, or several.
+    """
+    kind, slash, rest = name.partition("/")
+    found = [
+        entry
+        for entry in entries
+        if entry == (kind, rest) or (not slash and entry[1] == name)
+    ]
+    if not found:
+        names = ", ".join(name for _, name in entries)
+        raise InputError(f"{where} has no {name!r}; it has {names}")
+    if len(found) > 1:
+        raise InputError(
+            f"{where} has several entries {name!r}; "
+            f"write {' or '.join(f'{kind}/{name}' for kind, name in found)}"
+        )
+    return found[0]
 
 
 def read_arrays(path: Path | str, content: bytes) -> dict[str, np.ndarray]:

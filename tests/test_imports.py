@@ -38,6 +38,7 @@ ROOMS = [
         "psec_jax.peft",
         "psec_jax.exporting",
         "psec_jax.serving",
+        "psec_jax.sharing",
         "psec_jax.analysis",
         "psec_jax.pruning",
         "psec_jax.merging",
