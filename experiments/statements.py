@@ -127,6 +127,7 @@ def known() -> dict[str, Any]:
         "bench": _rows("benchmark.json"),
         "train1": _rows("benchmark_train/run1.json"),
         "train2": _rows("benchmark_train/run2.json"),
+        "share": _rows("benchmark_share.json"),
         "gpu": _gpu("steps", "stage", "batch", "form", "calls"),
         "gpu_authors": _gpu("authors", "stage", "batch"),
         "gpu_seeds": _rows("gpu/seeds.json"),

@@ -578,10 +578,12 @@ class SkillLibrary:
         path = self._require(kind, name) / f"{kind}.json"
         card = read_json(path)
         if card.get("format_version") != FORMAT_VERSION:
+            made = card.get("versions")
+            by = made.get("psec_jax") if isinstance(made, dict) else None
             raise InputError(
                 f"{path}: format version {shortened(card.get('format_version'))}, "
-                f"expected {FORMAT_VERSION}; this is a library of another psec_jax: "
-                "use the version that its card names, or make it again with this one"
+                f"expected {FORMAT_VERSION}; to read it, use the psec_jax that wrote "
+                f"it{f', {shortened(by)},' if by else ''} or a later one"
             )
         if card.get("card_sha256") != _card_hash(card):
             raise InputError(f"{path}: does not match its own hash; it was edited")

@@ -34,6 +34,8 @@ TINY = benchmark.Sizes(
     workers=(1, 2),
     device_env="mjx:pendulum-swingup?time_limit=0.2",
     device_episodes=(2,),
+    robots=(1, 2),
+    replies=4,
     network=NetworkConfig(
         width=8, blocks=1, expansion=1, time_features=4, time_width=8
     ),

@@ -5,12 +5,13 @@
 
 Measures start-up and memory, the rate of matrix products, training steps of every
 stage, where a step's time goes, several seeds as one program, data in a file, several
-steps as one call, the cost of composing skills, the latency of an action, evaluation
-(also with simulators on the device), and bfloat16; prints a table and saves it as JSON.
+steps as one call, the cost of composing skills, the latency of an action, also of
+exported policies and of a server, evaluation (also with simulators on the device), and
+bfloat16; prints a table and saves it as JSON.
 A full run takes minutes, in which nothing else should run on the machine. --quick
 repeats less and starts with fewer transitions: it checks the benchmark, its figures are
 not to be quoted. Evaluation by several processes needs `make setup-safe`, that on the
-device `make setup-mjx`; they are left out without.
+device `make setup-mjx`, onnxruntime `make setup-onnx`; they are left out without.
 
 Training is `runtime.loop.train` on what the workflows plan: the benchmark has no step
 of its own. Rates and ratios come from measurements in turns (A B A B ...), because the
@@ -18,6 +19,7 @@ speed of a machine drifts: a figure is the median over the turns, a ratio the me
 the ratios within each turn.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import functools
@@ -32,7 +34,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +42,7 @@ import numpy as np
 from absl import flags
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from psec_jax import tree
+from psec_jax import exporting, tree
 from psec_jax.agents import cloning
 from psec_jax.agents.common import batch_noise
 from psec_jax.agents.critics import CriticConfig
@@ -103,6 +105,8 @@ class Sizes:
       workers: their numbers.
       device_env: environment of the evaluation on the device.
       device_episodes: numbers of episodes evaluated there at once.
+      robots: numbers of connections to a server.
+      replies: of the server in a turn, over all connections.
       network: sizes of the denoiser.
     """
 
@@ -125,6 +129,8 @@ class Sizes:
     workers: tuple[int, ...] = (1, 2, 4)
     device_env: str = "mjx:walker-walk?time_limit=2.5"  # 100 control steps
     device_episodes: tuple[int, ...] = (10, 100, 1000, 4000)
+    robots: tuple[int, ...] = (1, 8, 32)
+    replies: int = 1000
     network: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
 
 
@@ -137,6 +143,7 @@ QUICK = Sizes(
     start_steps=2,
     evaluation_repeats=1,
     device_episodes=(10,),
+    replies=64,
 )
 
 
@@ -879,6 +886,124 @@ def latency(sizes: Sizes) -> list[Row]:
     ]
 
 
+def exported(sizes: Sizes) -> list[Row]:
+    """Time of one action by `Policy.act` and by exported files, from NumPy to NumPy;
+    onnxruntime is left out where it is not installed, and also has one thread."""
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, policy in {
+        "base": make_policy(sizes),
+        "two skills with gate": make_policy(sizes, skills=2),
+    }.items():
+        keys = jax.random.split(jax.random.key(0), 1)
+        obs, noise = np.asarray(normal(0, 1, OBS_DIM)), np.asarray(policy.noise(keys))
+        content, _ = exporting.convert(policy, "jax")
+        _, read = exporting.FORMATS["jax"]
+        calls[f"{name}: Policy.act"] = _acting(policy, 1)
+        calls[f"{name}: jax.export"] = _called(read(content), obs, noise)
+        if importlib.util.find_spec("jax2onnx") is None:
+            continue
+        content, _ = exporting.convert(policy, "onnx")
+        for threads in (0, 1):
+            label = f"{name}: onnxruntime{', one thread' if threads else ''}"
+            session = exporting.onnx_session(content, threads)
+            calls[label] = functools.partial(
+                session.run, None, {"obs": obs, "noise": noise}
+            )
+    times = calls_in_turns(calls, sizes.latency_repeats, 0)
+    return [
+        make_row("export", name, [1e3 * t for t in seconds], "ms")
+        for name, seconds in times.items()
+    ]
+
+
+def _called(function: Callable[..., Any], *args: Any) -> Callable[[], np.ndarray]:
+    return lambda: np.asarray(function(*args))
+
+
+def served(sizes: Sizes) -> list[Row]:
+    """Replies of `launch.serve` on this machine to several robots at once, each of
+    which waits for its action before it sends the next observation; one observation a
+    call of the policy, and several. Robots run on the same cores as the server. None
+    where websockets is not installed."""
+    if importlib.util.find_spec("websockets") is None:
+        return []
+    turns: dict[tuple[int, int], list[Played]] = {}
+    with tempfile.TemporaryDirectory(prefix="psec_benchmark_") as folder:
+        write_library(sizes, folder)
+        policy = make_policy(sizes, skills=1)
+        form = dataclasses.asdict(GateConfig())
+        card = {"skills": ["skill0"], "level": "parameter", "gate": form}
+        SkillLibrary.open(folder).add_gate("gate", policy.params.gate, card)
+        with contextlib.ExitStack() as stack:
+            urls = {
+                batch: stack.enter_context(_server(folder, batch))
+                for batch in (1, max(sizes.robots))
+            }
+            for _ in range(sizes.repeats + 1):
+                for batch, url in urls.items():
+                    for robots in sizes.robots:
+                        count = max(1, sizes.replies // robots)
+                        played = asyncio.run(_play(url, robots, count))
+                        turns.setdefault((batch, robots), []).append(played)
+    rows = []
+    for (batch, robots), [_, *played] in turns.items():  # the first turn warms up
+        who = f"{robots} robot{'s' * (robots > 1)}"
+        label = who if batch == 1 else f"{who}, up to {batch} a call"
+        for share in (50, 99):
+            times = [1e3 * float(np.percentile(p.seconds, share)) for p in played]
+            rows.append(make_row("serve", f"{label}: p{share}", times, "ms"))
+        rate = [len(p.seconds) / p.total for p in played]
+        rows.append(make_row("serve", f"{label}: replies", rate, "1/s"))
+    return rows
+
+
+class Played(NamedTuple):
+    """Seconds that robots waited for each reply, and of all of it."""
+
+    seconds: list[float]
+    total: float
+
+
+@contextlib.contextmanager
+def _server(library: str, batch: int) -> Iterator[str]:
+    """`launch.serve` in a process of its own; its address."""
+    command = [sys.executable, "-m", "launch.serve", f"--library={library}"]
+    command += ["--gate=gate", "--port=0", f"--max_batch={batch}"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as made:
+        assert made.stdout is not None
+        line = made.stdout.readline()
+        try:
+            yield line.split()[-1]
+        finally:
+            made.terminate()
+
+
+async def _play(url: str, robots: int, count: int) -> Played:
+    """Robots that each wait for `count` actions."""
+    import msgpack
+    from websockets.asyncio.client import connect
+
+    from psec_jax.serving import encode
+
+    observation = encode(np.asarray(normal(0, OBS_DIM)))
+    message = msgpack.packb({"obs": observation})
+    seconds: list[float] = []
+
+    async def robot() -> None:
+        async with connect(url, compression=None) as connection:
+            await connection.recv()
+            for _ in range(count):
+                began = time.perf_counter()
+                await connection.send(message)
+                reply = await connection.recv()
+                seconds.append(time.perf_counter() - began)
+            assert "action" in msgpack.unpackb(reply)
+
+    began = time.perf_counter()
+    await asyncio.gather(*(robot() for _ in range(robots)))
+    return Played(seconds, time.perf_counter() - began)
+
+
 def evaluation(sizes: Sizes) -> list[Row]:
     """Environment steps of whole episodes, together and one at a time."""
     count, steps = sizes.episodes, {}
@@ -1067,6 +1192,8 @@ GROUPS = {
     "steps_per_call": loops,
     "skills": skills,
     "latency": latency,
+    "export": exported,
+    "serve": served,
     "evaluation": evaluation,
     "mjx": on_device,
     "bfloat16": bfloat16,
