@@ -90,30 +90,17 @@ def _to_onnx(policy: Policy) -> bytes:
 
 
 def _from_onnx(content: bytes) -> Function:
-    session = onnx_session(content)
-    return lambda obs, noise: session.run(None, {"obs": obs, "noise": noise})[0]
-
-
-def onnx_session(content: bytes, threads: int = 0) -> Any:
-    """An ONNX model as onnxruntime runs it.
-
-    Args:
-      content: of the file.
-      threads: of one operation; 0 is one for each core.
-
-    Raises:
-      InputError: onnxruntime is missing, or lacks one of the operations.
-    """
     runtime = _package("onnxruntime", "make setup-onnx")
     known = runtime.capi.onnxruntime_pybind11_state
     options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = 1  # others would wait for work at full speed
     try:
-        return runtime.InferenceSession(content, options)
+        session = runtime.InferenceSession(content, options)
     except (known.Fail, known.InvalidGraph, known.NotImplemented) as error:
         raise InputError(
             f"format: onnxruntime cannot run this policy ({error}); jax can"
         ) from error
+    return lambda obs, noise: session.run(None, {"obs": obs, "noise": noise})[0]
 
 
 # name -> (to bytes, from bytes); the file is policy.NAME.

@@ -577,17 +577,7 @@ class SkillLibrary:
     def _read_card(self, kind: str, name: str) -> dict[str, Any]:
         path = self._require(kind, name) / f"{kind}.json"
         card = read_json(path)
-        if card.get("format_version") != FORMAT_VERSION:
-            made = card.get("versions")
-            by = made.get("psec_jax") if isinstance(made, dict) else None
-            raise InputError(
-                f"{path}: format version {shortened(card.get('format_version'))}, "
-                f"expected {FORMAT_VERSION}; to read it, use the psec_jax that wrote "
-                f"it{f', {shortened(by)},' if by else ''} or a later one"
-            )
-        if card.get("card_sha256") != _card_hash(card):
-            raise InputError(f"{path}: does not match its own hash; it was edited")
-        check_card(str(path), kind, name, card)
+        verify_card(str(path), kind, name, card)
         return card
 
     def _load(self, kind: str, name: str) -> tuple[Params, dict[str, Any]]:
@@ -659,6 +649,32 @@ def _move(source: Path, target: Path) -> None:
         os.rename(source, target)
         sync_folder(target.parent)
         sync_folder(source.parent)
+
+
+def verify_card(source: str, kind: str, name: str, card: Mapping[str, Any]) -> None:
+    """Refuse a card of another format, one that was edited, or one that says what no
+    card of this kind and name does.
+
+    Args:
+      source: its file, named in messages.
+      kind: "base", "skill" or "gate".
+      name: of the entry's folder.
+      card: what the file holds.
+
+    Raises:
+      InputError: any of these.
+    """
+    if card.get("format_version") != FORMAT_VERSION:
+        made = card.get("versions")
+        by = made.get("psec_jax") if isinstance(made, dict) else None
+        raise InputError(
+            f"{source}: format version {shortened(card.get('format_version'))}, "
+            f"expected {FORMAT_VERSION}; to read it, use the psec_jax that wrote it"
+            f"{f', {shortened(by)},' if by else ''} or a later one"
+        )
+    if card.get("card_sha256") != _card_hash(card):
+        raise InputError(f"{source}: does not match its own hash; it was edited")
+    check_card(source, kind, name, card)
 
 
 def find_entry(

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from psec_jax.cards import NAME, shortened
+from psec_jax.cards import NAME
 from psec_jax.errors import InputError, printable
 from psec_jax.files import (
     MAX_JSON,
@@ -27,7 +27,7 @@ from psec_jax.files import (
     reported,
     write_atomic,
 )
-from psec_jax.library import FOLDERS, SkillLibrary, find_entry
+from psec_jax.library import FOLDERS, SkillLibrary, find_entry, verify_card
 
 HUB = "hf:"
 README = "README.md"
@@ -220,14 +220,17 @@ def _path(entry: Entry, end: str) -> str:
 
 
 def _cards(place: Place, entries: Iterable[Entry]) -> dict[Entry, dict[str, Any]]:
-    """Cards as they are in a place; nothing in them is checked but the fingerprint."""
+    """Cards as they are in a place.
+
+    Raises:
+      InputError: a damaged one.
+    """
     found = {}
     for entry in entries:
         path = _path(entry, "json")
         source = f"{place.name}: {path}"
         found[entry] = parse_json(place.read(path, MAX_JSON), source)
-        if not isinstance(found[entry].get("fingerprint"), str):
-            raise InputError(f"{source}: the card has no fingerprint")
+        verify_card(source, *entry, found[entry])
     return found
 
 
@@ -253,14 +256,14 @@ def _new(here: Cards, place: Place, there: Cards, root: str) -> list[Entry]:
       InputError: another base, or another entry of the same name.
     """
     made_for = {
-        str(card.get("base_fingerprint" if entry != BASE else "fingerprint"))
+        card["fingerprint" if entry == BASE else "base_fingerprint"]
         for entry, card in there.items()
     }
     mine = here[BASE]["fingerprint"] if here else None
     for fingerprint in made_for:
         if mine is not None and fingerprint != mine:
             raise InputError(
-                f"{place.name}: made for base {shortened(fingerprint)}, the base of "
+                f"{place.name}: made for base {fingerprint}, the base of "
                 f"{root} is {mine}"
             )
     for entry, card in there.items():
@@ -335,10 +338,7 @@ def _taken(root: str | Path, place: Place, name: str | None) -> list[Entry]:
 
 def _skills(entry: Entry, card: Mapping[str, Any]) -> list[str]:
     """The names of the skills that a gate weighs; none of other entries."""
-    names = card.get("skills") if entry[0] == "gate" else []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InputError(f"gate {entry[1]!r}: skills is {shortened(names)}")
-    return [name for name in names if NAME.fullmatch(name)]
+    return card["skills"] if entry[0] == "gate" else []
 
 
 def _local(library: SkillLibrary) -> dict[Entry, dict[str, Any]]:
@@ -410,7 +410,7 @@ def push(
     changed = [
         entry
         for entry, card in cards.items()
-        if entry in remote and remote[entry].get("card_sha256") != card["card_sha256"]
+        if entry in remote and remote[entry]["card_sha256"] != card["card_sha256"]
     ]
     paths = [_path(entry, end) for entry in new for end in ENDS]
     paths += [_path(entry, "json") for entry in changed]
@@ -459,16 +459,14 @@ def describe(cards: Cards, where: str) -> str:
         "",
         f"Base `{_text(base['name'])}` (fingerprint `{_text(base['fingerprint'])}`), "
         f"environment {_text(base.get('env') or 'not known')}, observations of "
-        f"{_text(base.get('obs_dim'))} numbers, actions of "
-        f"{_text(base.get('action_dim'))}.",
+        f"{base['obs_dim']} numbers, actions of {base['action_dim']}.",
         "",
         "| kind | name | environment | form | return |",
         "|---|---|---|---|---|",
     ]
     for (kind, name), card in cards.items():
         returns = card.get("returns") or {}
-        mean = returns.get("mean")
-        found = f"{mean:.1f}" if isinstance(mean, int | float) else "-"
+        found = f"{returns['mean']:.1f}" if "mean" in returns else "-"
         form = _FORMS[kind](card)
         env = card.get("env") or "-"
         cells = (kind, name, env, form, found)
@@ -503,7 +501,7 @@ def _text(value: Any) -> str:
 _FORMS = {
     "base": lambda card: "base",
     "skill": lambda card: (
-        f"{card.get('adapter')} of rank {card.get('rank')}, alpha {card.get('alpha')}"
+        f"{card['adapter']} of rank {card['rank']}, alpha {card['alpha']:g}"
     ),
-    "gate": lambda card: f"over {', '.join(map(str, card.get('skills') or []))}",
+    "gate": lambda card: f"over {', '.join(card['skills'])}",
 }

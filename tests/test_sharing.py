@@ -191,7 +191,11 @@ DAMAGE = {
     "numbers": (lambda: flipped(f"{SKILL}.safetensors"), "SHA-256 is"),
     "card": (lambda: edited(f"{SKILL}.json", False, alpha=2.0), "it was edited"),
     "tensors": (lambda: edited(f"{SKILL}.json", tensors={}), "its card says None"),
-    "format": (lambda: edited(f"{SKILL}.json", format_version=2), "format version 2"),
+    "format": (
+        lambda: edited(f"{SKILL}.json", format_version=2, versions={"psec_jax": "9.1"}),
+        "format version 2, expected 1; to read it, use the psec_jax that wrote it, "
+        "'9.1', or a later one",
+    ),
     "rank": (lambda: edited(f"{SKILL}.json", rank=3), "its card says lora of rank 3"),
     "base": (
         lambda: edited(f"{SKILL}.json", base_fingerprint="0" * 16),
@@ -209,10 +213,10 @@ DAMAGE = {
         "is a symbolic link",
     ),
     "no JSON": (lambda: Path(f"{SKILL}.json").write_text("{"), "is not a JSON file"),
-    "no print": (lambda: edited(f"{SKILL}.json", fingerprint=[1]), "no fingerprint"),
+    "no print": (lambda: edited(f"{SKILL}.json", fingerprint=[1]), "expected 16 hex"),
     "gate": (
         lambda: edited("there/gates/linear/gate.json", skills=[["walk"]]),
-        "skills is [['walk']]",
+        "expected a list of names",
     ),
 }
 

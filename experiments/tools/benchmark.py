@@ -887,29 +887,26 @@ def latency(sizes: Sizes) -> list[Row]:
 
 
 def exported(sizes: Sizes) -> list[Row]:
-    """Time of one action by `Policy.act` and by exported files, from NumPy to NumPy;
-    onnxruntime is left out where it is not installed, and also has one thread."""
+    """Time of one action by `Policy.act` and by exported files, from NumPy to NumPy, in
+    calls that follow each other: after a call of another the first one is slower.
+    onnxruntime has one thread, and is left out where it is not installed."""
     calls: dict[str, Callable[[], Any]] = {}
+    forms = ["jax"]
+    if importlib.util.find_spec("jax2onnx") is not None:
+        forms.append("onnx")
     for name, policy in {
         "base": make_policy(sizes),
         "two skills with gate": make_policy(sizes, skills=2),
     }.items():
         keys = jax.random.split(jax.random.key(0), 1)
         obs, noise = np.asarray(normal(0, 1, OBS_DIM)), np.asarray(policy.noise(keys))
-        content, _ = exporting.convert(policy, "jax")
-        _, read = exporting.FORMATS["jax"]
         calls[f"{name}: Policy.act"] = _acting(policy, 1)
-        calls[f"{name}: jax.export"] = _called(read(content), obs, noise)
-        if importlib.util.find_spec("jax2onnx") is None:
-            continue
-        content, _ = exporting.convert(policy, "onnx")
-        for threads in (0, 1):
-            label = f"{name}: onnxruntime{', one thread' if threads else ''}"
-            session = exporting.onnx_session(content, threads)
-            calls[label] = functools.partial(
-                session.run, None, {"obs": obs, "noise": noise}
-            )
-    times = calls_in_turns(calls, sizes.latency_repeats, 0)
+        for form in forms:
+            read = exporting.FORMATS[form][1]
+            function = read(exporting.convert(policy, form)[0])
+            label = f"{name}: {'onnxruntime' if form == 'onnx' else 'jax.export'}"
+            calls[label] = _called(function, obs, noise)
+    times = calls_in_turns(calls, sizes.repeats, sizes.seconds)
     return [
         make_row("export", name, [1e3 * t for t in seconds], "ms")
         for name, seconds in times.items()
