@@ -29,7 +29,7 @@ BEFORE = (
 AFTER = (
     r"(?:expert |base |training |gradient )?(?:seeds?|episodes?|demonstrations|"
     r"trajectories|targets|shifts|tasks|cores|candidates|steps(?: of \d+)?|workers|"
-    r"transitions|% interval)"
+    r"transitions|robots?|% interval)"
 )
 LINES = "above|below|excludes|near|least"
 SETTINGS = re.compile(
