@@ -14,6 +14,7 @@ actions are those of `act`, which is checked before anything is kept.
 import dataclasses
 import hashlib
 import importlib
+import importlib.metadata
 import logging
 import shutil
 from collections.abc import Callable, Sequence
@@ -147,6 +148,9 @@ def export(
         content, difference = convert(policy, name)
         contents[_file(name)] = content
         about["differences"][name] = difference
+    if "onnx" in formats:
+        for package in ("jax2onnx", "onnx", "onnxruntime"):
+            about["versions"][package] = importlib.metadata.version(package)
     about["files"] = {
         name: hashlib.sha256(content).hexdigest() for name, content in contents.items()
     }

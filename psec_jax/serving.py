@@ -184,7 +184,7 @@ class Acting:
     def warm(self) -> None:
         """Compile everything that `run` may call."""
         obs = np.asarray(self.policy.params.normaliser.mean, np.float32)
-        key, count = np.asarray(_key(0, 0)), 1
+        key, count = _key(0, 0), 1
         while count < 2 * self.batch:
             size = min(count, self.batch)
             self._act(np.stack([key] * size), np.stack([obs] * size))
@@ -234,8 +234,13 @@ class Acting:
 
 
 @jax.jit
-def _key(seed: Any, step: Any) -> Any:
+def _fold(seed: Any, step: Any) -> Any:
     return jax.random.key_data(jax.random.fold_in(jax.random.key(seed), step))
+
+
+def _key(seed: int, step: int) -> np.ndarray:
+    """The key of an action, fold_in(key(seed), step), as [2] numbers."""
+    return np.asarray(_fold(np.uint32(seed), np.uint32(step % 2**32)))
 
 
 class Connection:
@@ -265,7 +270,7 @@ class Connection:
             )
         obs = self.acting.policy.observations(obs)
         step = self.step
-        action = await self.acting.act(np.asarray(_key(self.seed, step)), obs)
+        action = await self.acting.act(_key(self.seed, step), obs)
         self.step += 1  # a refused observation uses no noise
         return {"action": encode(action), "step": step}
 

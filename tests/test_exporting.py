@@ -150,6 +150,7 @@ def test_the_command_and_its_consumers(made, tmp_path, name):
     about = json.loads((out / "policy.json").read_text())
     assert about["differences"][name] < 1e-5
     assert [skill["name"] for skill in about["skills"]] == ["walk", "run"]
+    assert ("onnxruntime" in about["versions"]) == (name == "onnx")
     assert about["gate"]["name"] == "linear" and about["units"] == "[-1, 1]"
 
     acting = compose(made, gate="linear")

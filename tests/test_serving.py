@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -101,13 +102,12 @@ def actions(connection, seed):
     return np.stack([numbers for numbers, _ in found])
 
 
-def test_actions_are_the_policys(made, served):
-    import jax
-
+@pytest.mark.parametrize("seed", [7, 2**32 - 1])
+def test_actions_are_the_policys(made, served, seed):
     acting = compose(made, gate="linear")
     with robot(served) as connection:
-        got = actions(connection, 7)
-    key = jax.random.key(7)
+        got = actions(connection, seed)
+    key = jax.random.key(seed)
     for step, obs in enumerate(OBS):
         expected = acting.act(jax.random.fold_in(key, step), obs)
         np.testing.assert_allclose(got[step], expected, atol=1e-6)
