@@ -36,9 +36,8 @@ from psec_jax import envs
 from psec_jax.cli import no_arguments
 from psec_jax.data import dataset, dsrl
 from psec_jax.errors import InputError, lookup
-from psec_jax.evaluation import Act
 from psec_jax.library import SkillLibrary
-from psec_jax.policy import compose, load_base, with_critics
+from psec_jax.policy import Policy, compose, load_base, with_critics
 from psec_jax.workflows import Job, estimates
 from psec_jax.workflows.demonstrations import (
     FIRST,
@@ -174,7 +173,7 @@ def make_fixed(cell: Cell) -> list[Made]:
     made = []
     for one in map(cell.of, cell.seeds):
         record = grid.tune(one, GRID, fixed, _safest(cell))
-        made.append(Made(fixed(one, record["alpha"]), record))
+        made.append(Made(fixed(one, record["alpha"]).act, record))
     return made
 
 
@@ -190,7 +189,7 @@ def make_fixed_offline(cell: Cell) -> list[Made]:
         )
         alpha = chosen["alpha"]
         record = {"alpha": alpha, "chosen": chosen}
-        made.append(Made(fixed(cell.of(seed), alpha), record))
+        made.append(Made(fixed(cell.of(seed), alpha).act, record))
     return made
 
 
@@ -206,9 +205,9 @@ def _key(seed: int) -> jax.Array:
     return jax.random.key(seed)
 
 
-def fixed(cell: Cell, weights: Sequence[float]) -> Act:
+def fixed(cell: Cell, weights: Sequence[float]) -> Policy:
     """Both skills with fixed weights."""
-    return compose(cell.library(cell.seed), GATED, alpha=weights).act
+    return compose(cell.library(cell.seed), GATED, alpha=weights)
 
 
 def _safest(cell: Cell) -> Any:

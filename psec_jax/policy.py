@@ -36,6 +36,7 @@ from psec_jax.library import SkillLibrary
 from psec_jax.lora import adapter_of, merge, stack_skills
 from psec_jax.networks.denoiser import NetworkConfig, init_base
 from psec_jax.process import ProcessConfig
+from psec_jax.runtime import platform
 from psec_jax.types import Normaliser, Params
 
 HUGE = 1e6  # observations beyond may be too much for float32 somewhere in a network
@@ -281,21 +282,23 @@ def _act_together(config, params, keys, obs):
     def one(params, keys, obs):
         return jax.vmap(functools.partial(act, config, params))(keys, obs)
 
+    if platform.current().unroll_skills:
+        return jax.lax.map(lambda each: one(*each), (params, keys, obs))
     return jax.vmap(one)(params, keys, obs)
 
 
 def alike(left: Policy, right: Policy) -> bool:
     """Whether the two can act in one call: the same config and shapes of arrays."""
-    same = tree.shapes(left.params) == tree.shapes(right.params)
-    return left.config == right.config and same
+    (mine, my_arrays), (its, its_arrays) = left._acting, right._acting
+    return mine == its and tree.shapes(my_arrays) == tree.shapes(its_arrays)
 
 
 def act_together(
     policies: Sequence[Policy],
 ) -> Callable[[Key[Array, "R B"], Float[Array | np.ndarray, "R B S"]], jax.Array]:
     """`act` of R policies that are `alike`, as one jitted call with R in front."""
-    params = tree.stack([policy.params for policy in policies])
-    return Partial(_act_together, policies[0].config, params)
+    params = tree.stack([policy._acting[1] for policy in policies])
+    return Partial(_act_together, policies[0]._acting[0], params)
 
 
 @functools.partial(jax.jit, static_argnums=0)

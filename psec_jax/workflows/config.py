@@ -183,6 +183,38 @@ class GateSection(GateForm, Budget):
 
 
 @dataclass(frozen=True)
+class AutoSection:
+    """How it is decided whether new demonstrations need a new skill.
+
+    Attributes:
+      ranks: of the new skills that are tried.
+      steps: of each trial.
+      held_out: share of the trajectories that the trials are compared on, 1 or more.
+      rows: the most transitions of those that are compared on.
+      draws: times and noises of each.
+      tolerance: the loss of what is chosen is at most 1 + this times the least.
+      coverage: share of the states that the demonstrations of what adds no skill reach.
+    """
+
+    ranks: tuple[int, ...] = (4, 16)
+    steps: int = 1000
+    held_out: float = 0.2
+    rows: int = 2048
+    draws: int = 8
+    tolerance: float = 0.1
+    coverage: float = 0.9
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "steps", "rows", "draws")
+        at_least(self, 0, "tolerance")
+        if not self.ranks or min(self.ranks) < 1:
+            raise InputError(f"ranks: got {self.ranks}, expected one or more of 1 up")
+        for name in ("held_out", "coverage"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name}: got {getattr(self, name)}, expected 0 to 1")
+
+
+@dataclass(frozen=True)
 class CriticSection(CriticConfig):
     """Form and training of critics, and how transitions are prepared for them.
 
@@ -322,6 +354,7 @@ class Job:
       skill: of skills.
       gate: of a gate.
       support: how a gate's support is fitted.
+      auto: of the decision between a new skill and those that are there.
       critics: of critics.
       fitted_q: how costs of policies are estimated from data.
       weights: how critics' advantages become weights.
@@ -341,6 +374,7 @@ class Job:
     skill: SkillSection = field(default_factory=SkillSection)
     gate: GateSection = field(default_factory=GateSection)
     support: SupportConfig = field(default_factory=SupportConfig)
+    auto: AutoSection = field(default_factory=AutoSection)
     critics: CriticSection = field(default_factory=CriticSection)
     fitted_q: FittedQConfig = field(default_factory=FittedQConfig)
     weights: WeightConfig = field(default_factory=WeightConfig)

@@ -69,6 +69,7 @@ class Request:
       critics: directory of a finished run, whose critics choose or train the weights.
       evaluate: roll the composition out.
       label: put before messages, such as "seed 3".
+      decision: why no skill is learned, for the card; see `auto`.
     """
 
     workdir: str | Path
@@ -85,6 +86,7 @@ class Request:
     critics: str | Path | None = None
     evaluate: bool = True
     label: str = ""
+    decision: Mapping[str, Any] | None = None
 
 
 def run(
@@ -234,7 +236,9 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
         env=env,
         evaluate=request.evaluate,
         label=request.label,
-        content=Content(fresh, form, section.level, demos, cards, guide),
+        content=Content(
+            fresh, form, section.level, demos, cards, guide, request.decision
+        ),
     )
 
 
@@ -269,6 +273,7 @@ class Content(NamedTuple):
       demos: the target's demonstrations.
       cards: of the skills.
       guide: critics, if any.
+      decision: of `auto`, if it was asked.
     """
 
     fresh: Callable[[], Fresh]
@@ -277,6 +282,7 @@ class Content(NamedTuple):
     demos: Demos
     cards: Sequence[Mapping[str, Any]]
     guide: Guide | None
+    decision: Mapping[str, Any] | None = None
 
 
 def publish(trained: Trained) -> Published:
@@ -303,7 +309,8 @@ def publish(trained: Trained) -> Published:
             "skill_fingerprints": plan.record["skill_fingerprints"],
             "config": trained.run.config,
             "versions": versions(),
-        },
+        }
+        | ({"decision": content.decision} if content.decision else {}),
         overwrite=True,
     )
     return Published({name: compose(plan.library, gate=name)})
@@ -492,6 +499,29 @@ def _skill_demos(
             )
         loaded.append(demos)
     return loaded
+
+
+def own_demos(
+    load: Load,
+    library: str | Path,
+    skills: Sequence[str],
+    paths: Sequence[str],
+    base_path: str | None,
+    named: str | None,
+) -> list[Demos]:
+    """The demonstrations of each skill and of the base, from files or collected again.
+
+    Raises:
+      InputError: a card that names none, or they are not those that it names.
+    """
+    opened = SkillLibrary.open(library)
+    cards = [opened.card("skill", name) for name in skills]
+    base = opened.card("base", "base")
+    box = box_of_card(base.get("actions"))
+    return [
+        *_skill_demos(load, box, cards, paths, named),
+        _card_demos(load, box, "base", base, base_path, "base_data", named),
+    ]
 
 
 def _card_demos(
