@@ -183,16 +183,22 @@ def will_do(job: Job, row: dict[str, Any]) -> bool:
     return known and row["times_least"] <= 1 + job.auto.tolerance
 
 
+def describe(row: dict[str, Any]) -> str:
+    """A candidate in words, such as "new skill of rank 4" or "gate walk run"."""
+    if row["rank"]:
+        return f"{row['kind']} of rank {row['rank']}"
+    return " ".join([row["kind"], *row["skills"]])
+
+
 def table_of(decision: dict[str, Any]) -> str:
     """The candidates as text, the chosen one marked."""
     rows = [("", "candidate", "loss", "times least", "coverage", "new numbers")]
     for row in decision["candidates"]:
-        what = f"new skill, rank {row['rank']}" if row["rank"] else row["kind"]
         known = row["coverage"]
         rows.append(
             (
                 "*" if row == decision["chosen"] else "",
-                " ".join([what, *row["skills"]]),
+                describe(row),
                 f"{row['loss']:.4g}",
                 f"{row['times_least']:.2f}",
                 "-" if known is None else f"{known:.2f}",
