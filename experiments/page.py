@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from psec_jax.errors import printable
 
 FOLDER = Path(__file__).parent
+LONG = 40  # letters of a cell that is wrapped
 
 
 class Html(str):
@@ -60,35 +61,46 @@ def joined(*children: object) -> Html:
     return Html("".join(map(escaped, children)))
 
 
-def table(
-    label: str,
-    rows: Sequence[Sequence[Any]],
-    *,
-    sortable: bool = False,
-    class_: str | None = None,
-) -> Html:
+def table(label: str, rows: Sequence[Sequence[Any]], class_: str = "sortable") -> Html:
     """A table that scrolls within its own box.
 
     Args:
       label: what it is, for those who do not see it.
       rows: of texts, markup or `Cell`; the first one is the head.
-      sortable: by clicks on the heads.
-      class_: of CSS.
+      class_: "sortable", by clicks on the heads, or another one of CSS.
     """
-    head = [
-        el("th", el("button", text, type="button") if sortable else text, scope="col")
-        for text in rows[0]
-    ]
+    cells = [[x if isinstance(x, Cell) else Cell(x) for x in row] for row in rows[1:]]
+    # Numbers are right-aligned with what is missing among them.
+    numbers = {
+        i for row in cells for i, cell in enumerate(row) if cell.value is not None
+    }
+    head = []
+    for i, text in enumerate(rows[0]):
+        inner = el("button", text, type="button") if class_ == "sortable" else text
+        head.append(el("th", inner, scope="col", class_=_classes(i in numbers)))
     body = [
-        el("tr", *(_cell(cell, i) for i, cell in enumerate(row))) for row in rows[1:]
+        el("tr", *(_cell(cell, i, i in numbers) for i, cell in enumerate(row)))
+        for row in cells
     ]
-    inner = el(
-        "table",
-        el("thead", el("tr", *head)),
-        el("tbody", *body),
-        class_=" ".join(filter(None, ["sortable" if sortable else "", class_])) or None,
+    thead, tbody = el("thead", el("tr", *head)), el("tbody", *body)
+    return scrolled(label, el("table", thead, tbody, class_=class_))
+
+
+def _cell(cell: Cell, column: int, number: bool) -> Html:
+    name, scope = ("td", None) if column else ("th", "row")
+    long = not isinstance(cell.content, Html) and len(str(cell.content)) > LONG
+    return el(
+        name,
+        cell.content,
+        scope=scope,
+        data_value=cell.value,
+        title=cell.title,
+        class_=_classes(number, long, cell.class_),
     )
-    return scrolled(label, inner)
+
+
+def _classes(number: bool, long: bool = False, more: str | None = None) -> str | None:
+    return " ".join(["number"] * number + ["long"] * long + [more] * bool(more)) or None
 
 
 def scrolled(label: str, content: Html, class_: str = "") -> Html:
@@ -97,12 +109,6 @@ def scrolled(label: str, content: Html, class_: str = "") -> Html:
     return el(
         "div", content, class_=class_, role="region", aria_label=label, tabindex=0
     )
-
-
-def _cell(cell: Any, column: int) -> Html:
-    content, value, title, class_ = cell if isinstance(cell, Cell) else Cell(cell)
-    name, scope = ("td", None) if column else ("th", "row")
-    return el(name, content, scope=scope, data_value=value, title=title, class_=class_)
 
 
 def page(title: str, body: Html, style: str = "") -> str:

@@ -15,7 +15,7 @@ the same page. The page loads nothing, and nothing of a card can run in it.
 """
 
 import base64
-import itertools
+import contextlib
 import json
 import re
 import sys
@@ -24,7 +24,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from absl import flags
 
 from experiments import (
@@ -41,7 +40,7 @@ from experiments import (
 from experiments.page import Cell, Html, el, joined, page, scrolled, table
 from experiments.tools.rollout import Trace, by_size, make_trace, write_video
 from psec_jax.analysis import LAYERS, MAPS
-from psec_jax.cards import form_text, is_number, list_of, none_or
+from psec_jax.cards import form_text, is_text, list_of
 from psec_jax.envs.gl import CannotDraw
 from psec_jax.envs.rendering import Renderer
 from psec_jax.envs.workers import WorkerDied
@@ -53,7 +52,7 @@ from psec_jax.policy import compose
 from psec_jax.workflows.demonstrations import card_env
 
 Card = Mapping[str, Any]
-Key = tuple[str, str]  # "base", "skill", "retired skill" or "gate", and a name
+Key = tuple[str, str]  # "base", "skill", "gate", "retired skill" ..., and a name
 
 
 # --- cards ----------------------------------------------------------------------------
@@ -70,9 +69,11 @@ def read(root: str | Path) -> tuple[SkillLibrary, dict[Key, Card], list[str]]:
     library.card("base", "base")
     cards, problems = {}, library.verify()
     retired = SkillLibrary(library.root / "removed")
+    aside = [("skill", name) for name in retired.skills()]
+    aside += [("gate", name) for name in retired.gates()]
     for source, kind, name, prefix in [
         *((library, *entry, "") for entry in library.entries()),
-        *((retired, "skill", name, "retired ") for name in retired.skills()),
+        *((retired, *entry, "retired ") for entry in aside),
     ]:
         try:
             card = source.card(kind, name)
@@ -114,7 +115,7 @@ def entries(cards: Mapping[Key, Card]) -> Html:
         )
         summary = el("summary", f"{kind} ", el("b", card["name"]))
         details.append(el("details", summary, el("div", value(card), id=target)))
-    shown = table("Base, skills and gates", rows, sortable=True)
+    shown = table("Base, skills and gates", rows)
     return joined(shown, el("h3", "Cards"), *details)
 
 
@@ -143,53 +144,66 @@ class Node(NamedTuple):
 
 def lineage(cards: Mapping[Key, Card]) -> Html:
     """Base, skills and gates in columns, with lines from what each was made of."""
-    base, skills = ("base", "base"), of_kind(cards, "skill", "retired skill")
-    row = {name: i for i, (_, name) in enumerate(skills)}
+    skills = of_kind(cards, "skill", "retired skill")
+    named = {name: (kind, name) for kind, name in reversed(skills)}
+    gates = of_kind(cards, "gate", "retired gate")
+    columns = {"base": [("base", "base")], "skills": skills, "gates": gates}
+    height = ROW * max(map(len, columns.values())) + 24
+    nodes: dict[Key, Node] = {}
+    heads, left = [], 1.0
 
-    def height_of(gate: Key) -> tuple[float, str]:
-        return float(np.mean([row.get(s, 0) for s in cards[gate]["skills"]])), gate[1]
+    def mean_height(gate: Key) -> tuple[float, str]:
+        found = [nodes[named[s]].y for s in cards[gate]["skills"] if s in named]
+        return sum(found) / max(len(found), 1), gate[1]
 
-    columns = [[base], skills, sorted(of_kind(cards, "gate"), key=height_of)]
-    height = ROW * max(map(len, columns)) + 24
-    nodes, left = {}, 1.0
-    for column, gap in zip(columns, (90, 150, 0), strict=True):
+    for (head, column), gap in zip(columns.items(), (90, 150, 0), strict=True):
         longest = max([len(str(cards[key]["name"])) for key in column], default=0)
         right = left + LETTER * min(max(longest, 6), LONGEST) + 20
         top = 24 + (height - 24 - ROW * len(column)) / 2
+        if column is gates:
+            column = sorted(column, key=mean_height)
         for i, key in enumerate(column):
             nodes[key] = Node(left, right, top + ROW * (i + 0.5))
+        heads.append(el("text", head, x=f"{left:.0f}", y=12))
         left = right + gap
-    width = left + 1
-    groups = [
-        el(
-            "g",
-            el("title", f"{called(*key)}: {form_text(cards[key])}"),
-            *(_line(nodes[source], node, how) for source, how in sources(key, cards)),
-            *_box(node, str(cards[key]["name"])),
-            class_=key[0],
+    groups = []
+    for key, node in nodes.items():
+        name, made_of = str(cards[key]["name"]), sources(key, cards[key], cards, named)
+        groups.append(
+            el(
+                "g",
+                el("title", f"{called(*key)}: {form_text(cards[key])}"),
+                *(_line(nodes[other], node, how) for other, how in made_of),
+                *_box(node, name),
+                class_=key[0],
+            )
         )
-        for key, node in nodes.items()
-    ]
-    counts = ", ".join(f"{len(column)}" for column in columns[1:])
-    label = f"Lines from the base to skills and from skills to gates ({counts})"
-    size = {"width": f"{width:.0f}", "height": height}
-    box = f"0 0 {width:.0f} {height}"
-    drawn = el("svg", *groups, **size, viewBox=box, role="img", aria_label=label)
+    drawn = el(
+        "svg",
+        *heads,
+        *groups,
+        width=f"{left + 1:.0f}",
+        height=height,
+        viewBox=f"0 0 {left + 1:.0f} {height}",
+        role="img",
+        aria_label=f"Lines from the base to {len(skills)} skills, and from skills to "
+        f"{len(gates)} gates over them",
+    )
     return scrolled("Lineage", drawn, "lineage")
 
 
-def sources(key: Key, cards: Mapping[Key, Card]) -> Iterator[tuple[Key, str]]:
+def sources(
+    key: Key, card: Card, cards: Mapping[Key, Card], skills: Mapping[str, Key]
+) -> Iterator[tuple[Key, str]]:
     """What an entry was made of, each with how: "made", "merged" or "replaced"."""
-    card = cards[key]
-    if key[0] in ("skill", "retired skill"):
+    if key[0].endswith("skill"):
         yield ("base", "base"), "made"
     merged = card.get("merged")
     names = merged.get("skills") if isinstance(merged, dict) else None
-    wanted = {"made": card.get("skills", []), "merged": names}
-    for how, found in wanted.items():
-        for kind, name in itertools.product(("skill", "retired skill"), found or []):
-            if isinstance(name, str) and (kind, name) in cards:
-                yield (kind, name), how
+    for how, found in (("made", card.get("skills")), ("merged", names)):
+        for name in found if list_of(is_text)(found) else ():
+            if name in skills:
+                yield skills[name], how
     for other in of_kind(cards, "retired skill"):
         if card.get("in_place_of") == cards[other]["fingerprint"]:
             yield other, "replaced"
@@ -250,7 +264,7 @@ def returns(folder: Path) -> Html:
         parts += [el("p", note, class_="note") for note in shown.notes()]
         if rows := tables.differences(shown.table, shown.raws):
             title = "Paired differences"
-            compared = table(title, tables.compared(rows, shown.digits), sortable=True)
+            compared = table(title, tables.compared(rows, shown.digits))
             note = el("p", tables.COMPARED, class_="note")
             parts.append(el("details", el("summary", title), note, compared))
     if not parts:
@@ -267,27 +281,17 @@ def _intervals(name: str, cells: Sequence[Sequence[str]]) -> Html:
         found = [SPREAD.search(text) for text in column]
         numbers = [float(x) for match in found if match for x in match.groups()]
         low, high = min([0.0, *numbers]), max([0.0, *numbers])
-        columns.append(
-            [
-                _interval(text, match, low, (high - low) or 1.0)
-                if match
-                else _cell(text)
-                for text, match in zip(column, found, strict=True)
-            ]
-        )
-    rows = [cells[0], *zip(*columns, strict=True)]
-    return table(f"Table {name}", rows, sortable=True)
+        shown = zip(column, found, strict=True)
+        columns.append([_number(*cell, low, (high - low) or 1.0) for cell in shown])
+    return table(f"Table {name}", [cells[0], *zip(*columns, strict=True)])
 
 
-def _cell(text: str) -> Any:
-    number = text.partition(" ")[0]
-    try:
-        return Cell(text, float(number))
-    except ValueError:
+def _number(text: str, match: re.Match[str] | None, low: float, span: float) -> Any:
+    if match is None:
+        first = text.partition(" ")[0]
+        with contextlib.suppress(ValueError):
+            return Cell(text, float(first))
         return text
-
-
-def _interval(text: str, match: re.Match[str], low: float, span: float) -> Cell:
     mean, start, end = map(float, match.groups())
     bar = el(
         "svg",
@@ -394,6 +398,7 @@ def episodes(
             episode = episode._replace(video=b"")
         used += len(episode.video)
         figures.append(figure(episode))
+        print(f"gate {gate}: one episode in {episode.env}")
     return figures, used
 
 
@@ -406,9 +411,8 @@ def figure(episode: Episode) -> Html:
     said += successes(trace.success if len(trace.success) else None)
     parts = [el("h3", episode.gate), el("p", f"{episode.env}: {said}")]
     if episode.video:
-        source = Html(
-            f"data:video/mp4;base64,{base64.b64encode(episode.video).decode()}"
-        )
+        content = base64.b64encode(episode.video).decode()
+        source = Html(f"data:video/mp4;base64,{content}")
         label = f"Video of the gate {episode.gate} in {episode.env}"
         size = {"width": WIDTH, "height": HEIGHT, "controls": "", "playsinline": ""}
         parts.append(el("video", src=source, aria_label=label, **size))
@@ -422,37 +426,33 @@ def _weights(episode: Episode) -> Html:
     named, others = by_size(alpha)
     low, high = min(0.0, alpha.min()), max(0.0, alpha.max())
     margin = 0.04 * ((high - low) or 1.0)
-    last = max(len(alpha) - 1, 1)
-    lines = [
-        el(
-            "polyline",
-            points=" ".join(f"{i},{a:.5g}" for i, a in enumerate(alpha[:, k])),
-            class_=f"c{i}",
-        )
-        for i, k in [*(("x", k) for k in others), *enumerate(named)]
-    ]
+    top, bottom = high + margin, low - margin
+    order = [*others, *named]
+    looks = ["cx"] * len(others) + [f"c{i}" for i in range(len(named))]
+    lines, legend = [], []
+    for line, (k, look) in enumerate(zip(order, looks, strict=True)):
+        points = " ".join(f"{t},{x:.5g}" for t, x in enumerate(alpha[:, k]))
+        lines.append(el("polyline", points=points, class_=look))
+        if look != "cx":
+            number = el("span", data_line=line)
+            legend.append(el("li", el("b", names[k]), " ", number, class_=look))
+    if len(others):
+        legend.append(el("li", f"{len(others)} others", class_="cx"))
     drawn = el(
         "svg",
-        el("line", x1=0, x2=last, y1=0, y2=0, class_="zero"),
-        *lines,
-        el("line", x1=0, x2=0, y1=low - margin, y2=high + margin, class_="cursor"),
-        viewBox=f"0 {low - margin:.6g} {last} {high - low + 2 * margin:.6g}",
+        el(
+            "g",
+            el("line", x1=0, x2=len(alpha), y1=0, y2=0),
+            *lines,
+            el("line", x1=0, x2=0, y1=bottom, y2=top, class_="cursor"),
+            transform="scale(1 -1)",  # upwards, in units of steps and weights
+        ),
+        viewBox=f"0 {-top:.6g} {max(len(alpha) - 1, 1)} {top - bottom:.6g}",
         preserveAspectRatio="none",
         role="img",
         aria_label=f"Weights of {len(names)} skills over {len(alpha)} steps, from "
         f"{low:.3g} to {high:.3g}",
     )
-    legend = [
-        el(
-            "li",
-            el("b", names[k]),
-            " ",
-            el("span", data_line=len(others) + i),
-            class_=f"c{i}",
-        )
-        for i, k in enumerate(named)
-    ]
-    legend += [el("li", f"{len(others)} others", class_="cx")] * bool(len(others))
     return el(
         "div",
         el("span", f"{high:.3g}", class_="high"),
@@ -489,66 +489,43 @@ def relations(path: Path, cards: Mapping[Key, Card]) -> Html:
       InputError: no analysis, or one of other skills.
     """
     found = read_json(path)
-    names = _analysed(path, found, cards)
-    size = len(names)
-    rows: list[Sequence[Any]] = [("skill", "error without it", "suggestion")]
-    left, suggestions = found.get("left"), found.get("suggestions")
-    _matrix(path, "left", [left], 1, size)
-    for name, error in zip(names, left, strict=True):
-        said = suggestions.get(name, "-") if isinstance(suggestions, dict) else "-"
-        rows.append((name, Cell(f"{error:.3g}", error), said))
-    parts = [table("Suggestions", rows, sortable=True)]
-    for field, (title, limits) in MAPS.items():
-        if found.get(field) is not None:
-            matrix = _matrix(path, field, found[field], size, size)
-            parts.append(_map(title, limits, names, names, matrix))
-    pairs = [(i, j) for i in range(size) for j in range(i)]
-    layers = found.get("layers")
-    if isinstance(layers, dict) and layers:
-        cosines = [
-            _matrix(
-                path,
-                f"layers {name}",
-                one.get("cosine") if isinstance(one, dict) else None,
-                size,
-                size,
-            )
-            for name, one in layers.items()
-        ]
-        columns = [f"{names[j]}, {names[i]}" for i, j in pairs]
-        matrix = [[cosine[i][j] for i, j in pairs] for cosine in cosines]
-        parts.append(_map(*LAYERS, list(layers), columns, matrix))
-    note = "Numbers of `launch.library analyse`; docs/library.md says what they are."
-    return joined(el("p", note, class_="note"), *parts)
-
-
-def _analysed(
-    path: Path, found: Mapping[str, Any], cards: Mapping[Key, Card]
-) -> list[str]:
-    """Names of the skills that were analysed, which are those of the library."""
     try:
-        names = found["skills"]
-        made_of = dict(zip(names, found["made_of"]["skill_fingerprints"], strict=True))
-    except (KeyError, TypeError, ValueError) as error:
+        return _relations(found, cards)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not an analysis ({error!r:.80})") from error
+
+
+def _relations(found: Mapping[str, Any], cards: Mapping[Key, Card]) -> Html:
+    names = found["skills"]
     skills = of_kind(cards, "retired skill", "skill")
     prints = {name: cards[kind, name]["fingerprint"] for kind, name in skills}
-    for name, then in made_of.items():
+    for name, then in zip(names, found["made_of"]["skill_fingerprints"], strict=True):
         if prints.get(name) != then:
             raise InputError(
-                f"{path}: skill {name!r:.80} was {then!r:.40} then and is "
-                f"{prints.get(name)} now; analyse the library again"
+                f"skill {name!r:.80} was {then!r:.40} then and is {prints.get(name)} "
+                "now; analyse the library again"
             )
-    return list(names)
-
-
-def _matrix(
-    path: Path, name: str, found: Any, rows: int, columns: int
-) -> list[list[Any]]:
-    numbers = list_of(list_of(none_or(is_number)))(found)
-    if not numbers or [len(row) for row in found] != [columns] * rows:
-        raise InputError(f"{path}: {name} is no table of {rows} x {columns} numbers")
-    return found
+    rows: list[Sequence[Any]] = [("skill", "error without it", "suggestion")]
+    for name, error in zip(names, found["left"], strict=True):
+        rows.append((name, Cell(f"{error:.3g}", error), found["suggestions"][name]))
+    maps = [
+        _map(title, limits, names, names, found[field])
+        for field, (title, limits) in MAPS.items()
+        if found[field] is not None
+    ]
+    pairs = [(i, j) for i in range(len(names)) for j in range(i)]
+    layers = {name: one["cosine"] for name, one in found["layers"].items()}
+    cosines = [[cosine[i][j] for i, j in pairs] for cosine in layers.values()]
+    columns = [f"{names[j]}, {names[i]}" for i, j in pairs]
+    maps.append(_map(*LAYERS, list(layers), columns, cosines))
+    note = "Numbers of launch.library analyse; docs/library.md says what they are."
+    return joined(
+        el("p", note, class_="note"),
+        table("Suggestions", rows),
+        el("div", *maps, class_="maps"),
+    )
 
 
 def _map(
@@ -565,16 +542,12 @@ def _map(
         class_ = f"{'more' if x > 0 else 'less'}{shade}" if shade else None
         return Cell(f"{x:.2f}", title=f"{row}, {column}: {x:.4f}", class_=class_)
 
-    head = ["", *(el("span", column) for column in columns)]
-    body = [
-        (
-            row,
-            *(cell(row, column, x) for column, x in zip(columns, numbers, strict=True)),
-        )
-        for row, numbers in zip(rows, matrix, strict=True)
-    ]
+    body: list[Sequence[Any]] = [["", *(el("span", column) for column in columns)]]
+    for row, numbers in zip(rows, matrix, strict=True):
+        found = zip(columns, numbers, strict=True)
+        body.append([row, *(cell(row, column, x) for column, x in found)])
     heading = f"{title} ({limits[0]} to {limits[1]})"
-    return joined(el("h3", heading), table(title, [head, *body], class_="heat"))
+    return el("div", el("h3", heading), table(title, body, "heat"))
 
 
 # --- provenance -----------------------------------------------------------------------
@@ -608,7 +581,7 @@ def provenance(cards: Mapping[Key, Card]) -> Html:
         for (source, fingerprint, *counts), names in data.items():
             numbers = [Cell(f"{count:,}", count) for count in counts]
             rows.append((source, el("code", fingerprint), *numbers, ", ".join(names)))
-        parts += [el("h3", "Data"), table("Data", rows, sortable=True)]
+        parts += [el("h3", "Data"), table("Data", rows)]
     commands, without = reproduce.commands(cards)
     lines = []
     for command, keys in commands.items():
@@ -669,11 +642,10 @@ def build(
         )
         sections["Episodes"] = joined(el("p", note, class_="note"), *figures)
     sections["Provenance"] = provenance(cards)
-    title = f"Skill library {opened.root.resolve().name}"
-    counts = [
-        f"{len(of_kind(cards, kind))} {kind}s"
-        for kind in ("skill", "retired skill", "gate")
-    ]
+    base = cards["base", "base"]["name"]
+    kinds = ("skill", "gate", "retired skill", "retired gate")
+    found = {kind: len(of_kind(cards, kind)) for kind in kinds}
+    counts = [f"{n} {kind}{'s' * (n > 1)}" for kind, n in found.items() if n]
     size = sum(card["bytes"] for card in cards.values())
     state = "every file matches its hash" if not problems else "something is wrong"
     ids = {heading: heading.lower().replace(" ", "-") for heading in sections}
@@ -681,8 +653,9 @@ def build(
     body = joined(
         el(
             "header",
-            el("h1", title),
-            el("p", f"{', '.join(counts)}; {size:,} bytes of arrays; {state}."),
+            el("h1", "Skill library"),
+            el("p", el("code", library), f": {', '.join([f'base {base}', *counts])}"),
+            el("p", f"{size:,} bytes of arrays; {state}.", class_="note"),
             *(el("p", problem, class_="problem") for problem in problems),
             el("nav", *links, aria_label="Sections"),
         ),
@@ -694,7 +667,7 @@ def build(
             ),
         ),
     )
-    return page(title, body, STYLE)
+    return page(f"Skill library {library}", body, STYLE)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -266,9 +266,8 @@ def _supports(
     share = SUPPORTS[form.support]
     if share is None:
         raise InputError(f"gate {gate!r} has no support to compare skills by")
-    found = np.asarray(
-        jax.jit(jax.vmap(lambda row: share(params["support"], row)))(obs)
-    )
+    shares = jax.jit(jax.vmap(share, (None, 0)))
+    found = np.asarray(shares(params["support"], obs))
     return dict(zip(card["skills"], found.T, strict=True))
 
 
