@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from psec_jax.errors import printable
 
 FOLDER = Path(__file__).parent
-LONG = 40  # letters of a cell that is wrapped
+LONG = 48  # letters of a cell that is wrapped
 
 
 class Html(str):

@@ -62,11 +62,12 @@ def read(root: str | Path) -> tuple[SkillLibrary, dict[Key, Card], list[str]]:
     """A library, its cards with "bytes" of arrays, and what is wrong, a line each.
 
     Raises:
-      InputError: no library, or a damaged card of the base. Other damaged cards are
-        among what is wrong.
+      InputError: no library, or a base without card or arrays. Other entries without
+        are among what is wrong.
     """
     library = SkillLibrary.open(root)
-    library.card("base", "base")
+    for needed in (library.card, library.size):
+        needed("base", "base")
     cards, problems = {}, library.verify()
     retired = SkillLibrary(library.root / "removed")
     aside = [("skill", name) for name in retired.skills()]
@@ -116,7 +117,7 @@ def entries(cards: Mapping[Key, Card]) -> Html:
         summary = el("summary", f"{kind} ", el("b", card["name"]))
         details.append(el("details", summary, el("div", value(card), id=target)))
     shown = table("Base, skills and gates", rows)
-    return joined(shown, el("h3", "Cards"), *details)
+    return joined(shown, el("h3", "Cards"), el("div", *details, class_="cards"))
 
 
 def value(x: Any) -> Html:
@@ -126,7 +127,7 @@ def value(x: Any) -> Html:
         return el("dl", *pairs)
     if isinstance(x, list) and any(isinstance(one, dict) for one in x):
         return el("ol", *(el("li", value(one)) for one in x))
-    return joined("-" if x is None or x == {} else str(x))
+    return joined(x if isinstance(x, str) else json.dumps(x, ensure_ascii=False))
 
 
 # --- lineage --------------------------------------------------------------------------
@@ -654,7 +655,7 @@ def build(
         el(
             "header",
             el("h1", "Skill library"),
-            el("p", el("code", library), f": {', '.join([f'base {base}', *counts])}"),
+            el("p", el("code", library), f": base “{base}”, {', '.join(counts)}"),
             el("p", f"{size:,} bytes of arrays; {state}.", class_="note"),
             *(el("p", problem, class_="problem") for problem in problems),
             el("nav", *links, aria_label="Sections"),

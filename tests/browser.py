@@ -1,6 +1,5 @@
 """A headless Chromium for tests, driven by its DevTools protocol."""
 
-import base64
 import contextlib
 import json
 import shutil
@@ -57,6 +56,7 @@ class Tab:
             deviceScaleFactor=1,
             mobile=False,
         )
+        self.call("Emulation.setScrollbarsHidden", hidden=True)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url=page.resolve().as_uri())
@@ -82,11 +82,6 @@ class Tab:
         text = {"text": "\r"} if key == "Enter" else {}
         self.call("Input.dispatchKeyEvent", type="keyDown", **fields, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", **fields)
-
-    def screenshot(self, path: Path, whole: bool = True) -> None:
-        """Writes a PNG of the window, or of the whole page."""
-        answer = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(answer["data"]))
 
 
 @contextlib.contextmanager

@@ -448,7 +448,7 @@ def tab():
         yield opened
 
 
-OVERFLOW = "document.documentElement.scrollWidth - innerWidth"
+OVERFLOW = "document.documentElement.scrollWidth - innerWidth"  # no scroll bars
 ROWS = "[...document.querySelectorAll('#entries tbody tr')]"
 FIRST = ROWS + ".map(row => row.cells[{}].innerText)"
 
