@@ -616,10 +616,9 @@ def build(
       results: directory of raw results, whose tables are shown.
       analysis: directory where `launch.library analyse` has written.
       gates: names of gates that play an episode; None is all.
-      seed: of initial states and the policies' noise, as in `launch.evaluate`.
+      seed: of initial states and the policies' noise.
       videos: film the episodes, where this machine can draw.
-      video_bytes: of all videos in the page at most; one that does not fit is left out,
-        and the page says so.
+      video_bytes: of all videos in the page at most.
 
     Raises:
       InputError: something that is missing, damaged, or of another library.
@@ -692,6 +691,20 @@ if __name__ == "__main__":
         "out": flags.DEFINE_string("out", "report.html", "The page."),
         "gates": flags.DEFINE_list(
             "gates", None, "Gates that play an episode; default all."
+        ),
+        "seed": flags.DEFINE_integer(
+            "seed",
+            10_000,
+            "Of initial states and the policies' noise, as in launch.evaluate.",
+            0,
+            2**32 - 1,
+        ),
+        "video_bytes": flags.DEFINE_integer(
+            "video_bytes",
+            24_000_000,
+            "Of all videos in the page at most; one that does not fit is left out, and "
+            "the page says so.",
+            0,
         ),
     }
     FLAGS = flags_of(build, defined, library="runs/library")

@@ -412,7 +412,8 @@ BAD = {
     ),
     "no folder": ("--out=nowhere/page.html", "there is no folder nowhere"),
     "a folder": ("--out=lib", "--out=lib: is a folder"),
-    "a seed": ("--seed=x", "seed"),
+    "a seed": ("--seed=-1", "flag --seed=-1"),
+    "bytes": ("--video_bytes=-1", "flag --video_bytes=-1"),
     "an argument": ("walk", "unexpected argument 'walk'"),
 }
 
