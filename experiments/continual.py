@@ -547,8 +547,8 @@ NOTE = (
 )
 
 
-def write_table(table: Table, folder: Path) -> str:
-    """NAME.md, .csv and .json, and the figures, from the raw results alone."""
+def shown(table: Table, folder: Path) -> tables.Shown:
+    """The table of the raw results of a folder."""
     raws = results.read_all(table.path(folder))
     summary = tables.summarise(table, raws)
     [name] = table.settings
@@ -562,8 +562,15 @@ def write_table(table: Table, folder: Path) -> str:
         entry |= _transfer(
             [(r, scratch[r["seed"]]) for r in mine if r["seed"] in scratch]
         )
-    text = tables.write(table, folder, raws, NOTE, summary=summary, digits=2)
-    drawn = {m: [r for r in raws if r["method"] == m] for m in summary.get(name, {})}
+    return tables.Shown(table, raws, NOTE, summary, table.name, digits=2)
+
+
+def write_table(table: Table, folder: Path) -> str:
+    """NAME.md, .csv and .json, and the figures, from the raw results alone."""
+    made = shown(table, folder)
+    text, [name] = tables.write(made, folder), table.settings
+    methods = made.summary.get(name, {})
+    drawn = {m: [r for r in made.raws if r["method"] == m] for m in methods}
     draw(table, folder, drawn)
     return text
 

@@ -443,12 +443,8 @@ def over_tasks(summary: Mapping[str, Any], scores: tables.Scores) -> dict[str, A
     return {method: rows[method] for method in METHODS if method in rows}
 
 
-def write_table(folder: Path, suite: str, limit: float | None = None) -> str:
-    """table1_SUITE.md, .csv and .json from the raw results alone.
-
-    With a `limit` costs are reported by it, not by the one that was learned with, and
-    the files are table1_SUITE_limitX.
-    """
+def shown(folder: Path, suite: str, limit: float | None = None) -> tables.Shown:
+    """The table of a suite's raw results in a folder; arguments of `write_table`."""
     raws = results.read_all(TABLE.path(folder))
     raws = [raw for raw in raws if raw["setting"] in SUITES[suite]]
     if not raws:
@@ -476,7 +472,16 @@ def write_table(folder: Path, suite: str, limit: float | None = None) -> str:
         "/ cost. Cost limit "
         f"{limits}. Data: {' and '.join(sources)}.{tables.untried(raws)}"
     )
-    return tables.write(table, folder, raws, note, summary=summary, name=name, digits=2)
+    return tables.Shown(table, raws, note, summary, name, digits=2)
+
+
+def write_table(folder: Path, suite: str, limit: float | None = None) -> str:
+    """table1_SUITE.md, .csv and .json from the raw results alone.
+
+    With a `limit` costs are reported by it, not by the one that was learned with, and
+    the files are table1_SUITE_limitX.
+    """
+    return tables.write(shown(folder, suite, limit), folder)
 
 
 def main(argv: Sequence[str]) -> None:

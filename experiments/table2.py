@@ -252,15 +252,20 @@ TABLE = Table(
 )
 
 
-def write_table(folder: Path) -> str:
-    """table2.md, .csv and .json from the raw results alone."""
+def shown(folder: Path) -> tables.Shown:
+    """The table of the raw results of a folder."""
     raws = results.read_all(TABLE.path(folder))
     note = (
         f"{tables.INTERVALS}; IQM: interquartile mean; falls: episodes below "
         f"{FALL:.0f}. 10 demonstrations a skill. Paper: 5 seeds, 10 episodes. Rows "
         f"Base, fixed and Support: see docs/methods.md.{tables.untried(raws)}"
     )
-    return tables.write(TABLE, folder, raws, note)
+    return tables.Shown(TABLE, raws, note, tables.summarise(TABLE, raws), TABLE.name)
+
+
+def write_table(folder: Path) -> str:
+    """table2.md, .csv and .json from the raw results alone."""
+    return tables.write(shown(folder), folder)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -185,6 +185,19 @@ def check_card(source: str, kind: str, name: str, card: Mapping[str, Any]) -> No
         )
 
 
+def form_text(card: Mapping[str, Any]) -> str:
+    """The form of a checked card's base, skill or gate in a few words."""
+    if card["kind"] == "base":
+        return f"obs {card['obs_dim']}, action {card['action_dim']}"
+    if card["kind"] == "skill":
+        return f"{card['adapter']} rank {card['rank']}, alpha {card['alpha']:g}"
+    form = f"{card['gate'].get('head', 'linear')} gate over {', '.join(card['skills'])}"
+    support = card["gate"].get("support", "none")
+    if support != "none":
+        form += f", {support} support"
+    return f"{form}, {card['level']} level"
+
+
 def shortened(value: Any) -> str:
     """A value in a message, cut where it is long."""
     text = repr(value)

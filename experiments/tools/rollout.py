@@ -229,6 +229,12 @@ class Panel:
         return image
 
 
+def by_size(alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Columns of weights [N, M]: the `NAMED` largest in their order, and the others."""
+    largest = np.argsort(-np.abs(alpha).mean(0), kind="stable")
+    return np.sort(largest[:NAMED]), largest[NAMED:]
+
+
 def _plot_alpha(
     reward_axes: Any, time: np.ndarray, alpha: np.ndarray, names: Sequence[str]
 ) -> list[Any]:
@@ -245,9 +251,7 @@ def _plot_alpha(
     low, high = min(0.0, alpha.min()), max(0.0, alpha.max())
     margin = 0.05 * max(high - low, 1e-3)
     axes.set_ylim(low - margin, high + margin)
-    largest = np.argsort(-np.abs(alpha).mean(0), kind="stable")
-    named = np.sort(largest[:NAMED])
-    others = largest[NAMED:]
+    named, others = by_size(alpha)
     lines = axes.plot(time, alpha[:, others], color="0.8", lw=0.5)
     for line, number in zip(lines, range(len(others)), strict=True):
         line.set_label(f"_{number}" if number else f"{len(others)} others")
