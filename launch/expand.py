@@ -71,7 +71,7 @@ AUTO = flags.DEFINE_bool(
     "auto", False, "Add a skill only if those in the library cannot do it."
 )
 SKILLS = flags.DEFINE_list(
-    "skills", [], "auto: names of skills to do without; default all of the library."
+    "skills", None, "auto: names of skills to do without; default all of the library."
 )
 SUPPORT_DATA = flags.DEFINE_list(
     "support_data",

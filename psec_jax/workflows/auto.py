@@ -43,13 +43,13 @@ class Request(skill.Request):
     """A skill to be learned, if one is needed.
 
     Attributes:
-      skills: names of those to do without it; none are all of the library.
+      skills: names of those to do without it; None are all of the library.
       support_data: demonstrations of each of them; default collects again what their
         cards name.
       base_data: the base's demonstrations; default as of the skills.
     """
 
-    skills: Sequence[str] = ()
+    skills: Sequence[str] | None = None
     support_data: Sequence[str] = ()
     base_data: str | None = None
 
@@ -120,7 +120,7 @@ def decide(job: Job, request: Request) -> dict[str, Any]:
     """
     _check(job, request)
     load = loader(job.data)
-    names = tuple(request.skills) or tuple(SkillLibrary.open(request.library).skills())
+    names = _names(request)
     paths = request.support_data
     if paths and len(paths) != len(names):
         raise InputError(
@@ -352,10 +352,15 @@ def _some(ds: Dataset) -> Dataset:
     return dataset.take(ds, spaced)
 
 
+def _names(request: Request) -> tuple[str, ...]:
+    if request.skills is not None:
+        return tuple(request.skills)
+    return tuple(SkillLibrary.open(request.library).skills())
+
+
 def _of_chosen(request: Request, skills: Sequence[str]) -> list[str]:
     """The support data of these skills, in their order."""
     if not request.support_data:
         return []
-    names = request.skills or SkillLibrary.open(request.library).skills()
-    paths = dict(zip(names, request.support_data, strict=True))
+    paths = dict(zip(_names(request), request.support_data, strict=True))
     return [paths[name] for name in skills]
