@@ -308,10 +308,10 @@ def grow_head(
 ) -> Params:
     """A trained head with more weights, behind those that it has.
 
-    The weights it has stay as they are: to the bit those of a linear head, where the
-    new ones are 0, and to float32's precision those of bounded heads, where a new
-    share is at most `LOWEST_SHARE` on the states, so that it passes a gradient on.
-    Weights that a "topk" or "topp" head does not keep are 0.
+    The weights it has stay as they are, to the rounding of a matrix product. The new
+    ones are 0 in a linear head. A new share of a bounded head is at most `LOWEST_SHARE`
+    on the states, too little for float32 to see beside the others, and passes a
+    gradient on; where "topk" or "topp" do not keep it, its weight is 0.
 
     Args:
       config: the form, of both.
@@ -322,6 +322,7 @@ def grow_head(
     """
     rows, count = max(config.layers, 1), start.shape[-1]
     bounded = config.head in BOUNDED_HEADS
+    params = jax.tree.map(jnp.asarray, params)
     mlp = params["mlp"] if bounded else params
     output = mlp["output"]
     kept = output["bias"].shape[-1] // rows

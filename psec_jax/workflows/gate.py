@@ -224,7 +224,7 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
             fitted["tau"] = fitted["tau"].at[-1].set(support.EVERYWHERE)
         gate = init_gate(form, init_key, len(normaliser.mean), start, fitted)
         if older is not None:
-            states = jnp.asarray(normaliser(demos.dataset.obs))
+            states = normaliser(demos.dataset.obs)
             gate["head"] = grow_head(form, older.params["head"], start, states)
         if guide is None:
             return Fresh(gate, params._replace(gate=gate))
@@ -358,7 +358,7 @@ def publish(trained: Trained) -> Published:
 
 
 def load_of(
-    form: GateConfig, gate: Params, obs: np.ndarray, skills: Sequence[str]
+    form: GateConfig, gate: Params, obs: jax.Array, skills: Sequence[str]
 ) -> dict[str, Any]:
     """How many skills a gate keeps active on states, and which.
 
@@ -380,7 +380,7 @@ def load_of(
         return jax.lax.map(one, obs, batch_size=LOAD_BATCH)
 
     names = (*(("base",) if form.base_member else ()), *skills)
-    alpha = np.asarray(weigh(gate, jnp.asarray(obs))).reshape(-1, len(names))
+    alpha = np.asarray(weigh(gate, obs)).reshape(-1, len(names))
     active = (alpha != 0).mean(axis=0)
     means = alpha.mean(axis=0)
     return {
