@@ -96,8 +96,9 @@ START = flags.DEFINE_string(
     "start",
     None,
     "Name of a gate of the library over the first of the skills, in their order, which "
-    "is trained on over all of them: a new skill has weight 0 at first. With a support "
-    "those of the first skills are kept; default starts afresh.",
+    "is trained on over all of them: a new skill's weight is 0 at first, or too small "
+    "to change anything. With a support those of the first skills are kept; default "
+    "starts afresh.",
 )
 
 

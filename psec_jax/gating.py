@@ -71,7 +71,7 @@ class GateForm:
             if getattr(self, field) != _DEFAULTS[field] and self.head not in heads:
                 raise InputError(
                     f"{field}: got {getattr(self, field)} with the head {self.head!r}, "
-                    f"expected {_DEFAULTS[field]}; {', '.join(heads)} alone reads it"
+                    f"expected {_DEFAULTS[field]}: it is of {', '.join(heads)} alone"
                 )
 
 
