@@ -19,7 +19,6 @@ from shell import call
 
 from experiments import grid, results, table2
 from experiments.configs.dmc_walker import get_config
-from launch.compose import load_table
 from psec_jax import tree
 from psec_jax.data import d4rl, dataset
 from psec_jax.errors import InputError, Stopped
@@ -254,9 +253,15 @@ def test_the_load_of_a_gate_is_reported(library, walk, head, per_layer):
         assert one["weight"] == pytest.approx(np.mean(alpha[:, k]), rel=1e-4)
     assert load["active"] == pytest.approx(np.mean((alpha != 0).sum(1)))
     assert head == "topp" or load["active"] == 1
-    printed = load_table(load).splitlines()
-    assert printed[0].startswith(f"active on the {len(obs)} states of the")
-    assert [line.split()[0] for line in printed[1:]] == ["weight", "walk", "run"]
+    # The finished run says it again.
+    flags = (f"--config.{field}={value}" for field, value in form)
+    flags = (*FLAGS, *flags, "--library=lib", f"--workdir=lib_{name}", "--noevaluate")
+    flags += (f"--name={name}", "--skills=walk,run", f"--env={SKILL}", f"--data={walk}")
+    quick = "--config=experiments/configs/dmc_walker.py:quick"
+    printed = done("launch.compose", quick, *flags).splitlines()
+    assert printed[1].startswith(f"active on the {len(obs)} states of the")
+    assert f"{load['active']:.2f} of 2 weights" in printed[1]
+    assert [line.split()[0] for line in printed[2:]] == ["weight", "walk", "run"]
 
 
 @pytest.mark.parametrize("head", ["linear", "constant"])
