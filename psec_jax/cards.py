@@ -135,6 +135,8 @@ _OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
     "returns": (none_or(_returns), "an object with a finite mean"),
     "data": (none_or(_data), "source, fingerprint, transitions and trajectories"),
     "actions": (none_or(_actions), "an object with the bounds low and high"),
+    "start": (none_or(is_object), "an object"),
+    "load": (none_or(is_object), "an object"),
     "config": (none_or(is_object), "an object"),
     "versions": (none_or(is_object), "an object"),
 }

@@ -131,6 +131,8 @@ class GateSection(GateForm, Budget):
       level: a key of `composition.LEVELS`.
       loss: a key of `agents.gate.GATE_LOSSES`, or "auto": diffusion at the parameter
         level, cloning at the others, as in the paper and its code.
+      per_layer: every layer of the network has weights of its own, at the parameter
+        level; by default all layers have the same.
       compat: "paper", or "released" for the authors' regulariser.
       start: weights the head starts from; see `gate.start_weights`.
       alphas: the weights that critics choose among, one for each skill; none are all
@@ -144,6 +146,7 @@ class GateSection(GateForm, Budget):
 
     level: str = "parameter"
     loss: str = "auto"
+    per_layer: bool = False
     compat: str = "paper"
     start: str = "strength"
     fallback: str = ""
@@ -157,6 +160,12 @@ class GateSection(GateForm, Budget):
         lookup(LEVELS, self.level, "level")
         lookup({"auto": None} | GATE_LOSSES, self.loss, "loss")
         lookup(dict.fromkeys(GATE_STARTS), self.start, "start")
+        if self.per_layer and (self.level != "parameter" or self.head == "select"):
+            raise InputError(
+                f"per_layer: got True with the head {self.head!r} at the {self.level} "
+                "level; layers have weights of their own at the parameter level alone, "
+                "and not with the head 'select'"
+            )
         if self.guided and self.loss != "auto" and self.head in UNTRAINED_HEADS:
             raise InputError(
                 f"loss: got {self.loss!r} with the head {self.head!r}, which is not "
