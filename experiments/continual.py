@@ -39,7 +39,7 @@ from psec_jax.errors import InputError
 from psec_jax.evaluation import environments, episode_fields, evaluate
 from psec_jax.library import SkillLibrary
 from psec_jax.policy import Policy, compose, load_base
-from psec_jax.workflows import Job
+from psec_jax.workflows import Job, auto
 from psec_jax.workflows.demonstrations import load_demos
 
 RUNS = "runs/continual"
@@ -280,6 +280,53 @@ def make_one_gate(form: str, cell: Cell) -> list[Learned]:
     return learner.result(policy, [*_skills(learner), ("library", "gate", names[-1])])
 
 
+def make_expand_or_compose(cell: Cell) -> list[Learned]:
+    """For each task, which is known, the least that does it: `workflows.auto`."""
+    learner = Learner(cell)
+    added: dict[int, dict[str, str | None]] = {}
+    for seed in cell.seeds:
+        library = cell.library(seed, "auto")
+        base = SkillLibrary.open(cell.library(seed)).load_base()
+        SkillLibrary.create(library).add_base(*base, overwrite=True)
+        kinds = added[seed] = {}
+        for task in learner.sequence.until(len(learner.tasks)):
+            known = [name for name, kind in kinds.items() if kind == "skill"]
+            result = auto.run(
+                cell.job,
+                auto.Request(
+                    workdir=cell.workdir(seed, f"auto-{task.name}"),
+                    library=library,
+                    name=task.name,
+                    seed=seed,
+                    env=task.env,
+                    data=learner.data.files[task.name],
+                    evaluate=False,
+                    skills=known,
+                    support_data=[learner.data.files[name] for name in known],
+                    base_data=learner.data.base,
+                ),
+            )
+            kinds[task.name] = result["kind"]
+            learner.seconds[seed] += (result["summary"] or {}).get("seconds", 0.0)
+
+    def chosen(seed: int, visit: int) -> Policy:
+        library, name = cell.library(seed, "auto"), learner.tasks[visit].name
+        entry = {"skill": {"skills": name}, "gate": {"gate": name}, None: {}}
+        return compose(library, **entry[added[seed][name]])
+
+    results = learner.result(learner.known(chosen, "auto"), [])
+    return [
+        learned._replace(
+            stored=[
+                (cell.library(seed, "auto"), kind, name)
+                for name, kind in added[seed].items()
+                if kind is not None
+            ]
+        )
+        for seed, learned in zip(cell.seeds, results, strict=True)
+    ]
+
+
 def _skills(learner: Learner) -> list[tuple[str, str, str]]:
     different = learner.sequence.until(len(learner.tasks))
     return [("library", "skill", task.name) for task in different]
@@ -318,6 +365,7 @@ METHODS = {
     "PSEC": Method(_gates("parameter"), GATE, Style("blue", "o")),
     "PSEC one gate": Method(_one_gate("linear"), GATE, Style("blue", "o", FIXED)),
     "Support": Method(_one_gate("support"), BASE, Style("green", "D")),
+    "Expand or compose": Method(make_expand_or_compose, GATE, Style("vermilion", "p")),
 }
 
 
@@ -547,8 +595,8 @@ NOTE = (
 )
 
 
-def write_table(table: Table, folder: Path) -> str:
-    """NAME.md, .csv and .json, and the figures, from the raw results alone."""
+def shown(table: Table, folder: Path) -> tables.Shown:
+    """The table of the raw results of a folder."""
     raws = results.read_all(table.path(folder))
     summary = tables.summarise(table, raws)
     [name] = table.settings
@@ -562,8 +610,15 @@ def write_table(table: Table, folder: Path) -> str:
         entry |= _transfer(
             [(r, scratch[r["seed"]]) for r in mine if r["seed"] in scratch]
         )
-    text = tables.write(table, folder, raws, NOTE, summary=summary, digits=2)
-    drawn = {m: [r for r in raws if r["method"] == m] for m in summary.get(name, {})}
+    return tables.Shown(table, raws, NOTE, summary, table.name, digits=2)
+
+
+def write_table(table: Table, folder: Path) -> str:
+    """NAME.md, .csv and .json, and the figures, from the raw results alone."""
+    made = shown(table, folder)
+    text, [name] = tables.write(made, folder), table.settings
+    methods = made.summary.get(name, {})
+    drawn = {m: [r for r in made.raws if r["method"] == m] for m in methods}
     draw(table, folder, drawn)
     return text
 

@@ -369,15 +369,12 @@ def wins(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def write_table(folder: Path) -> str:
-    """dynamics_shift.md, .csv and .json and the bars, from the raw results alone."""
-    raws = results.read_all(TABLE.path(folder))
-    summary = tables.summarise(TABLE, raws)
+def _note(raws: Sequence[results.Raw], summary: Mapping[str, Any]) -> str:
     data = {raw["setting"]: np.mean(results.needed(raw, "data_scores")) for raw in raws}
     learned = ", ".join(f"{name} {data[name]:.1f}" for name in summary)
     sources = sorted({raw["data"]["made_or_official"] for raw in raws})
     sizes = sorted({raw["data"]["transitions"] for raw in raws})
-    note = (
+    return (
         f"D4RL normalised score. {tables.INTERVALS}; the transitions are the same for "
         "all seeds. The paper's scores are of D4RL's v2 "
         f"simulators. Mean score of the transitions: {learned}. Target sets: "
@@ -386,14 +383,26 @@ def write_table(folder: Path) -> str:
         "of the diffusion policies "
         f"{' and '.join(str(width) for width in sorted({r['width'] for r in raws}))}. "
     )
-    more = wins(tables.differences(TABLE, raws))
-    text = tables.write(TABLE, folder, raws, note + more, summary=summary, digits=1)
+
+
+def shown(folder: Path) -> tables.Shown:
+    """The table of the raw results of a folder."""
+    raws = results.read_all(TABLE.path(folder))
+    summary = tables.summarise(TABLE, raws)
+    note = _note(raws, summary) + wins(tables.differences(TABLE, raws))
+    return tables.Shown(TABLE, raws, note, summary, TABLE.name, digits=1)
+
+
+def write_table(folder: Path) -> str:
+    """dynamics_shift.md, .csv and .json and the bars, from the raw results alone."""
+    table = shown(folder)
+    text = tables.write(table, folder)
     figure = plots.table(
-        tables.of_metric(summary, "score"),
+        tables.of_metric(table.summary, "score"),
         {name: method.style for name, method in METHODS.items()},
         TABLE.paper,
         "Dynamics shift: normalised score in the plain simulator",
-        note + results.conditions(raws),
+        _note(table.raws, table.summary) + results.conditions(table.raws),
         "score",
     )
     plots.save(figure, folder / "figures", "dynamics_shift")

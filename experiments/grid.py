@@ -21,8 +21,8 @@ from psec_jax.cli import seeds as table_seeds
 from psec_jax.errors import InputError, lookup
 from psec_jax.evaluation import Act, episode_fields, evaluate
 from psec_jax.files import read_json
-from psec_jax.policy import compose, load_base
-from psec_jax.workflows import Job, base, critics, gate, skill
+from psec_jax.policy import Policy, compose, load_base
+from psec_jax.workflows import Job, base, critics, gate, multirun, skill
 
 STAGES = {"base": base, "skill": skill, "gate": gate, "critics": critics}
 
@@ -362,12 +362,13 @@ def _line(table: Table, raw: Raw) -> str:
 def tune(
     cell: Cell,
     grid: Sequence[Sequence[float]],
-    make: Callable[[Cell, Sequence[float]], Act],
+    make: Callable[[Cell, Sequence[float]], Policy],
     value: Callable[[Raw], Any],
 ) -> dict[str, Any]:
     """The best fixed weights of a grid, by episodes from other start states.
 
-    The episodes are rolled out once and kept in ROOT/tuning.jsonl.
+    The episodes are rolled out once, those of all weights at once where their policies
+    can act in one call, and kept in ROOT/tuning.jsonl.
 
     Args:
       cell: of one seed.
@@ -385,14 +386,25 @@ def tune(
     }
     cell = dataclasses.replace(cell, job=cell.job.changed(start))
     path = cell.root / "tuning.jsonl"
-    done, raws = results.by_key(path), []
-    for weights in grid:
-        label = f"{cell.method} ({', '.join(f'{w:g}' for w in weights)})"
+    labels = {
+        f"{cell.method} ({', '.join(f'{w:g}' for w in weights)})": tuple(weights)
+        for weights in grid
+    }
+    done = results.by_key(path)
+    missing = {
+        label: make(cell, weights)
+        for label, weights in labels.items()
+        if (cell.name, label, cell.seed) not in done
+    }
+    envs = dict.fromkeys(missing, cell.setting.env)
+    evaluation = cell.job.evaluation
+    played = multirun.roll_out(missing, envs, evaluation.episodes, evaluation.seed)
+    raws = []
+    for label, weights in labels.items():
         raw = done.get((cell.name, label, cell.seed))
         if raw is None:
             raw = results.header(cell.job, cell.name, label, cell.seed, {})
-            raw |= {"alpha": list(weights)}
-            raw |= roll_out(cell, cell.seed, Made(make(cell, weights)))
+            raw |= {"alpha": list(weights)} | played[label]
             results.append(path, raw)
         expected = {"config_fingerprint": results.fingerprint(cell.job)}
         check(path, raw, expected, tuple(expected))

@@ -56,11 +56,16 @@ TABLE = Table(
 )
 
 
-def write_table(folder: Path) -> str:
-    """seams.md, .csv and .json from the raw results alone."""
+def shown(folder: Path) -> tables.Shown:
+    """The table of the raw results of a folder."""
     raws = results.read_all(TABLE.path(folder))
     note = f"{tables.INTERVALS}; falls: episodes below 150. 10 demonstrations a skill."
-    return tables.write(TABLE, folder, raws, note)
+    return tables.Shown(TABLE, raws, note, tables.summarise(TABLE, raws), TABLE.name)
+
+
+def write_table(folder: Path) -> str:
+    """seams.md, .csv and .json from the raw results alone."""
+    return tables.write(shown(folder), folder)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -36,9 +36,8 @@ from psec_jax import envs
 from psec_jax.cli import no_arguments
 from psec_jax.data import dataset, dsrl
 from psec_jax.errors import InputError, lookup
-from psec_jax.evaluation import Act
 from psec_jax.library import SkillLibrary
-from psec_jax.policy import compose, load_base, with_critics
+from psec_jax.policy import Policy, compose, load_base, with_critics
 from psec_jax.workflows import Job, estimates
 from psec_jax.workflows.demonstrations import (
     FIRST,
@@ -174,7 +173,7 @@ def make_fixed(cell: Cell) -> list[Made]:
     made = []
     for one in map(cell.of, cell.seeds):
         record = grid.tune(one, GRID, fixed, _safest(cell))
-        made.append(Made(fixed(one, record["alpha"]), record))
+        made.append(Made(fixed(one, record["alpha"]).act, record))
     return made
 
 
@@ -190,7 +189,7 @@ def make_fixed_offline(cell: Cell) -> list[Made]:
         )
         alpha = chosen["alpha"]
         record = {"alpha": alpha, "chosen": chosen}
-        made.append(Made(fixed(cell.of(seed), alpha), record))
+        made.append(Made(fixed(cell.of(seed), alpha).act, record))
     return made
 
 
@@ -206,9 +205,9 @@ def _key(seed: int) -> jax.Array:
     return jax.random.key(seed)
 
 
-def fixed(cell: Cell, weights: Sequence[float]) -> Act:
+def fixed(cell: Cell, weights: Sequence[float]) -> Policy:
     """Both skills with fixed weights."""
-    return compose(cell.library(cell.seed), GATED, alpha=weights).act
+    return compose(cell.library(cell.seed), GATED, alpha=weights)
 
 
 def _safest(cell: Cell) -> Any:
@@ -444,12 +443,8 @@ def over_tasks(summary: Mapping[str, Any], scores: tables.Scores) -> dict[str, A
     return {method: rows[method] for method in METHODS if method in rows}
 
 
-def write_table(folder: Path, suite: str, limit: float | None = None) -> str:
-    """table1_SUITE.md, .csv and .json from the raw results alone.
-
-    With a `limit` costs are reported by it, not by the one that was learned with, and
-    the files are table1_SUITE_limitX.
-    """
+def shown(folder: Path, suite: str, limit: float | None = None) -> tables.Shown:
+    """The table of a suite's raw results in a folder; arguments of `write_table`."""
     raws = results.read_all(TABLE.path(folder))
     raws = [raw for raw in raws if raw["setting"] in SUITES[suite]]
     if not raws:
@@ -477,7 +472,16 @@ def write_table(folder: Path, suite: str, limit: float | None = None) -> str:
         "/ cost. Cost limit "
         f"{limits}. Data: {' and '.join(sources)}.{tables.untried(raws)}"
     )
-    return tables.write(table, folder, raws, note, summary=summary, name=name, digits=2)
+    return tables.Shown(table, raws, note, summary, name, digits=2)
+
+
+def write_table(folder: Path, suite: str, limit: float | None = None) -> str:
+    """table1_SUITE.md, .csv and .json from the raw results alone.
+
+    With a `limit` costs are reported by it, not by the one that was learned with, and
+    the files are table1_SUITE_limitX.
+    """
+    return tables.write(shown(folder, suite, limit), folder)
 
 
 def main(argv: Sequence[str]) -> None:

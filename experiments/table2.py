@@ -25,9 +25,8 @@ from experiments.configs import dmc_walker
 from experiments.grid import Cell, Made, Method, Order, Table
 from experiments.style import DOTTED, FIXED, Style
 from psec_jax.cli import no_arguments
-from psec_jax.evaluation import Act
 from psec_jax.library import SkillLibrary
-from psec_jax.policy import compose
+from psec_jax.policy import Policy, compose
 from psec_jax.workflows import Job
 
 ENV = "dm_control:walker-{}"
@@ -157,11 +156,11 @@ def tuned_weights(form: Composition, cell: Cell) -> dict[str, Any]:
     skills = [train_skill(cell, task, form.adapter) for task in cell.setting.skills]
     kind = "parameter" if form.level == "parameter" else "shares"
 
-    def act(cell: Cell, weights: Sequence[float]) -> Act:
+    def fixed(cell: Cell, weights: Sequence[float]) -> Policy:
         library = cell.library(cell.seed)
-        return compose(library, skills, alpha=weights, level=form.level).act
+        return compose(library, skills, alpha=weights, level=form.level)
 
-    return grid.tune(cell, GRIDS[kind, len(skills)], act, lambda raw: raw["mean"])
+    return grid.tune(cell, GRIDS[kind, len(skills)], fixed, lambda raw: raw["mean"])
 
 
 def level_changes(job: Job, level: str) -> dict[str, Any]:
@@ -253,15 +252,20 @@ TABLE = Table(
 )
 
 
-def write_table(folder: Path) -> str:
-    """table2.md, .csv and .json from the raw results alone."""
+def shown(folder: Path) -> tables.Shown:
+    """The table of the raw results of a folder."""
     raws = results.read_all(TABLE.path(folder))
     note = (
         f"{tables.INTERVALS}; IQM: interquartile mean; falls: episodes below "
         f"{FALL:.0f}. 10 demonstrations a skill. Paper: 5 seeds, 10 episodes. Rows "
         f"Base, fixed and Support: see docs/methods.md.{tables.untried(raws)}"
     )
-    return tables.write(TABLE, folder, raws, note)
+    return tables.Shown(TABLE, raws, note, tables.summarise(TABLE, raws), TABLE.name)
+
+
+def write_table(folder: Path) -> str:
+    """table2.md, .csv and .json from the raw results alone."""
+    return tables.write(shown(folder), folder)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,39 @@ MARKS = {  # of rows with a result of which something is not known
     "‡": "the set's fingerprint was not recorded",
 }
 INTERVALS = "Mean and 95 % interval (seeds and start states resampled jointly)"
+COMPARED = (
+    "Paired differences (the same seeds and start states), mean and 95 % interval; an "
+    "order whose interval includes 0 is not separated."
+)
+
+
+class Shown(NamedTuple):
+    """A table with its statistics and what is said below them.
+
+    Attributes:
+      table: what is shown.
+      raws: raw results.
+      note: below the table.
+      summary: statistics of the raw results.
+      name: of its files.
+      digits: of differences.
+    """
+
+    table: Table
+    raws: Sequence[Raw]
+    note: str
+    summary: Mapping[str, Entries]
+    name: str
+    digits: int = 0
+
+    def notes(self) -> list[str]:
+        """Paragraphs below the table: note and conditions, and what marks mean."""
+        marks = {
+            m for c in self.summary.values() for e in c.values() for m in e["mark"]
+        }
+        known = [f"{mark} {what}" for mark, what in MARKS.items() if mark in marks]
+        first = f"{self.note} {results.conditions(self.raws)}"
+        return [first, *([f"{'; '.join(known)}."] if known else [])]
 
 
 def collect(table: Table, raws: Sequence[Raw]) -> Scores:
@@ -160,8 +193,9 @@ def share(metric: str) -> Callable[[Entries, str], str]:
     return lambda entries, method: f"{100 * entries[method][metric]['mean']:.0f} %"
 
 
-def markdown(table: Table, summary: Mapping[str, Entries]) -> str:
-    """A row a method: the table's columns and the paper's number for each setting."""
+def cells(table: Table, summary: Mapping[str, Entries]) -> list[list[str]]:
+    """The head, and a row a method: the table's columns and the paper's number for each
+    setting."""
     measured = {method for entries in summary.values() for method in entries}
     reported = {m: None for name in summary for m in table.paper.get(name, {})}
     rows = [m for m in table.methods if m in measured]
@@ -169,7 +203,7 @@ def markdown(table: Table, summary: Mapping[str, Entries]) -> str:
     head = ["method"]
     for setting in summary:
         head += [setting, *list(table.columns)[1:], *(["paper"] if reported else [])]
-    lines = [head, ["---"] * len(head)]
+    lines = [head]
     for method in rows:
         texts = [method]
         for setting, entries in summary.items():
@@ -178,23 +212,20 @@ def markdown(table: Table, summary: Mapping[str, Entries]) -> str:
             if reported:
                 texts.append(_paper(table.paper.get(setting, {}).get(method), "-"))
         lines.append(texts)
-    return _lines(lines)
+    return lines
 
 
-def compared(rows: Sequence[Mapping[str, Any]], digits: int) -> str:
-    """A row an order: the paired difference and its verdict in each setting."""
+def compared(rows: Sequence[Mapping[str, Any]], digits: int) -> list[list[str]]:
+    """The head, and a row an order: the paired difference and its verdict in each
+    setting."""
     settings = list(dict.fromkeys(row["setting"] for row in rows))
-    lines = [["claimed order", *settings], ["---"] * (1 + len(settings))]
-    cells: dict[str, dict[str, str]] = {}
+    found: dict[str, dict[str, str]] = {}
     for row in rows:
         claim = f"{row['metric']}: {row['above']} > {row['below']}"
         text = f"{spread(row, digits)} {verdict(row)}"
-        cells.setdefault(claim, {})[row["setting"]] = text
-    lines += [[c, *(texts.get(s, "-") for s in settings)] for c, texts in cells.items()]
-    return (
-        "Paired differences (the same seeds and start states), mean and 95 % interval; "
-        "an order whose interval includes 0 is not separated.\n\n" + _lines(lines)
-    )
+        found.setdefault(claim, {})[row["setting"]] = text
+    lines = [[c, *(texts.get(s, "-") for s in settings)] for c, texts in found.items()]
+    return [["claimed order", *settings], *lines]
 
 
 def untried(raws: Sequence[Raw]) -> str:
@@ -209,8 +240,10 @@ def untried(raws: Sequence[Raw]) -> str:
     )
 
 
-def _lines(rows: Sequence[Sequence[str]]) -> str:
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text, of which the first is the head, as a table."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "".join(f"| {' | '.join(row)} |\n" for row in lines)
 
 
 def _paper(value: Any, missing: str) -> str:
@@ -219,39 +252,15 @@ def _paper(value: Any, missing: str) -> str:
     return " / ".join(f"{number:.4g}" for number in np.atleast_1d(value))
 
 
-def write(
-    table: Table,
-    folder: Path,
-    raws: Sequence[Raw],
-    note: str,
-    *,
-    summary: Mapping[str, Entries] | None = None,
-    name: str | None = None,
-    digits: int = 0,
-) -> str:
-    """Writes NAME.json, NAME.md and NAME.csv; returns the Markdown.
-
-    Args:
-      table: what is shown.
-      folder: of results.
-      raws: raw results.
-      note: below the table.
-      summary: default that of the raw results.
-      name: of the files; default the table's.
-      digits: of differences.
-    """
-    name = name or table.name
-    summary = summary or summarise(table, raws)
-    rows = differences(table, raws)
-    text = f"{markdown(table, summary)}\n{note} {results.conditions(raws)}\n"
-    shown = {mark for c in summary.values() for e in c.values() for mark in e["mark"]}
-    if shown:
-        known = (
-            f"{mark} {meaning}" for mark, meaning in MARKS.items() if mark in shown
-        )
-        text += f"\n{'; '.join(known)}.\n"
+def write(shown: Shown, folder: Path) -> str:
+    """Writes NAME.json, NAME.md and NAME.csv; returns the Markdown."""
+    table, summary, name = shown.table, shown.summary, shown.name
+    rows = differences(table, shown.raws)
+    text = "\n".join(
+        [markdown(cells(table, summary)), *(f"{n}\n" for n in shown.notes())]
+    )
     if rows:
-        text += f"\n{compared(rows, digits)}"
+        text += f"\n{COMPARED}\n\n{markdown(compared(rows, shown.digits))}"
     write_json(folder / f"{name}.json", {"cells": summary, "differences": rows})
     write_atomic(folder / f"{name}.md", text)
     write_atomic(folder / f"{name}.csv", _csv(table, summary))

@@ -26,10 +26,19 @@ r"""Make a gate alpha(s) over skills of a library, train its head, and add it.
         --skills=safety,reward --critics=runs/critics --data=OfflineBallRun-v0 \
         --config.gate.head=select
 
+    # a skill more: the gate that there is, trained on over it too
+    python -m launch.compose --config=experiments/configs/dmc_walker.py:quick \
+        --workdir=runs/grown --library=runs/library --name=grown --start=walk-psec \
+        --skills=walk,run --env=dm_control:walker-run
+
 The weights are head times support, made of config.gate:
   level    parameter (the paper's), noise or action: where skills are added up
-  head     linear (the paper's), softmax, sigmoid or topk are learned; constant is not;
-           with select critics choose at every step
+  head     linear (the paper's), softmax, sigmoid, topk or topp are learned; constant is
+           not; with select critics choose at every step. topk keeps config.gate.top_k
+           skills, topp the fewest whose shares add up to config.gate.top_p; for both it
+           is printed how many are active on the demonstrations' states. The logits of
+           softmax, topk and topp are divided by config.gate.temperature.
+           config.gate.per_layer gives every layer weights of its own
   support  none (the paper's), neighbour or learned: 1 where a skill's demonstrations
            reach, and 0, which leaves the state to the base, where they do not
   loss     auto (the paper's), diffusion or cloning; critic or selected train the head
@@ -41,6 +50,7 @@ target's demonstrations, --data, 0 for all of them. The same command resumes.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -48,7 +58,7 @@ from launch import options
 from psec_jax.cli import floats, no_arguments, run
 from psec_jax.data import dsrl
 from psec_jax.errors import InputError
-from psec_jax.library import SkillLibrary
+from psec_jax.library import SkillLibrary, table
 from psec_jax.workflows import Job, Selection, gate
 
 NAME = flags.DEFINE_string("name", None, "Name of the gate.", required=True)
@@ -82,6 +92,16 @@ CRITICS = flags.DEFINE_string(
 )
 
 
+START = flags.DEFINE_string(
+    "start",
+    None,
+    "Name of a gate of the library over the first of the skills, in their order, which "
+    "is trained on over all of them: a new skill's weight is 0 at first, or too small "
+    "to change anything. With a support those of the first skills are kept; default "
+    "starts afresh.",
+)
+
+
 def target_data(job: Job) -> tuple[str | None, Selection]:
     """The target's demonstrations, and which of them.
 
@@ -111,6 +131,18 @@ def target_data(job: Job) -> tuple[str | None, Selection]:
     return file, best._replace(**given)
 
 
+def load_table(load: dict[str, Any]) -> str:
+    """Lines about the skills that a gate keeps active; see `gate.load_of`."""
+    skills = load["skills"]
+    rows = [["weight", "active", "mean"]]
+    for name, one in skills.items():
+        rows.append([name, f"{one['active']:.1%}", f"{one['weight']:.3g}"])
+    return (
+        f"active on the {load['states']} states of the demonstrations: "
+        f"{load['active']:.2f} of {len(skills)} weights, on average\n{table(rows)}"
+    )
+
+
 def main(argv: Sequence[str]) -> None:
     """Flags to one call."""
     no_arguments(argv)
@@ -127,12 +159,15 @@ def main(argv: Sequence[str]) -> None:
             base_data=base_data,
             alpha=floats("alpha", ALPHA.value),
             critics=seed.within_any(CRITICS.value),
+            start=START.value,
             evaluate=options.EVALUATE.value,
         )
         for seed in options.seeds()
     ]
     for result in gate.run(job, *requests, **options.program()):
         print(options.finished(f"gate {NAME.value!r}", result))
+        if "load" in result:
+            print(load_table(result["load"]))
 
 
 if __name__ == "__main__":

@@ -18,11 +18,20 @@ r"""Learn one new skill from a few demonstrations; the library's base stays froz
     python -m launch.expand --workdir=runs/both --library=runs/library \
         --name=walk,run --env=dm_control:walker-walk,dm_control:walker-run
 
+    # a new skill only if the library's cannot do it: else a gate over them, or nothing
+    python -m launch.expand --auto --workdir=runs/jog --library=runs/library \
+        --name=jog --data=jog.hdf5
+
 A skill is a small LoRA pytree, learned from the first config.skill.episodes
 trajectories of the data, with --best from those of highest return; 0 takes all of them.
 The objective says what a transition weighs: bc (all the same), reward (its advantage),
 safety (its advantage in keeping costs away) or fisor (both); dql adds a term that moves
 the policy to actions of high Q. The same command resumes.
+
+--auto first compares, on demonstrations held out, the base, each skill, a gate over all
+of them and new skills of the ranks config.auto.ranks, each trained for
+config.auto.steps. It prints the table and adds what does it with the fewest new
+numbers: see config.auto for the rule, which is on the card of the new entry too.
 Next: launch.compose makes a gate that says when the skill acts.
 """
 
@@ -36,7 +45,7 @@ from launch import options
 from psec_jax.cli import no_arguments, run
 from psec_jax.errors import InputError
 from psec_jax.losses import OBJECTIVES
-from psec_jax.workflows import skill
+from psec_jax.workflows import Job, auto, skill
 
 NAME = flags.DEFINE_list(
     "name",
@@ -57,6 +66,21 @@ CRITICS = flags.DEFINE_string(
     None,
     "Folder of a finished run whose critics are used as they are; default trains "
     "critics in the same program where the objective needs them.",
+)
+AUTO = flags.DEFINE_bool(
+    "auto", False, "Add a skill only if those in the library cannot do it."
+)
+SKILLS = flags.DEFINE_list(
+    "skills", None, "auto: names of skills to do without; default all of the library."
+)
+SUPPORT_DATA = flags.DEFINE_list(
+    "support_data",
+    [],
+    "auto: demonstrations of each of these skills; by default those of their cards are "
+    "collected again.",
+)
+BASE_DATA = flags.DEFINE_string(
+    "base_data", None, "auto: the base's demonstrations; default as of the skills."
 )
 
 
@@ -98,11 +122,41 @@ def tasks(objectives: int) -> list[dict[str, Any]]:
     ]
 
 
+def decide(job: Job) -> None:
+    """Of each seed: add what does it, and say why."""
+    for seed in options.seeds():
+        result = auto.run(
+            job,
+            auto.Request(
+                **options.request(seed),
+                name=NAME.value[0] if len(NAME.value) == 1 else NAME.value,
+                objectives=OBJECTIVE.value or (),
+                critics=seed.within_any(CRITICS.value),
+                evaluate=options.EVALUATE.value,
+                skills=SKILLS.value,
+                support_data=[options.located(name) for name in SUPPORT_DATA.value],
+                base_data=options.located(BASE_DATA.value) if BASE_DATA.value else None,
+            ),
+        )
+        print(auto.table_of(result["decision"]))
+        if result["kind"] is None:
+            print(f"{seed.name} the base does it: nothing was added".strip())
+        else:
+            print(options.finished(f"{result['kind']} {NAME.value[0]!r}", result))
+
+
 def main(argv: Sequence[str]) -> None:
     """Flags to one call."""
     no_arguments(argv)
     options.start()
     job = options.job()
+    if AUTO.value:
+        decide(job)
+        return
+    only = {"skills": SKILLS, "support_data": SUPPORT_DATA, "base_data": BASE_DATA}
+    for name, flag in only.items():
+        if flag.value:
+            raise InputError(f"--{name}: got {flag.value}, which --auto alone reads")
     objectives = OBJECTIVE.value or job.skill.objective.split(",")
     found = tasks(len(objectives))
     requests = []

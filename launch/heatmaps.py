@@ -1,23 +1,13 @@
 """Heat maps of an analysis of skills."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from psec_jax.analysis import Analysis
+from psec_jax.analysis import LAYERS, MAPS, Analysis
 from psec_jax.errors import InputError
 from psec_jax.files import make_room, reported
-
-# Field of `Analysis` -> title, range of colours.
-MAPS: Mapping[str, tuple[str, tuple[float, float]]] = {
-    "cosine": ("cosine of the weights' changes", (-1, 1)),
-    "agreement": ("cosine of the predictions' changes", (-1, 1)),
-    "distance": ("distance of predictions", (0, 2)),
-    "conflict": ("conflict", (0, 1)),
-    "overlap": ("overlap of supports", (0, 1)),
-}
 
 
 def draw(analysis: Analysis, path: str | Path) -> None:
@@ -51,8 +41,7 @@ def draw(analysis: Analysis, path: str | Path) -> None:
             for found in analysis.layers.values()
         ]
     )
-    title = "cosine of the weights' changes by layer"
-    _map(figure, axes[5], layers, title, (-1, 1), names, list(analysis.layers))
+    _map(figure, axes[5], layers, *LAYERS, names, list(analysis.layers))
     for ax in axes[len(shown) : 5]:
         ax.set_axis_off()
     make_room(path)

@@ -52,6 +52,7 @@ from launch import heatmaps
 from psec_jax import analysis, peft, pruning, released, sharing
 from psec_jax import data as datasets
 from psec_jax.analysis import AnalysisConfig
+from psec_jax.cards import form_text
 from psec_jax.cli import ENV_HELP, floats, run
 from psec_jax.errors import InputError, lookup
 from psec_jax.evaluation import evaluate
@@ -166,7 +167,7 @@ def list_entries(library: SkillLibrary) -> None:
                 str(card.get("env") or "-"),
                 mean,
                 str(card.get("steps", "-")),
-                _FORMS[kind](card),
+                form_text(card),
             )
         )
     print(table(rows))
@@ -371,23 +372,6 @@ def _report(made: Merged) -> str:
 
 def _find(library: SkillLibrary, name: str) -> tuple[str, str]:
     return find_entry(library.entries(), name, str(library.root))
-
-
-def _gate_form(card: dict[str, Any]) -> str:
-    form = f"{card['gate'].get('head', 'linear')} gate over {', '.join(card['skills'])}"
-    support = card["gate"].get("support", "none")
-    if support != "none":
-        form += f", {support} support"
-    return f"{form}, {card['level']} level"
-
-
-_FORMS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "base": lambda card: f"obs {card['obs_dim']}, action {card['action_dim']}",
-    "skill": lambda card: (
-        f"{card['adapter']} rank {card['rank']}, alpha {card['alpha']:g}"
-    ),
-    "gate": _gate_form,
-}
 
 
 def _brief(value: Any) -> str:

@@ -23,6 +23,16 @@ from psec_jax.lora import stack_skills
 from psec_jax.merging import Factors, factors_of
 from psec_jax.probe import Composed, Probe, composed, draw_states, relative
 
+# Field of `Analysis` -> title, range of values.
+MAPS: Mapping[str, tuple[str, tuple[float, float]]] = {
+    "cosine": ("cosine of the weights' changes", (-1, 1)),
+    "agreement": ("cosine of the predictions' changes", (-1, 1)),
+    "distance": ("distance of predictions", (0, 2)),
+    "conflict": ("conflict", (0, 1)),
+    "overlap": ("overlap of supports", (0, 1)),
+}
+LAYERS = ("cosine of the weights' changes by layer", (-1, 1))
+
 _STEPS = 8  # of Gauss-Newton
 _RIDGE = 1e-6
 _NOTHING = 1e-3  # of a weight in units of the skill's strength
@@ -256,9 +266,8 @@ def _supports(
     share = SUPPORTS[form.support]
     if share is None:
         raise InputError(f"gate {gate!r} has no support to compare skills by")
-    found = np.asarray(
-        jax.jit(jax.vmap(lambda row: share(params["support"], row)))(obs)
-    )
+    shares = jax.jit(jax.vmap(share, (None, 0)))
+    found = np.asarray(shares(params["support"], obs))
     return dict(zip(card["skills"], found.T, strict=True))
 
 

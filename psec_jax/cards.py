@@ -135,6 +135,8 @@ _OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
     "returns": (none_or(_returns), "an object with a finite mean"),
     "data": (none_or(_data), "source, fingerprint, transitions and trajectories"),
     "actions": (none_or(_actions), "an object with the bounds low and high"),
+    "start": (none_or(is_object), "an object"),
+    "load": (none_or(is_object), "an object"),
     "config": (none_or(is_object), "an object"),
     "versions": (none_or(is_object), "an object"),
 }
@@ -183,6 +185,19 @@ def check_card(source: str, kind: str, name: str, card: Mapping[str, Any]) -> No
             f"{len(card['skill_fingerprints'])} fingerprints of skills, expected one "
             "for each"
         )
+
+
+def form_text(card: Mapping[str, Any]) -> str:
+    """The form of a checked card's base, skill or gate in a few words."""
+    if card["kind"] == "base":
+        return f"obs {card['obs_dim']}, action {card['action_dim']}"
+    if card["kind"] == "skill":
+        return f"{card['adapter']} rank {card['rank']}, alpha {card['alpha']:g}"
+    form = f"{card['gate'].get('head', 'linear')} gate over {', '.join(card['skills'])}"
+    support = card["gate"].get("support", "none")
+    if support != "none":
+        form += f", {support} support"
+    return f"{form}, {card['level']} level"
 
 
 def shortened(value: Any) -> str:

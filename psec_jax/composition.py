@@ -35,9 +35,12 @@ def parameter_denoise(
     base: Params,
     library: Params,
     strength: Float[Array, " K"],
-    alpha: Float[Array, " K"],
+    alpha: Float[Array, "*L K"],
 ) -> Denoise:
-    """PSEC: W(s) = W0 + sum_k alpha_k(s) B_k A_k; alpha is the whole multiplier."""
+    """PSEC: W(s) = W0 + sum_k alpha_k(s) B_k A_k; alpha is the whole multiplier.
+
+    The weights are the same for all layers, or [L, K] each layer's own.
+    """
     del strength
     return make_denoise(net, base, library, alpha)
 
@@ -71,7 +74,7 @@ def parameter_level(
     base: Params,
     library: Params,
     strength: Float[Array, " K"],
-    alpha: Float[Array, " K"],
+    alpha: Float[Array, "*L K"],
     noise: Float[Array, "Z A"],
     obs: Float[Array, " S"],
 ) -> Float[Array, " A"]:
@@ -132,6 +135,8 @@ class PolicyConfig:
       candidates: actions sampled with each candidate of the weights.
       rule: how critics choose among all of them, a key of `choice.RULES`; one action
         needs no critic.
+      gathered: skills of the largest weights whose matrices are gathered and computed,
+        where the others' weights are 0; 0 computes all. Rounding may differ.
     """
 
     network: NetworkConfig
@@ -141,6 +146,7 @@ class PolicyConfig:
     gate: GateConfig | None = None
     candidates: int = 1
     rule: str = "safety"
+    gathered: int = 0
 
     def __post_init__(self) -> None:
         lookup(LEVELS, self.level, "level")
@@ -156,6 +162,11 @@ class PolicyConfig:
             raise InputError(
                 "gate.base_member: the base is always part of the parameter level; "
                 "the noise and action levels alone weigh it"
+            )
+        if self.gate and self.gate.layers and self.level != "parameter":
+            raise InputError(
+                f"gate.layers: got {self.gate.layers} at the {self.level} level, which "
+                "weighs predictions of the whole network; expected 0"
             )
 
     @property
@@ -216,6 +227,8 @@ def weights(
 ) -> Float[Array, "*W K"]:
     """alpha(s) of one raw observation; of the head "select" its candidates [W, K].
 
+    [L, K] where the L layers have weights of their own.
+
     Raises:
       ValueError: the policy is a base alone.
     """
@@ -229,13 +242,13 @@ class Choice(NamedTuple):
 
     Attributes:
       action: [A], the one that is executed.
-      alpha: [K], the weights it was sampled with; [0] of a base alone.
+      alpha: [K] or [L, K], the weights it was sampled with; [0] of a base alone.
       values: Q of every candidate [N] by the kind of critic.
       chosen: its number among them.
     """
 
     action: Float[Array, " A"]
-    alpha: Float[Array, " K"]
+    alpha: Float[Array, "*L K"]
     values: dict[str, Float[Array, " N"]]
     chosen: Int[Array, ""]
 
@@ -344,7 +357,7 @@ def candidates(
     params: PolicyParams,
     noise: Float[Array, "N Z A"],
     obs: Float[Array, " S"],
-) -> tuple[Float[Array, "N K"], Float[Array, "N A"]]:
+) -> tuple[Float[Array, "N *L K"], Float[Array, "N A"]]:
     """N = W n weights and actions of one normalised observation: n =
     `config.candidates` samples with each of the gate's W candidates of the weights."""
     alphas = jnp.repeat(_alphas(config, params, obs), config.candidates, axis=0)
@@ -353,16 +366,17 @@ def candidates(
 
 def _alphas(
     config: PolicyConfig, params: PolicyParams, obs: Float[Array, " S"]
-) -> Float[Array, "W K"]:
+) -> Float[Array, "W *L K"]:
     """The candidates of the weights: one, of every head but "select"."""
     if config.gate is None:
         return jnp.zeros((1, 0))
-    return jnp.atleast_2d(gate_alpha(config.gate, params.gate, obs))
+    alpha = gate_alpha(config.gate, params.gate, obs)
+    return alpha if config.gate.head == "select" else alpha[None]
 
 
 def sampler(
     config: PolicyConfig, params: PolicyParams, obs: Float[Array, " S"]
-) -> Callable[[Float[Array, "Z HA"], Float[Array, " K"]], Array]:
+) -> Callable[[Float[Array, "Z HA"], Float[Array, "*L K"]], Array]:
     """(noise, alpha) -> action, or chunk, [H * A] of one normalised observation."""
     net = network_of(config)
     if config.gate is None:
@@ -370,6 +384,15 @@ def sampler(
         return lambda noise, alpha: sample_from(denoise, config.process, noise, obs)
     library, strength = members(config, params)
     level = LEVELS[config.level]
-    return lambda noise, alpha: level(
-        net, config.process, params.base, library, strength, alpha, noise, obs
-    )
+
+    def draw(noise: Array, alpha: Array) -> Array:
+        parts = library, strength, alpha
+        if config.gathered:
+            largest = jax.lax.top_k(jnp.abs(alpha), config.gathered)[1]
+            parts = jax.tree.map(lambda leaf: leaf[largest], parts)
+        skills, strengths, shares = parts
+        return level(
+            net, config.process, params.base, skills, strengths, shares, noise, obs
+        )
+
+    return draw

@@ -5,8 +5,11 @@ part that is tuned or learned; the support, in [0, 1], says whether skill k's
 demonstrations reach the state s, and lets the base act where they do not.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +34,10 @@ class GateForm:
         (stick-breaking in the order of the skills), so that strengths never add up.
       widths: hidden widths of learned heads.
       top_k: skills kept by the "topk" head.
+      top_p: of the "topp" head, which keeps the fewest skills whose shares add up to
+        at least this.
+      temperature: of the softmax in the heads "softmax", "topk" and "topp": their
+        logits are divided by it.
       candidates: actions that the "select" head samples with each of its weights.
       rule: how critics choose one of them, a key of `choice.RULES`.
     """
@@ -40,6 +47,8 @@ class GateForm:
     priority: bool = True
     widths: tuple[int, ...] = (256, 256)
     top_k: int = 1
+    top_p: float = 0.9
+    temperature: float = 1.0
     candidates: int = 4
     rule: str = "reward_cost"
 
@@ -54,6 +63,16 @@ class GateForm:
                 )
         if min(self.widths, default=1) < 1:
             raise InputError(f"widths: got {self.widths}, expected 1 or more")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p: got {self.top_p}, expected in (0, 1]")
+        if not self.temperature > 0:
+            raise InputError(f"temperature: got {self.temperature}, expected above 0")
+        for field, heads in _READ_BY.items():
+            if getattr(self, field) != _DEFAULTS[field] and self.head not in heads:
+                raise InputError(
+                    f"{field}: got {getattr(self, field)} with the head {self.head!r}, "
+                    f"expected {_DEFAULTS[field]}: it is of {', '.join(heads)} alone"
+                )
 
 
 @dataclass(frozen=True)
@@ -63,13 +82,35 @@ class GateConfig(GateForm):
     Attributes:
       base_member: weight 0 is the base's own, as the noise and action levels need;
         what a support withholds from the skills then goes to the base.
+      layers: L, where every layer of the network has weights of its own; 0 are the
+        same weights for all layers.
     """
 
     base_member: bool = False
+    layers: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers < 0:
+            raise InputError(f"layers: got {self.layers}, expected 0 or more")
+        if self.layers and (self.base_member or self.head == "select"):
+            raise InputError(
+                f"layers: got {self.layers} with the head {self.head!r} and "
+                f"base_member {self.base_member}, expected 0: layers have weights of "
+                "their own at the parameter level alone, and not with 'select'"
+            )
+
+
+# Who reads a field; elsewhere it has to stay at its default.
+_READ_BY = {"top_p": ("topp",), "temperature": ("softmax", "topk", "topp")}
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(GateForm)}
 
 
 class Head(NamedTuple):
-    """`init(config, key, obs_dim, start [K])`, `apply(config, params, obs)`."""
+    """`init(config, key, obs_dim, start [K])`, `apply(config, params, obs)`.
+
+    The start and the weights are [L, K] where layers have weights of their own.
+    """
 
     init: Callable[[GateConfig, Array, int, Array], Params]
     apply: Callable[[GateConfig, Params, Array], Array]
@@ -84,15 +125,16 @@ def _constant(config, params, obs):
 
 
 def _init_linear(config, key, obs_dim, start):
-    net = MLP(config.widths, start.shape[0])
+    net = MLP(config.widths, start.size)
     params = net.init(key, jnp.zeros(obs_dim))["params"]
-    params["output"]["bias"] = start
+    params["output"]["bias"] = start.ravel()
     return params
 
 
 def _linear(config, params, obs):
     outputs = params["output"]["bias"].shape[-1]
-    return apply(MLP(config.widths, outputs), params, obs)
+    out = apply(MLP(config.widths, outputs), params, obs)
+    return out.reshape(config.layers, -1) if config.layers else out
 
 
 def _init_bounded(config, key, obs_dim, start):
@@ -102,8 +144,12 @@ def _init_bounded(config, key, obs_dim, start):
     }
 
 
+def _logits(config, mlp, obs):
+    return _linear(config, mlp, obs) / config.temperature
+
+
 def _softmax(config, params, obs):
-    share = jax.nn.softmax(_linear(config, params["mlp"], obs))
+    share = jax.nn.softmax(_logits(config, params["mlp"], obs))
     return jax.lax.stop_gradient(params["strength"]) * share
 
 
@@ -113,14 +159,24 @@ def _sigmoid(config, params, obs):
 
 
 def _topk(config, params, obs):
-    logits = _linear(config, params["mlp"], obs)
+    logits = _logits(config, params["mlp"], obs)
     if config.top_k > logits.shape[-1]:
         raise ValueError(f"top_k {config.top_k} of {logits.shape[-1]} skills")
-    least = jax.lax.top_k(logits, config.top_k)[0][-1]
+    rank = jnp.argsort(jnp.argsort(-logits))  # of equal ones the first skill is first
     # Not renormalised over those kept: a single one would always have share 1 and
     # pass no gradient on.
-    share = jnp.where(logits >= least, jax.nn.softmax(logits), 0.0)
+    share = jnp.where(rank < config.top_k, jax.nn.softmax(logits), 0.0)
     return jax.lax.stop_gradient(params["strength"]) * share
+
+
+def _topp(config, params, obs):
+    share = jax.nn.softmax(_logits(config, params["mlp"], obs))
+    order = jnp.argsort(-share)
+    largest = jnp.take_along_axis(share, order, axis=-1)
+    # A skill is kept while those before it add up to less; the first one always is.
+    kept = jnp.cumsum(largest, axis=-1) - largest < config.top_p
+    kept = jnp.take_along_axis(kept, jnp.argsort(order), axis=-1)
+    return jax.lax.stop_gradient(params["strength"]) * jnp.where(kept, share, 0.0)
 
 
 def _init_select(config, key, obs_dim, start):
@@ -131,13 +187,15 @@ def _select(config, params, obs):
     return params["alphas"]
 
 
-BOUNDED_HEADS = ("softmax", "sigmoid", "topk")  # their start is their largest value
+SPARSE_HEADS = ("topk", "topp")  # weights that are not kept are 0
+BOUNDED_HEADS = ("softmax", "sigmoid", *SPARSE_HEADS)  # start at their largest values
 HEADS = {
     "constant": Head(_init_constant, _constant),
     "linear": Head(_init_linear, _linear),
     "softmax": Head(_init_bounded, _softmax),
     "sigmoid": Head(_init_bounded, _sigmoid),
     "topk": Head(_init_bounded, _topk),
+    "topp": Head(_init_bounded, _topp),
     "select": Head(_init_select, _select),  # several weights; critics choose an action
 }
 UNTRAINED_HEADS = ("constant", "select")
@@ -220,7 +278,8 @@ def init_gate(
       key: for a learned head.
       obs_dim: S.
       start: the weights the head starts from (a constant head stays there; bounded
-        heads have them as their largest values), or the candidates of "select".
+        heads have them as their largest values), or the candidates of "select"; of all
+        layers, or [L, K] of each where `config.layers` is L.
       support: made by one of `psec_jax.support.FITS`.
 
     Raises:
@@ -231,14 +290,77 @@ def init_gate(
             f"gate.support is {config.support!r} but the support's parameters are "
             f"{'given' if support is not None else 'missing'}"
         )
-    params = {"head": HEADS[config.head].init(config, key, obs_dim, jnp.asarray(start))}
+    start = jnp.asarray(start)
+    if config.layers:
+        start = jnp.broadcast_to(start, (config.layers, start.shape[-1]))
+    params = {"head": HEADS[config.head].init(config, key, obs_dim, start)}
     return params if support is None else params | {"support": support}
+
+
+LOWEST_SHARE = 2.0**-25  # added to 1 in float32 it leaves 1
+
+
+def grow_head(
+    config: GateConfig,
+    params: Params,
+    start: Float[Array, "*L K"],
+    obs: Float[Array, "N S"],
+) -> Params:
+    """A trained head with more weights, behind those that it has.
+
+    The weights it has stay as they are, to the rounding of a matrix product. The new
+    ones are 0 in a linear head. A new share of a bounded head is at most `LOWEST_SHARE`
+    on the states, too little for float32 to see beside the others, and passes a
+    gradient on; where "topk" or "topp" do not keep it, its weight is 0.
+
+    Args:
+      config: the form, of both.
+      params: the head.
+      start: of the new form, as in `init_gate`; bounded heads take the largest values
+        of the new weights from it.
+      obs: normalised states.
+    """
+    rows, count = max(config.layers, 1), start.shape[-1]
+    bounded = config.head in BOUNDED_HEADS
+    params = jax.tree.map(jnp.asarray, params)
+    mlp = params["mlp"] if bounded else params
+    output = mlp["output"]
+    kept = output["bias"].shape[-1] // rows
+
+    def appended(leaf: Array, new: Array | float) -> Array:
+        """[..., L K] with `new` [L, 1] behind the weights of each layer."""
+        leaf = leaf.reshape(*leaf.shape[:-1], rows, kept)
+        shape = (*leaf.shape[:-1], count - kept)
+        joined = jnp.concatenate([leaf, jnp.broadcast_to(new, shape)], axis=-1)
+        return joined.reshape(*joined.shape[:-2], rows * count)
+
+    lowest: Array | float = 0.0
+    if bounded:
+        lowest = jnp.log(LOWEST_SHARE)
+    if bounded and config.head != "sigmoid":
+        logits = jax.vmap(partial(_logits, config, mlp))(obs).reshape(-1, rows, kept)
+        total = jax.nn.logsumexp(logits, axis=-1).min(axis=0)
+        lowest = config.temperature * (total[:, None] + lowest)
+    grown = {
+        "kernel": appended(output["kernel"], 0.0),
+        "bias": appended(output["bias"], lowest),
+    }
+    mlp = {**mlp, "output": grown}
+    if not bounded:
+        return mlp
+    start = jnp.broadcast_to(start, (*params["strength"].shape[:-1], count))
+    strength = jnp.concatenate([params["strength"], start[..., kept:]], axis=-1)
+    return {"strength": strength, "mlp": mlp}
 
 
 def gate_alpha(
     config: GateConfig, params: Params, obs: Float[Array, " S"]
 ) -> Float[Array, "*W K"]:
-    """alpha(s) of one normalised observation; of "select" each of its candidates."""
+    """alpha(s) of one normalised observation.
+
+    Of "select" [W, K], each of its candidates; [L, K] where layers have weights of
+    their own.
+    """
     alpha = HEADS[config.head].apply(config, params["head"], obs)
     support = SUPPORTS[config.support]
     if support is None:
@@ -280,6 +402,7 @@ def check_gate(
     outputs = skills + config.base_member
     if not 1 <= config.top_k <= outputs:
         raise InputError(f"{name}: top_k {config.top_k} of {outputs} weights")
+    rows = (config.layers,) if config.layers else ()
     expected: dict[str, tuple[tuple[int, ...], str]] = {}
     mlp = {"linear": "head/"} | dict.fromkeys(BOUNDED_HEADS, "head/mlp/")
     if config.head == "select":
@@ -288,9 +411,10 @@ def check_gate(
         expected |= _critic_shapes(config.rule, got, obs_dim, action_dim)
     elif config.head != "linear":
         start = "alpha" if config.head == "constant" else "strength"
-        expected[f"head/{start}"] = ((outputs,), "f")
+        expected[f"head/{start}"] = ((*rows, outputs), "f")
     if config.head in mlp:
-        for path, shape in mlp_shapes(config.widths, obs_dim, outputs).items():
+        flat = math.prod((*rows, outputs))
+        for path, shape in mlp_shapes(config.widths, obs_dim, flat).items():
             expected[f"{mlp[config.head]}{path}"] = (shape, "f")
     sizes = {"K": skills, "S": obs_dim}
     if config.support == "neighbour":

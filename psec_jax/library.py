@@ -37,6 +37,7 @@ from psec_jax.files import (
     read_bytes,
     read_json,
     recover,
+    regular_size,
     remove_folder,
     replace_folder,
     reported,
@@ -531,6 +532,14 @@ class SkillLibrary:
           InputError: an unknown name or a damaged card.
         """
         return self._again(lambda: self._read_card(kind, name))
+
+    def size(self, kind: str, name: str) -> int:
+        """Bytes of an entry's arrays.
+
+        Raises:
+          InputError: an unknown name, or no such file.
+        """
+        return regular_size(self._require(kind, name) / f"{kind}.safetensors")
 
     def verify(self) -> list[str]:
         """One line for each thing wrong; an empty list means every file is whole."""

@@ -69,6 +69,25 @@ def init_skill(
     return tree.unflatten(flat)
 
 
+def layers_of(skill: Params) -> list[str]:
+    """Paths of the layers that a skill, or library, adapts, in the order of weights
+    [L, K] that every layer has of its own."""
+    return [p.removesuffix("/a") for p in tree.flatten(skill) if p.endswith("/a")]
+
+
+def weigh_layers(library: Params, alpha: Float[Array, "L K"]) -> Params:
+    """The library with the weights of each layer in it, as the leaf "alpha" [K].
+
+    Raises:
+      ValueError: the number of rows is not the number of layers.
+    """
+    layers = layers_of(library)
+    if len(alpha) != len(layers):
+        raise ValueError(f"{len(layers)} layers but weights of {len(alpha)}")
+    rows = {f"{layer}/alpha": row for layer, row in zip(layers, alpha, strict=True)}
+    return tree.unflatten(tree.flatten(library) | rows)
+
+
 def check_weights(alpha: Array, skills: int) -> None:
     """Refuse weights [..., k] that are not one for each skill.
 
@@ -273,10 +292,10 @@ def zero_skill(skill: Params) -> Params:
     return jax.tree.map(jnp.zeros_like, skill)
 
 
-def merge(base: Params, library: Params, alpha: Float[Array, " k"]) -> Params:
+def merge(base: Params, library: Params, alpha: Float[Array, "*L k"]) -> Params:
     """Base parameters with W0 + sum_k alpha_k A_k B_k folded in.
 
-    Only for weights that do not depend on the state.
+    Only for weights that do not depend on the state; they may be each layer's own.
 
     Raises:
       InputError: the library holds MLP adapters, which cannot be folded.
@@ -284,9 +303,11 @@ def merge(base: Params, library: Params, alpha: Float[Array, " k"]) -> Params:
     """
     if adapter_of(library) != "lora":
         raise InputError("only lora skills can be merged into the base's weights")
+    if alpha.ndim == 2:
+        library = weigh_layers(library, alpha)
     flat, low_rank = tree.flatten(base), tree.flatten(library)
     for path in dense_layers(base):
         adapter = {leaf: low_rank[f"{path}/{leaf}"] for leaf in ("a", "b")}
-        a, b = side_by_side(adapter, alpha)
+        a, b = side_by_side(adapter, low_rank.get(f"{path}/alpha", alpha))
         flat[f"{path}/kernel"] = flat[f"{path}/kernel"] + a @ b
     return tree.unflatten(flat)

@@ -35,11 +35,13 @@ from psec_jax.data.recording import box_of_card
 from psec_jax.errors import InputError, lookup
 from psec_jax.gating import GateConfig
 from psec_jax.library import SkillLibrary
-from psec_jax.lora import adapter_of, merge, stack_skills
+from psec_jax.lora import adapter_of, layers_of, merge, stack_skills
 from psec_jax.networks.denoiser import NetworkConfig, init_base
 from psec_jax.process import ProcessConfig
+from psec_jax.runtime import platform
 from psec_jax.types import Normaliser, Params
 
+GATHER_FROM = 4  # skills for each that is active, see results/sparse.json
 HUGE = 1e6  # observations beyond may be too much for float32 somewhere in a network
 
 
@@ -81,7 +83,8 @@ class Policy:
         one_or_batch = _act_batch if obs.ndim == 2 else _act_one
         with jax.enable_x64(False):  # the same numbers whatever the caller computes in
             rows = _padded(keys, obs)
-            action = one_or_batch(*self._acting, *rows)
+            acting = self._acting if obs.ndim == 2 else self._acting_one
+            action = one_or_batch(*acting, *rows)
             return _finite(action[: len(obs)] if obs.ndim == 2 else action, obs)
 
     def batched(self) -> Partial:
@@ -121,8 +124,28 @@ class Policy:
         alone = params._replace(base=base, library=None, strength=None, gate=None)
         return dataclasses.replace(config, gate=None), alone
 
+    @functools.cached_property
+    def _acting_one(self) -> tuple[PolicyConfig, PolicyParams]:
+        """What `act` runs for one observation: of many skills under a "topk" head only
+        those that are active are computed. For a batch, each of whose states has
+        matrices of its own then, that takes longer."""
+        config, params = self._acting
+        gate = config.gate
+        sparse = (
+            gate is not None
+            and (gate.head, gate.layers, config.level) == ("topk", 0, "parameter")
+            and not config.chooses
+            and len(self.skills) >= GATHER_FROM * gate.top_k
+        )
+        if gate is None or not sparse:
+            return config, params
+        return dataclasses.replace(config, gathered=gate.top_k), params
+
     def alpha(self, obs: Any) -> Array:
         """The gate's weights [K] of one raw observation [S], or [B, K] of a batch.
+
+        [L, K] and [B, L, K] where the L layers have weights of their own, in the order
+        of `lora.layers_of`.
 
         Raises:
           InputError: the policy is a base alone, its weights depend on sampled actions
@@ -308,21 +331,23 @@ def _act_together(config, params, keys, obs):
     def one(params, keys, obs):
         return jax.vmap(functools.partial(act, config, params))(keys, obs)
 
+    if platform.current().unroll_skills:
+        return jax.lax.map(lambda each: one(*each), (params, keys, obs))
     return jax.vmap(one)(params, keys, obs)
 
 
 def alike(left: Policy, right: Policy) -> bool:
     """Whether the two can act in one call: the same config and shapes of arrays."""
-    same = tree.shapes(left.params) == tree.shapes(right.params)
-    return left.config == right.config and same
+    (mine, my_arrays), (its, its_arrays) = left._acting, right._acting
+    return mine == its and tree.shapes(my_arrays) == tree.shapes(its_arrays)
 
 
 def act_together(
     policies: Sequence[Policy],
 ) -> Callable[[Key[Array, "R B"], Float[Array | np.ndarray, "R B S"]], jax.Array]:
     """`act` of R policies that are `alike`, as one jitted call with R in front."""
-    params = tree.stack([policy.params for policy in policies])
-    return Partial(_act_together, policies[0].config, params)
+    params = tree.stack([policy._acting[1] for policy in policies])
+    return Partial(_act_together, policies[0]._acting[0], params)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -444,8 +469,9 @@ def compose(
       skills: names of skills, or one name; empty is the base alone (or the gate's own
         skills).
       alpha: fixed weights, numbers or an array, or one number for one skill: at the
-        parameter level a multiplier for each skill, by default the strength one skill
-        was trained at; at the noise and action levels the share of the base and of each
+        parameter level a multiplier for each skill, or [L, K] for each layer (in the
+        order of `lora.layers_of`) and skill, by default the strength one skill was
+        trained at; at the noise and action levels the share of the base and of each
         skill, by default 0 and 1 for one skill.
       gate: name of a gate of the library instead of fixed weights; it brings its
         skills and its level.
@@ -627,23 +653,49 @@ def _compose(root, skills, alpha, gate, level) -> Policy:
                 f"{len(skills)} skills need a gate, or one alpha for each of them"
             )
         alpha = [0.0, 1.0] if base_member else strength
-    if len(alpha) != len(skills) + base_member:
+    alpha = np.asarray(alpha, np.float32)
+    if alpha.shape[-1] != len(skills) + base_member:
         raise InputError(
-            f"alpha: got {len(alpha)} weights for {len(skills)} skills"
+            f"alpha: got {alpha.shape[-1]} weights for {len(skills)} skills"
             f"{' and the base' if base_member else ''} at the {level} level"
         )
-    gate_form = GateConfig(head="constant", base_member=base_member)
+    layers = len(alpha) if alpha.ndim == 2 else 0
+    if layers and base_member:
+        raise InputError(
+            f"alpha: got weights of shape {alpha.shape} at the {level} level, expected "
+            "one for each skill and the base: it weighs no layers"
+        )
+    check_layers("alpha", layers, library)
+    gate_form = GateConfig(head="constant", base_member=base_member, layers=layers)
     config = dataclasses.replace(policy.config, level=level, gate=gate_form)
     params = policy.params._replace(
         library=library,
         strength=strength,
-        gate={"head": {"alpha": jnp.asarray(alpha, jnp.float32)}},
+        gate={"head": {"alpha": jnp.asarray(alpha)}},
     )
     return Policy(config, _on_device(params), tuple(skills), policy.box)
 
 
+def check_layers(what: str, layers: int, library: Params) -> None:
+    """Refuse weights of another number of layers than a library of skills adapts.
+
+    Args:
+      what: has the weights, named in the message.
+      layers: L, or 0 where all layers have the same.
+      library: the skills.
+
+    Raises:
+      InputError: L is another number.
+    """
+    expected = len(layers_of(library))
+    if layers not in (0, expected):
+        raise InputError(
+            f"{what}: has weights for {layers} layers, the base has {expected}"
+        )
+
+
 def _alpha(alpha: Any) -> np.ndarray | None:
-    """Weights as a vector of finite float32, or None.
+    """Weights as finite float32 [K] or [L, K], or None.
 
     Raises:
       InputError: anything else.
@@ -655,11 +707,12 @@ def _alpha(alpha: Any) -> np.ndarray | None:
     except (TypeError, ValueError) as error:
         raise InputError(f"alpha: no array of numbers ({error})") from error
     array = array.reshape(1) if array.ndim == 0 else array
-    empty = array.size == 0
-    if array.ndim != 1 or not (empty or array.dtype.kind in "iuf"):
+    empty = array.shape == (0,)
+    odd = array.ndim not in (1, 2) or (0 in array.shape and not empty)
+    if odd or not (empty or array.dtype.kind in "iuf"):
         raise InputError(
             f"alpha: got {array.dtype} of shape {array.shape}, expected one number for "
-            "each skill"
+            "each skill, or for each layer and skill"
         )
     if not empty and not np.isfinite(array).all():
         raise InputError(f"alpha: got {array.tolist()}, expected finite numbers")
@@ -682,6 +735,7 @@ def _compose_gate(root, skills, gate, alpha) -> Policy:
             f"gate {gate!r}: base_member is {form.base_member} at the {card['level']} "
             "level, where it cannot be"
         )
+    check_layers(f"gate {gate!r}", form.layers, library)
     params = policy.params._replace(
         library=library, strength=strength, gate=gate_params
     )

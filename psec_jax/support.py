@@ -258,4 +258,22 @@ def _regress(config: SupportConfig, pool: np.ndarray, target: np.ndarray) -> Par
     return net
 
 
+def append(kept: Params, new: Params) -> Params:
+    """Supports of one form for the skills of the first and then those of the second.
+
+    Args:
+      kept: made by one of `FITS`; its numbers stay as they are.
+      new: likewise. The shorter list of demonstrations is padded.
+    """
+    left, right = tree.flatten(kept), tree.flatten(new)
+    if "valid" in left:
+        most = max(left["valid"].shape[1], right["valid"].shape[1])
+        for flat in (left, right):
+            for leaf in ("demos", "valid"):
+                widths = [(0, 0)] * flat[leaf].ndim
+                widths[1] = (0, most - flat[leaf].shape[1])
+                flat[leaf] = jnp.pad(flat[leaf], widths)
+    return tree.unflatten({p: jnp.concatenate([left[p], right[p]]) for p in left})
+
+
 FITS = {"neighbour": fit_neighbour, "learned": fit_learned}

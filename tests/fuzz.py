@@ -120,6 +120,7 @@ def _data_card() -> dict[str, Any]:
 
 
 def _read_library(folder: Path) -> None:
+    from experiments import report
     from launch import library as shell
     from psec_jax import policy
     from psec_jax.errors import InputError
@@ -130,6 +131,7 @@ def _read_library(folder: Path) -> None:
     for kind, name in library.entries():
         with contextlib.suppress(InputError):
             shell.show(library, f"{kind}/{name}")
+    report.build(str(folder), gates=[])
     problems = library.verify()
     for gate in library.gates():
         policy.compose(folder, gate=gate)
@@ -338,12 +340,9 @@ def _make_results(folder: Path) -> None:
 
 
 def _read_results(folder: Path) -> None:
-    from experiments import results, table2, tables
+    from experiments import report
 
-    raws = results.read_all(folder / "table2.jsonl")
-    tables.markdown(table2.TABLE, tables.summarise(table2.TABLE, raws))
-    tables.differences(table2.TABLE, raws)
-    results.conditions(raws)
+    report.returns(folder)
 
 
 def _make_released(folder: Path) -> None:

@@ -1,5 +1,7 @@
 """`Policy.act`: few programs for batches of many sizes, fixed weights merged once."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,15 +10,14 @@ import tiny
 
 from psec_jax import policy
 from psec_jax.composition import PolicyConfig, PolicyParams
-from psec_jax.gating import GateConfig
+from psec_jax.gating import GateConfig, init_gate
+from psec_jax.lora import ADAPTERS, layers_of
 from psec_jax.types import Normaliser
 
 NORMALISER = Normaliser(jnp.zeros(tiny.OBS_DIM), jnp.ones(tiny.OBS_DIM))
 
 
 def fixed(level="parameter", adapter="lora", **network):
-    import dataclasses
-
     base_member = level != "parameter"
     config = PolicyConfig(
         dataclasses.replace(tiny.NETWORK, **network),
@@ -66,6 +67,63 @@ def test_fixed_weights_are_merged():
     np.testing.assert_allclose(acting.alpha(obs)[0], [2.0, -0.5, 0.7])
     jitted = jax.jit(lambda keys, obs: acting.act(keys, obs))(keys, obs)
     np.testing.assert_allclose(jitted, fused, atol=1e-5)
+
+
+def test_weights_of_each_layer_are_merged():
+    acting = fixed()
+    layers = len(layers_of(acting.params.library))
+    alpha = tiny.normal(layers, tiny.SKILLS, seed=5)
+    form = dataclasses.replace(acting.config.gate, layers=layers)
+    acting = dataclasses.replace(
+        acting,
+        config=dataclasses.replace(acting.config, gate=form),
+        params=acting.params._replace(gate={"head": {"alpha": alpha}}),
+    )
+    assert acting._acting[1].library is None
+    obs, keys = np.asarray(tiny.normal(4, tiny.OBS_DIM)), tiny.keys(4)
+    fused = policy._act_batch(acting.config, acting.params, keys, obs)
+    np.testing.assert_allclose(acting.act(keys, obs), fused, atol=1e-5)
+    assert acting.alpha(obs).shape == (4, layers, tiny.SKILLS)
+    np.testing.assert_array_equal(acting.alpha(obs[0]), alpha)
+
+
+def of_many(head, count, adapter="lora", **fields):
+    """A policy of several skills under a gate that sees the state."""
+    gate = GateConfig(head=head, widths=(8,), **fields)
+    config = PolicyConfig(tiny.NETWORK, tiny.PROCESS, tiny.ACTION_DIM, gate=gate)
+    strength = jnp.ones(count)
+    made = init_gate(gate, jax.random.key(1), tiny.OBS_DIM, strength)
+    params = PolicyParams(
+        tiny.base(), NORMALISER, tiny.library(count, adapter), strength, made
+    )
+    return policy.Policy(config, params, tuple(map(str, range(count))))
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_of_many_skills_the_active_ones_are_computed(top_k, adapter):
+    acting = of_many("topk", 8, adapter, top_k=top_k)
+    assert acting._acting_one[0].gathered == top_k
+    assert acting._acting == (acting.config, acting.params)
+    obs, keys = np.asarray(tiny.normal(6, tiny.OBS_DIM)), tiny.keys(6)
+    assert len({tuple(row) for row in np.asarray(acting.alpha(obs)) != 0}) > 1
+    every = acting.act(keys, obs)
+    for key, one, expected in zip(keys, obs, every, strict=True):
+        np.testing.assert_allclose(acting.act(key, one), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("head", "count", "fields"),
+    [
+        ("topk", 7, {"top_k": 2}),
+        ("topk", 8, {"top_k": 2, "layers": 6}),
+        ("topp", 8, {}),
+        ("linear", 8, {}),
+    ],
+)
+def test_elsewhere_all_skills_are_computed(head, count, fields):
+    acting = of_many(head, count, **fields)
+    assert acting._acting_one == (acting.config, acting.params)
 
 
 @pytest.mark.parametrize(

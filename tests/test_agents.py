@@ -35,7 +35,7 @@ from psec_jax.composition import (
     weights,
 )
 from psec_jax.errors import InputError
-from psec_jax.gating import GateConfig, init_gate
+from psec_jax.gating import GateConfig, grow_head, init_gate
 from psec_jax.lora import ADAPTERS
 from psec_jax.losses import released_regulariser
 from psec_jax.networks.denoiser import NetworkConfig, make_denoise, make_network
@@ -252,6 +252,38 @@ def test_gate_reaches_the_diagonal(loss, level):
     if level != "parameter":  # there the weights are known too
         alpha = jax.vmap(functools.partial(weights, config.policy), (None, 0))
         np.testing.assert_allclose(alpha(params, OBS).mean(0), 0.5, atol=0.15)
+
+
+@pytest.mark.parametrize("head", ["linear", "softmax"])
+def test_a_gate_grown_by_a_skill_keeps_what_it_learned_and_trains_on(head):
+    """First +x everywhere, over skill +x alone; then +y right of the origin."""
+    config = gate_config("diffusion", "parameter")
+    form = GateConfig(head=head, widths=(16,))
+    policy = dataclasses.replace(config.policy, gate=form)
+    config = dataclasses.replace(config, policy=policy)
+    both, update = frozen(), compiled(gate, config)
+    first = jax.jit(lambda tree: jax.tree.map(lambda x: x[:1], tree))
+    library, strength = first((both.library, both.strength))
+    one = both._replace(library=library, strength=strength)
+    start = init_gate(form, jax.random.key(3), 2, strength)
+    one, state = one._replace(gate=start), gate.init(config, start)
+    state, _ = run(update, state, demonstrations([SIDE, 0]), one, 200)
+
+    head = grow_head(form, state.params, both.strength, OBS)
+    both = both._replace(gate={"head": head})
+    of = jax.jit(jax.vmap(functools.partial(weights, policy), (None, 0)))
+    learned = of(one._replace(gate={"head": state.params}), OBS)
+    assert np.abs(learned).min() > 0.5
+    np.testing.assert_allclose(of(both, OBS)[:, :1], learned, rtol=1e-6)
+    assert np.abs(of(both, OBS)[:, 1]).max() < 1e-6
+
+    right = np.asarray(OBS)[:, :1] > 0
+    data = demonstrations(np.where(right, [0, SIDE], [SIDE, 0]))
+    state, _ = run(update, gate.init(config, both.gate), data, both, 800)
+    got = actions_of(policy, both._replace(gate={"head": state.params}))
+    x = np.asarray(OBS)[:, 0]
+    np.testing.assert_allclose(got[x > 0.5].mean(0), [0, SIDE], atol=0.15)
+    np.testing.assert_allclose(got[x < -0.5].mean(0), [SIDE, 0], atol=0.15)
 
 
 def test_gate_follows_the_state():

@@ -128,6 +128,7 @@ def place(tmp_path_factory):
             ("launch.compose", "--workdir=gate", "--name=gate", "--skills=walk")
             + ("--config.gate.head=constant", "--config.gate.support=neighbour")
             + ("--support_data=walker.hdf5",),
+            ("launch.compose", "--workdir=linear", "--name=linear", "--skills=walk"),
         )
         for module, *arguments in made:
             answer = call(
@@ -429,6 +430,23 @@ NUMBERS = [
     field(COMPOSE, "gate.batch_size", 0, "gate.batch_size: got 0, expected 1 or more"),
     field(COMPOSE, "gate.widths", "(8,0)", "widths: got (8, 0), expected 1 or"),
     field(COMPOSE, "gate.top_k", 0, "top_k: got 0, expected 1 or more"),
+    field(COMPOSE, "gate.top_k", -1, "top_k: got -1, expected 1 or more"),
+    field(COMPOSE, "gate.top_p", 0.5, "gate.top_p: got 0.5 with the head 'linear'"),
+    field(COMPOSE, "gate.temperature", 2, "gate.temperature: got 2.0 with the head"),
+    *(
+        (
+            (*COMPOSE, WALKER, "--skills=walk", "--config.gate.head=topp")
+            + (f"--config.gate.{name}={value}",),
+            f"gate.{name}: got {value}, expected {words}",
+        )
+        for name, value, words in (
+            ("top_p", 0.0, "in (0, 1]"),
+            ("top_p", -0.1, "in (0, 1]"),
+            ("top_p", 1.1, "in (0, 1]"),
+            ("temperature", 0.0, "above 0"),
+            ("temperature", -2.0, "above 0"),
+        )
+    ),
     field(COMPOSE, "support.quantile", 2, "quantile: got 2"),
     field(COMPOSE, "support.expectile", 1, "expectile: got 1"),
     field(COMPOSE, "support.steps", 0, "steps: got 0, expected 1 or more"),
@@ -475,6 +493,7 @@ def test_numbers(command, words):
 
 
 SUPPORT = ("--config.gate.head=constant", "--config.gate.support=neighbour")
+START = (*COMPOSE, WALKER, "--noevaluate")
 FORMS = {
     "a thin skill has no support": (
         (*COMPOSE, WALKER, "--skills=thin", *SUPPORT, "--support_data=one.hdf5"),
@@ -522,6 +541,63 @@ FORMS = {
     "a constant head without weights": (
         (*COMPOSE, WALKER, "--skills=walk,thin", "--config.gate.head=constant"),
         "alpha: a constant head over 2 skills needs 2 weights",
+    ),
+    "layers of their own at the action level": (
+        (*COMPOSE, WALKER, "--skills=walk", "--config.gate.per_layer=True")
+        + ("--config.gate.level=action",),
+        "gate.per_layer: got True with the head 'linear' at the action level",
+    ),
+    "layers of their own under select": (
+        (*COMPOSE, WALKER, "--skills=walk", "--config.gate.per_layer=True")
+        + ("--config.gate.head=select",),
+        "gate.per_layer: got True with the head 'select'",
+    ),
+    "layers of their own and the authors' regulariser": (
+        (*COMPOSE, WALKER, "--skills=walk", "--config.gate.per_layer=True")
+        + ("--config.gate.compat=released",),
+        "compat: got 'released' with weights for each layer",
+    ),
+    "weights of other layers": (
+        (*COMPOSE, WALKER, "--skills=walk", "--alpha=1,2")
+        + ("--config.gate.head=constant", "--config.gate.per_layer=True"),
+        "alpha: got 2 weights, expected 1, or 6 x 1 of the layers",
+    ),
+    "a start that is not there": (
+        (*START, "--start=none", "--skills=walk,thin"),
+        "lib has no gate 'none'; it has gate, linear",
+    ),
+    "a start of other skills": (
+        (*START, "--start=linear", "--skills=thin,walk"),
+        "start: gate 'linear' weighs walk; expected the first of the skills thin, walk",
+    ),
+    "a start of the same skills": (
+        (*START, "--start=linear", "--skills=walk"),
+        "start: gate 'linear' weighs walk; expected the first of the skills walk, in",
+    ),
+    "a start of another head": (
+        (*START, "--start=linear", "--skills=walk,thin", "--config.gate.head=softmax"),
+        "start: gate 'linear' has head linear, this one softmax; expected the same",
+    ),
+    "a start of other widths": (
+        (*START, "--start=linear", "--skills=walk,thin", "--config.gate.widths=(8,)"),
+        "start: gate 'linear' has widths (256, 256), this one (8,); expected the same",
+    ),
+    "a start without layers of their own": (
+        (*START, "--start=linear", "--skills=walk,thin")
+        + ("--config.gate.per_layer=True",),
+        "start: gate 'linear' has layers 0, this one 6; expected the same",
+    ),
+    "a start at another level": (
+        (*START, "--start=linear", "--skills=walk,thin", "--config.gate.level=noise"),
+        "start: gate 'linear' has level parameter, this one noise; expected the same",
+    ),
+    "a start that is not trained": (
+        (*START, "--start=gate", "--skills=walk,thin", *SUPPORT),
+        "start: the head 'constant' is not trained, give none",
+    ),
+    "a start and weights": (
+        (*START, "--start=linear", "--skills=walk,thin", "--alpha=1,2"),
+        "alpha: got weights and a gate to start from, expected one",
     ),
     "a name with a slash": (
         (
@@ -651,6 +727,24 @@ def test_library_damaged_by_hand(file, damage):
         assert call("launch.library", "list", "--library=damaged").code in (0, 2)
     finally:
         shutil.rmtree("damaged")
+
+
+def test_a_start_of_another_base():
+    """Copied from another library, as nothing else makes such a gate."""
+    other = ("--library=other", WALKER, "--noevaluate", *TINY)
+    assert call("launch.pretrain", "--workdir=base2", "--seed=1", *other).code == 0
+    try:
+        walk = ("launch.expand", "--workdir=walk2", "--name=walk")
+        assert call(*walk, *other).code == 0
+        shutil.copytree("lib/gates", "other/gates")
+        refused(
+            "gate 'linear': made for base",
+            *("launch.compose", *other, "--workdir=new", "--name=new"),
+            *("--start=linear", "--skills=walk"),
+        )
+    finally:
+        for folder in ("other", "base2", "walk2"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_damaged_base_stops_a_stage():

@@ -26,6 +26,7 @@ from psec_jax.composition import (
 )
 from psec_jax.errors import InputError
 from psec_jax.gating import GateConfig, gate_alpha, init_gate
+from psec_jax.lora import layers_of
 from psec_jax.networks.critics import init_q, twin_q
 from psec_jax.types import Normaliser
 from psec_jax.workflows import estimates
@@ -98,6 +99,21 @@ def test_the_chosen_one_is_the_best_by_hand(rule):
     np.testing.assert_array_equal(action, got.action)
 
 
+def test_critics_choose_among_samples_with_weights_of_each_layer():
+    layers = len(layers_of(tiny.library()))
+    alpha = tiny.normal(layers, K, seed=7)
+    form = GateConfig(head="constant", layers=layers)
+    config = dataclasses.replace(CONFIG, gate=form)
+    gated = params()._replace(gate={"head": {"alpha": alpha}})
+    obs, key = tiny.normal(S), jax.random.key(3)
+    got = jax.jit(functools.partial(choose, config, gated))(key, obs)
+    np.testing.assert_array_equal(got.alpha, alpha)
+    assert len(got.values["cost"]) == 3
+    draw = jax.jit(sampler(config, gated, gated.normaliser(obs)))
+    one = draw(action_noise(config, jax.random.split(key, 3)[got.chosen]), alpha)
+    np.testing.assert_allclose(got.action, one, atol=1e-5)
+
+
 def test_no_feasible_candidate_is_the_least_harm():
     score = RULES["feasible"].score
     q, zero = jnp.array([1.0, 9.0, 5.0]), jnp.zeros(())
@@ -153,11 +169,18 @@ def test_candidates_of_the_weights():
         candidate_weights(jnp.ones(6), False)
 
 
-@pytest.mark.parametrize("loss", ["critic", "selected"])
-def test_a_gate_that_critics_train(loss):
+@pytest.mark.parametrize(
+    ("loss", "fields"),
+    [
+        ("critic", {"head": "sigmoid"}),
+        ("selected", {"head": "sigmoid"}),
+        ("selected", {"head": "softmax", "temperature": 2.0, "layers": 6}),
+    ],
+)
+def test_a_gate_that_critics_train(loss, fields):
     """Through the sampler the score rises; by imitation the weights become the chosen
     ones of a state that always has the same best candidate."""
-    form = GateConfig(head="sigmoid", widths=(16,), candidates=3)
+    form = GateConfig(widths=(16,), candidates=3, **fields)
     config = GateTrainConfig(
         dataclasses.replace(CONFIG, gate=form, candidates=1),
         loss,
@@ -176,7 +199,7 @@ def test_a_gate_that_critics_train(loss):
         losses.append(float(metrics["loss/gate"]))
     assert np.mean(losses[-10:]) < np.mean(losses[:10])
     head = state.params
-    jax.tree.map(np.testing.assert_array_equal, head["strength"], jnp.full(K, 2.0))
+    np.testing.assert_array_equal(head["strength"], gate["head"]["strength"])
     assert not np.allclose(
         head["mlp"]["output"]["bias"], gate["head"]["mlp"]["output"]["bias"]
     )

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import h5py
+import jax
 import numpy as np
 import pytest
 import short
@@ -21,7 +22,8 @@ from experiments.configs.dmc_walker import get_config
 from psec_jax import tree
 from psec_jax.data import d4rl, dataset
 from psec_jax.errors import InputError, Stopped
-from psec_jax.library import SkillLibrary
+from psec_jax.library import SkillLibrary, _sealed
+from psec_jax.policy import compose
 from psec_jax.runtime import loop
 from psec_jax.runtime.loop import train
 from psec_jax.types import Dataset
@@ -216,6 +218,133 @@ def test_compositions(library, stand, walk, quick_starts, level, head, support):
     assert card["level"] == level and card["returns"] == result["returns"]
     assert ("support" in params) == (support != "none")
     assert (result["summary"] is None) == (head == "constant")
+
+
+def composed(name, walk, **fields):
+    """The card of a gate made without evaluation, its parameters and its result."""
+    changes = {k: fields.pop(k) for k in list(fields) if "." in k}
+    result = stages.compose(
+        tiny(**changes),
+        workdir=f"lib_{name}",
+        library="lib",
+        seed=0,
+        name=name,
+        data=walk,
+        evaluate=False,
+        **fields,
+    )
+    params, card = SkillLibrary.open("lib").load_gate(name)
+    return params, card, result
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize("head", ["topk", "topp"])
+def test_the_load_of_a_gate_is_reported(library, walk, head, per_layer):
+    form = ("gate.head", head), ("gate.per_layer", per_layer), ("gate.temperature", 2.0)
+    options = {"skills": ["walk", "run"], "env": SKILL, **dict(form)}
+    name = f"{head}-{per_layer}"
+    _, card, result = composed(name, walk, **options)
+    load = card["load"]
+    assert result["load"] == load and load["states"] == card["data"]["transitions"]
+    obs = d4rl.load(walk)[0].obs
+    alpha = np.asarray(compose("lib", gate=name).alpha(obs)).reshape(-1, 2)
+    for k, one in enumerate(load["skills"].values()):
+        assert one["active"] == pytest.approx(np.mean(alpha[:, k] != 0))
+        assert one["weight"] == pytest.approx(np.mean(alpha[:, k]), rel=1e-4)
+    assert load["active"] == pytest.approx(np.mean((alpha != 0).sum(1)))
+    assert head == "topp" or load["active"] == 1
+    # The finished run says it again.
+    flags = (f"--config.{field}={value}" for field, value in form)
+    flags = (*FLAGS, *flags, "--library=lib", f"--workdir=lib_{name}", "--noevaluate")
+    flags += (f"--name={name}", "--skills=walk,run", f"--env={SKILL}", f"--data={walk}")
+    quick = "--config=experiments/configs/dmc_walker.py:quick"
+    printed = done("launch.compose", quick, *flags).splitlines()
+    assert printed[1].startswith(f"active on the {len(obs)} states of the")
+    assert f"{load['active']:.2f} of 2 weights" in printed[1]
+    assert [line.split()[0] for line in printed[2:]] == ["weight", "walk", "run"]
+
+
+@pytest.mark.parametrize("head", ["linear", "constant"])
+def test_layers_with_weights_of_their_own_act(library, walk, head):
+    alpha = list(np.arange(12.0)) if head == "constant" else None
+    form = ("gate.head", head), ("gate.per_layer", True)
+    options = {"skills": ["walk", "run"], "env": SKILL, "alpha": alpha, **dict(form)}
+    params, card, _ = composed(f"layers-{head}", walk, **options)
+    assert card["gate"]["layers"] == 6 and card["load"] is None
+    policy = compose("lib", gate=f"layers-{head}")
+    obs = d4rl.load(walk)[0].obs[:3]
+    assert policy.alpha(obs).shape == (3, 6, 2)
+    assert np.isfinite(policy.act(jax.random.key(0), obs)).all()
+    if head == "constant":
+        rows = np.arange(12.0).reshape(6, 2)
+        np.testing.assert_array_equal(policy.alpha(obs[0]), rows)
+        by_hand = compose("lib", ["walk", "run"], alpha=rows)
+        key = jax.random.key(0)
+        np.testing.assert_array_equal(by_hand.act(key, obs), policy.act(key, obs))
+
+
+@pytest.mark.parametrize(
+    ("rows", "level", "words"),
+    [
+        (np.ones((6, 3)), "parameter", "alpha: got 3 weights for 2 skills"),
+        (np.ones((5, 2)), "parameter", "alpha: has weights for 5 layers, the base has"),
+        (np.ones((0, 2)), "parameter", "alpha: got float64 of shape (0, 2)"),
+        (np.ones((1, 6, 2)), "parameter", "alpha: got float64 of shape (1, 6, 2)"),
+        (np.full((6, 2), np.nan), "parameter", "expected finite numbers"),
+        (np.ones((6, 3)), "noise", "alpha: got weights of shape (6, 3) at the noise"),
+    ],
+)
+def test_weights_of_layers_that_do_not_fit(library, rows, level, words):
+    with pytest.raises(InputError, match=re.escape(words)):
+        compose("lib", ["walk", "run"], alpha=rows, level=level)
+
+
+@pytest.mark.parametrize("support", ["none", "neighbour", "learned"])
+def test_a_gate_is_grown_by_a_skill(library, stand, walk, support):
+    run = f"data/{library.card('skill', 'run')['data']['source']}"
+    form = {"gate.support": support}
+    data = {"support_data": [walk], "base_data": stand} if support != "none" else {}
+    old, before, _ = composed(f"old-{support}", walk, skills=["walk"], **data, **form)
+    data |= {"support_data": [run] if support == "neighbour" else [walk, run]}
+    options = {"skills": ["walk", "run"], "start": f"old-{support}", **form}
+    options |= data if support != "none" else {}
+    # A rate so small that the head stays where it starts.
+    new, card, _ = composed(
+        f"new-{support}", walk, **options, **{"gate.learning_rate": 1e-30}
+    )
+    assert card["start"] == {n: before[n] for n in ("name", "fingerprint")}
+    kept = np.asarray(new["head"]["output"]["kernel"])
+    np.testing.assert_array_equal(kept[:, :1], old["head"]["output"]["kernel"])
+    for path, leaf in tree.flatten(old.get("support", {})).items():
+        grown = np.asarray(tree.flatten(new["support"])[path])
+        assert len(grown) == 2
+        cut = tuple(slice(n) for n in np.shape(leaf))
+        np.testing.assert_array_equal(grown[cut], leaf, err_msg=path)
+    obs = d4rl.load(walk)[0].obs
+    got = np.asarray(compose("lib", gate=f"new-{support}").alpha(obs))
+    expected = np.asarray(compose("lib", gate=f"old-{support}").alpha(obs))
+    np.testing.assert_allclose(got[:, :1], expected, rtol=1e-5, atol=1e-6)
+    assert np.abs(got[:, 1]).max() < 1e-20
+
+
+def test_a_gate_without_the_newer_fields_loads_and_resumes(library, walk):
+    """As an older version wrote its card and its run."""
+    _, card, first = composed("older", walk, skills=["walk"])
+    path = Path("lib/gates/older/gate.json")
+    content = json.loads(path.read_text())
+    newer = {"top_p", "temperature", "layers", "load", "start"}
+    assert newer - {"load", "start"} <= content["gate"].keys()
+    content["gate"] = {k: v for k, v in content["gate"].items() if k not in newer}
+    content = {k: v for k, v in content.items() if k not in newer}
+    recorded = content["config"]["gate"].keys()
+    assert not recorded & {"top_p", "temperature", "per_layer"}
+    obs, key = d4rl.load(walk)[0].obs[:4], jax.random.key(0)
+    expected = compose("lib", gate="older")
+    path.write_text(json.dumps(_sealed(content)))
+    got = compose("lib", gate="older")
+    np.testing.assert_array_equal(got.alpha(obs), expected.alpha(obs))
+    np.testing.assert_array_equal(got.act(key, obs), expected.act(key, obs))
+    assert composed("older", walk, skills=["walk"])[2] == first
 
 
 def test_demonstrations_a_support_are_collected_again(library, walk, monkeypatch):

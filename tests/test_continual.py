@@ -66,7 +66,7 @@ def measured(folder, sequence, **changes):
     return table, {raw["method"]: raw for raw in raws}
 
 
-FAST = ("Fine-tuning", "LoRA", "PSEC", "Support")
+FAST = ("Fine-tuning", "LoRA", "PSEC", "Support", "Expand or compose")
 
 
 def test_a_sequence_is_learned_and_kept(tmp_path):

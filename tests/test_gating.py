@@ -122,6 +122,119 @@ def test_topk_keeps_the_largest_shares(top_k):
         np.testing.assert_allclose(kept[largest], all_shares[largest], rtol=1e-5)
 
 
+def with_shares(head, shares, **fields):
+    """Weights, divided by the start, of a head whose softmax is `shares` everywhere."""
+    config = dataclasses.replace(configured(head), widths=(), **fields)
+    logits = config.temperature * jnp.log(jnp.asarray(shares))
+    mlp = {"output": {"kernel": jnp.zeros((tiny.OBS_DIM, len(shares))), "bias": logits}}
+    params = {"head": {"mlp": mlp, "strength": jnp.full(len(shares), 2.0)}}
+    return np.asarray(gate_alpha(config, params, OBS[0])) / 2
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [
+        (0.01, (1,)),
+        (0.49, (1,)),
+        (0.51, (1, 3)),
+        (0.79, (1, 3)),
+        (0.81, (1, 3, 0)),
+        (0.94, (1, 3, 0)),
+        (0.96, (0, 1, 2, 3)),
+        (1.0, (0, 1, 2, 3)),
+    ],
+)
+def test_topp_keeps_the_fewest_skills_that_reach_top_p(top_p, kept):
+    shares = np.array([0.15, 0.5, 0.05, 0.3])
+    got = with_shares("topp", shares, top_p=top_p)
+    expected = np.where(np.isin(np.arange(4), kept), shares, 0)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_of_equal_shares_the_first_are_kept():
+    shares = [0.25] * 4
+    assert with_shares("topp", shares, top_p=0.4).tolist() == [0.25, 0.25, 0, 0]
+    assert with_shares("topk", shares, top_k=3).tolist() == [0.25, 0.25, 0.25, 0]
+
+
+@pytest.mark.parametrize("head", ["softmax", "topk", "topp"])
+def test_temperature_divides_the_logits(head):
+    config, params = configured(head), {"head": head_params(head)}
+    hot = dataclasses.replace(config, temperature=4.0)
+    mlp = params["head"]["mlp"]
+    output = jax.tree.map(lambda leaf: leaf / 4, mlp["output"])
+    cooled = {"head": params["head"] | {"mlp": mlp | {"output": output}}}
+    got = alphas(hot, params)
+    np.testing.assert_allclose(got, alphas(config, cooled), rtol=1e-5)
+    assert not np.allclose(got, alphas(config, params))
+    plain = dataclasses.replace(config, temperature=1.0)
+    np.testing.assert_array_equal(alphas(plain, params), alphas(config, params))
+
+
+LAYERS = 4
+
+
+@functools.cache
+def layered(head):
+    config = configured(head, layers=LAYERS)
+    make = functools.partial(init_gate, config, obs_dim=tiny.OBS_DIM)
+    return config, jax.jit(make)(jax.random.key(0), start=START)
+
+
+@pytest.mark.parametrize("head", ONE)
+def test_every_layer_may_have_weights_of_its_own(head, given):
+    """Each layer's are those of a head with the same logits; a support scales all."""
+    config, params = layered(head)
+    got = alphas(config, params)
+    assert got.shape == (B, LAYERS, K)
+    share = np.array([0.5, 0.8, 0.3], np.float32)
+    scaled = dataclasses.replace(config, support=given, priority=False)
+    np.testing.assert_allclose(
+        alphas(scaled, params | {"support": share}), got * share, rtol=1e-6
+    )
+    if head == "constant":
+        np.testing.assert_array_equal(got, np.broadcast_to(START, got.shape))
+        return
+    mlp = params["head"].get("mlp", params["head"])
+    for row in range(LAYERS):
+        columns = slice(row * K, (row + 1) * K)
+        output = jax.tree.map(lambda leaf: leaf[..., columns], mlp["output"])  # noqa: B023
+        one = mlp | {"output": output}
+        if head in BOUNDED_HEADS:
+            one = {"strength": params["head"]["strength"][row], "mlp": one}
+        np.testing.assert_allclose(
+            got[:, row], alphas(configured(head), {"head": one}), rtol=1e-5
+        )
+    assert np.abs(got[:, 0] - got[:, 1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("layers", [0, LAYERS])
+@pytest.mark.parametrize("head", [h for h in ONE if h != "constant"])
+def test_a_grown_head_gives_what_it_gave(head, layers):
+    config, params = configured(head, layers=layers), head_params(head)
+    if layers:
+        config, params = layered(head)[0], layered(head)[1]["head"]
+    start = jnp.array([9.0, 9.0, 9.0, 5.0, 6.0])
+    grown = gating.grow_head(config, params, start, OBS)
+    gating.check_gate(config, {"head": grown}, tiny.OBS_DIM, 1, K + 2)
+    before, after = (alphas(config, {"head": head}) for head in (params, grown))
+    np.testing.assert_allclose(after[..., :K], before, rtol=1e-6)
+    assert np.abs(after[..., K:]).max() <= 6.0 * gating.LOWEST_SHARE * 1.001
+    if head not in ("softmax", "sigmoid"):
+        np.testing.assert_array_equal(after[..., K:], 0)
+    if head in BOUNDED_HEADS:
+        new = np.asarray(grown["strength"])[..., K:]
+        np.testing.assert_array_equal(new, np.broadcast_to([5.0, 6.0], new.shape))
+
+    def total(head):
+        every = jax.vmap(lambda obs: gate_alpha(config, {"head": head}, obs))(OBS)
+        return jnp.sum(every * jnp.arange(1.0, K + 3))
+
+    mlp = jax.grad(total)(grown)
+    gradient = mlp.get("mlp", mlp)["output"]["bias"].reshape(-1, K + 2)
+    assert np.all(np.asarray(gradient)[:, K:] != 0)
+
+
 @pytest.mark.parametrize("priority", [True, False])
 @pytest.mark.parametrize("head", ONE)
 def test_support_scales_the_head(given, head, priority):
@@ -228,6 +341,25 @@ def test_supports_see_the_state_in_units_of_the_scale():
     )
 
 
+REFUSED = [
+    ({"top_k": -1}, "top_k: got -1, expected 1 or more"),
+    ({"head": "topp", "top_p": 0.0}, "top_p: got 0.0, expected in"),
+    ({"head": "topp", "top_p": -0.5}, "top_p: got -0.5, expected in"),
+    ({"head": "topp", "top_p": 1.5}, "top_p: got 1.5, expected in"),
+    ({"head": "topk", "top_p": 0.5}, "top_p: got 0.5 with the head 'topk', expected"),
+    ({"head": "softmax", "temperature": 0.0}, "temperature: got 0.0, expected above"),
+    ({"head": "softmax", "temperature": -1.0}, "temperature: got -1.0, expected above"),
+    ({"head": "softmax", "temperature": float("nan")}, "temperature: got nan"),
+    *(
+        ({"head": head, "temperature": 2.0}, f"temperature: got 2.0 with .* '{head}'")
+        for head in ("linear", "constant", "sigmoid", "select")
+    ),
+    ({"layers": -1}, "layers: got -1, expected 0 or more"),
+    ({"layers": 2, "base_member": True}, "layers: got 2 with .* base_member True"),
+    ({"layers": 2, "head": "select"}, "layers: got 2 with the head 'select'"),
+]
+
+
 def test_refusals(given):
     key, start = jax.random.key(0), jnp.ones(2)
     with pytest.raises(InputError, match=f"choose from {', '.join(sorted(HEADS))}"):
@@ -236,6 +368,9 @@ def test_refusals(given):
         GateConfig(support="all")
     with pytest.raises(InputError, match="top_k: got 0"):
         GateConfig(top_k=0)
+    for fields, words in REFUSED:
+        with pytest.raises(InputError, match=words):
+            GateConfig(**fields)
     with pytest.raises(InputError, match="parameters are missing"):
         init_gate(GateConfig(support=given), key, 3, start)
     with pytest.raises(InputError, match="parameters are given"):

@@ -52,6 +52,44 @@ def eps(library, alpha, kind="mlp"):
     return jax.vmap(one)(alpha, OBS, A_T, T)
 
 
+def drawn_for_layers(kind, seed):
+    """Weights [B, L, K], another vector for each example and layer."""
+    layers = len(lora.dense_layers(tiny.base(kind)))
+    return tiny.normal(B, layers, tiny.SKILLS, seed=seed)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_weights_of_each_layer_are_merged_weights_per_sample(kind):
+    base, library = tiny.base(kind), tiny.library(kind=kind)
+    assert lora.layers_of(library) == list(lora.dense_layers(base))
+    alpha = drawn_for_layers(kind, 3)
+    merged = jax.jit(jax.vmap(lambda a: lora.merge(base, library, a)))(alpha)
+    got, expected = eps(library, alpha, kind), per_sample_eps(merged, kind)
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+    shared = eps(library, alpha.mean(1), kind)
+    assert np.abs(np.asarray(got) - shared).max() > 0.1
+
+
+@FORMS
+def test_equal_weights_of_all_layers_are_one_vector(adapter, kind):
+    library = tiny.library(adapter=adapter, kind=kind)
+    layers = len(lora.layers_of(library))
+    rows = jnp.broadcast_to(ALPHA[:, None], (B, layers, tiny.SKILLS))
+    np.testing.assert_array_equal(eps(library, rows, kind), eps(library, ALPHA, kind))
+
+
+@FORMS
+def test_a_layer_of_weight_zero_has_no_skill(adapter, kind):
+    library = tiny.library(adapter=adapter, kind=kind)
+    for row, layer in enumerate(lora.layers_of(library)):
+        alpha = drawn_for_layers(kind, 4).at[:, row].set(0.0)
+        flat = tree.flatten(library)
+        without = tree.unflatten(flat | {f"{layer}/b": 0 * flat[f"{layer}/b"]})
+        np.testing.assert_allclose(
+            eps(library, alpha, kind), eps(without, alpha, kind), atol=1e-6
+        )
+
+
 def test_dense_layers_are_those_with_kernel_and_bias():
     layers = lora.dense_layers(tiny.base())
     assert set(layers) == {
@@ -240,6 +278,11 @@ def test_layer_names_must_be_the_bases():
 def test_a_library_without_weights_raises():
     with pytest.raises(ValueError, match="a library and alpha need each other"):
         make_denoise(tiny.net(), tiny.base(), tiny.library())
+    layers = len(lora.layers_of(tiny.library()))
+    with pytest.raises(ValueError, match=f"{layers} layers but weights of 2"):
+        make_denoise(tiny.net(), tiny.base(), tiny.library(), jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match="3 skills but 1 weights"):
+        eps(tiny.library(), jnp.ones((B, layers, 1)))
     with pytest.raises(ValueError, match="a library and alpha need each other"):
         make_denoise(tiny.net(), tiny.base(), alpha=jnp.ones(1))
 

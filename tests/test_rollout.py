@@ -32,7 +32,7 @@ needs_gl = pytest.mark.skipif(
 )
 
 
-def random_policy(base_member=False):
+def random_policy(base_member=False, layers=0):
     key = jax.random.key(0)
     base = tiny.randomised(
         lambda: init_base(tiny.NETWORK, key, OBS_DIM, ACTION_DIM), seed=0
@@ -40,7 +40,7 @@ def random_policy(base_member=False):
     skills = [
         tiny.randomised(lambda: init_skill(key, base, 2), seed) for seed in (1, 2)
     ]
-    gate = GateConfig(base_member=base_member, widths=(8,))
+    gate = GateConfig(base_member=base_member, widths=(8,), layers=layers)
     start = jnp.arange(2.0 + base_member)
     level = "noise" if base_member else "parameter"
     return Policy(
@@ -95,6 +95,15 @@ def test_weights_are_named_with_the_base_where_it_has_one(trace):
     alpha = rollout._alpha(alone, trace.obs)
     assert rollout._names(alone) == ()
     assert alpha.shape == (2 * STEPS, 0)
+
+
+def test_weights_of_layers_are_traced_as_their_means():
+    policy = random_policy(layers=6)
+    obs = np.asarray(tiny.normal(5, OBS_DIM))
+    every = np.asarray(policy.alpha(obs))
+    assert every.shape == (5, 6, 2)
+    got = rollout._alpha(policy, obs)
+    np.testing.assert_allclose(got, every.mean(axis=1), rtol=1e-6)
 
 
 def test_saved_trace_reads_back(trace, tmp_path):

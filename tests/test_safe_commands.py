@@ -276,7 +276,7 @@ def test_safe_is_the_whole_interval():
         raw_line("NSEC", [0.5] * 4, [0.0, 0.0, 0.0, 36.0]),  # safe by its mean alone
     ]
     summary = tables.summarise(table1.TABLE, raws)
-    text = tables.markdown(table1.TABLE, summary)
+    text = tables.markdown(tables.cells(table1.TABLE, summary))
     assert "| BC | 0.90 [0.90, 0.90] | 3.00 [3.00, 3.00] | 0.67 / 11.38 |" in text
     assert "| FISOR | **0.20 [0.20, 0.20]** | 0.50" in text
     assert "| PSEC | **0.40 [0.40, 0.40]** * | 0.90" in text

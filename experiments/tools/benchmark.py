@@ -5,9 +5,9 @@
 
 Measures start-up and memory, the rate of matrix products, training steps of every
 stage, where a step's time goes, several seeds as one program, data in a file, several
-steps as one call, the cost of composing skills, the latency of an action, also of
-exported policies and of a server, evaluation (also with simulators on the device), and
-bfloat16; prints a table and saves it as JSON.
+steps as one call, the cost of composing skills, of which few are active, the latency of
+an action, also of exported policies and of a server, evaluation (also with simulators
+on the device), and bfloat16; prints a table and saves it as JSON.
 A full run takes minutes, in which nothing else should run on the machine. --quick
 repeats less and starts with fewer transitions: it checks the benchmark, its figures are
 not to be quoted. Evaluation by several processes needs `make setup-safe`, that on the
@@ -47,7 +47,7 @@ from psec_jax.agents import cloning
 from psec_jax.agents.common import batch_noise
 from psec_jax.agents.critics import CriticConfig
 from psec_jax.cli import no_arguments, run, values_of
-from psec_jax.composition import PolicyConfig, PolicyParams
+from psec_jax.composition import PolicyConfig, PolicyParams, act
 from psec_jax.data import d4rl
 from psec_jax.envs import make_on_device
 from psec_jax.envs.vector import VectorEnv
@@ -75,6 +75,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OUT = "results/benchmark.json"
 OBS_DIM, ACTION_DIM = 24, 6  # of the walker
 RANK, STRENGTH = 8, 16.0
+PAPERS_GATE = GateConfig()
 DTYPES = ("float32", "bfloat16")
 _SHORT = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -94,6 +95,8 @@ class Sizes:
       seeds: numbers R of bases trained as one program, the first of them 1.
       loops: steps in one call, the first of them 1.
       skills: numbers K of skills composed.
+      active: numbers of skills that are active under a "topk" head.
+      acting: numbers of observations that it acts on at once.
       transitions: in the file that the start-up is measured with.
       start_steps: gradient steps of that run.
       rows: transitions the other stages draw from.
@@ -118,6 +121,8 @@ class Sizes:
     seeds: tuple[int, ...] = (1, 2, 4, 8)
     loops: tuple[int, ...] = (1, 8, 64)
     skills: tuple[int, ...] = (1, 4, 16, 64)
+    active: tuple[int, ...] = (1, 2)
+    acting: tuple[int, ...] = (1, 32, 256)
     transitions: int = 1_000_000
     start_steps: int = 20
     rows: int = 100_000
@@ -756,8 +761,9 @@ def make_policy(
     dtype: str = "float32",
     obs_dim: int = OBS_DIM,
     action_dim: int = ACTION_DIM,
+    gate_form: GateConfig = PAPERS_GATE,
 ) -> Policy:
-    """A random policy: the base alone, or skills under the paper's gate."""
+    """A random policy: the base alone, or skills under a gate."""
     network = dataclasses.replace(sizes.network, matmul_dtype=dtype)
     key = jax.random.key(0)
     base_params = randomised(lambda: init_base(network, key, obs_dim, action_dim))
@@ -765,7 +771,6 @@ def make_policy(
     config = PolicyConfig(network, ProcessConfig(), action_dim)
     if not skills:
         return Policy(config, PolicyParams(base_params, normaliser))
-    gate_form = GateConfig()
     strength = jnp.full(skills, STRENGTH)
     head = randomised(lambda: init_gate(gate_form, key, obs_dim, strength))
     library = make_library(base_params, skills)
@@ -855,6 +860,40 @@ def skills(sizes: Sizes) -> list[Row]:
                 make_row("skills", f"{label}: cost over the base", cost, "x"),
                 make_row("skills", f"{label}: its FLOP over the base's", [bound], "x"),
             ]
+    return rows
+
+
+def sparse(sizes: Sizes) -> list[Row]:
+    """An action where few of K skills are active: their matrices gathered before the
+    product, in turns with all of them computed."""
+    rows = []
+    for count in sizes.skills:
+        for active in sizes.active:
+            if active >= count:
+                continue
+            form = GateConfig("topk", top_k=active)
+            policy = make_policy(sizes, skills=count, gate_form=form)
+            some = dataclasses.replace(policy.config, gathered=active)
+            for batch in sizes.acting:
+                obs = normal(0, batch, OBS_DIM)
+                keys = jax.random.split(jax.random.key(0), batch)
+                calls = {}
+                for name, config in (("all", policy.config), ("some", some)):
+                    one = functools.partial(act, config)
+                    if batch == 1:
+                        inputs = (policy.params, keys[0], obs[0])
+                        calls[name] = waiting(jax.jit(one), *inputs)
+                    else:
+                        several = jax.jit(jax.vmap(one, (None, 0, 0)))
+                        calls[name] = waiting(several, policy.params, keys, obs)
+                times = calls_in_turns(calls, sizes.repeats, sizes.seconds / 2)
+                label = f"{active} of {count} skills, batch {batch}"
+                all_ = [1e3 * t for t in times["all"]]
+                over = ratios(times["some"], times["all"])
+                rows += [
+                    make_row("sparse", f"{label}: all computed", all_, "ms"),
+                    make_row("sparse", f"{label}: gathered over all", over, "x"),
+                ]
     return rows
 
 
@@ -1188,6 +1227,7 @@ GROUPS = {
     "streaming": data_in_a_file,
     "steps_per_call": loops,
     "skills": skills,
+    "sparse": sparse,
     "latency": latency,
     "export": exported,
     "serve": served,

@@ -7,8 +7,9 @@ r"""Draw the weights of a gate over an episode, and how they go with the cost.
 
 plays --episodes whole episodes of the gate's composition in the simulator (that of the
 gate's card, unless --env names one) and keeps every step: reward, cost, the weight of
-each skill, and the events that can be read off the observation. From those raw files
-alone (OUT/raw) it makes OUT/ENV-GATE_seedS
+each skill (where layers have weights of their own, their mean), and the events that can
+be read off the observation. From those raw files alone (OUT/raw) it makes
+OUT/ENV-GATE_seedS
 
   .png, .svg  weights, events, cost and reward over the first episode, with frames
               above where the simulator can draw; where critics choose, the weights

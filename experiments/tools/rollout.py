@@ -59,7 +59,8 @@ class Trace(NamedTuple):
       reward: [N], of each action.
       cost: [N], of each action; 0 where the environment has none.
       alpha: [N, M], weights at each observation; M is 0 for a base alone, and K or
-        K + 1 for K skills. Where critics choose, those of the action chosen.
+        K + 1 for K skills. Where critics choose, those of the action chosen; where
+        layers have weights of their own, the means over the layers.
       names: of the M weights: the skills', with "base" in front where the gate weighs
         the base too.
       lengths: [E], steps of each episode.
@@ -149,7 +150,7 @@ def _choices(
     for part in rows.reshape(-1, ALPHA_BATCH):
         choice = policy.choice(keys[part], obs[part])
         kinds = tuple(choice.values)
-        alpha.append(np.asarray(choice.alpha))
+        alpha.append(_over_layers(choice.alpha))
         picked = np.arange(ALPHA_BATCH), np.asarray(choice.chosen)
         values.append(
             np.stack([np.asarray(q)[picked] for q in choice.values.values()], axis=1)
@@ -163,7 +164,15 @@ def _alpha(policy: Policy, obs: np.ndarray) -> np.ndarray:
     # In parts of one size: compiled once, and no N x M table of a neighbour search.
     padded = np.pad(obs, ((0, -len(obs) % ALPHA_BATCH), (0, 0)))
     parts = padded.reshape(-1, ALPHA_BATCH, obs.shape[1])
-    return np.concatenate([policy.alpha(part) for part in parts])[: len(obs)]
+    return np.concatenate([_over_layers(policy.alpha(part)) for part in parts])[
+        : len(obs)
+    ]
+
+
+def _over_layers(alpha: Any) -> np.ndarray:
+    """Weights [B, K], of [B, L, K] their means over the layers."""
+    alpha = np.asarray(alpha)
+    return alpha if alpha.ndim == 2 else alpha.mean(axis=1)
 
 
 def save_trace(path: Path, trace: Trace, env: str, seed: int) -> Path:
@@ -229,6 +238,12 @@ class Panel:
         return image
 
 
+def by_size(alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Columns of weights [N, M]: the `NAMED` largest in their order, and the others."""
+    largest = np.argsort(-np.abs(alpha).mean(0), kind="stable")
+    return np.sort(largest[:NAMED]), largest[NAMED:]
+
+
 def _plot_alpha(
     reward_axes: Any, time: np.ndarray, alpha: np.ndarray, names: Sequence[str]
 ) -> list[Any]:
@@ -245,9 +260,7 @@ def _plot_alpha(
     low, high = min(0.0, alpha.min()), max(0.0, alpha.max())
     margin = 0.05 * max(high - low, 1e-3)
     axes.set_ylim(low - margin, high + margin)
-    largest = np.argsort(-np.abs(alpha).mean(0), kind="stable")
-    named = np.sort(largest[:NAMED])
-    others = largest[NAMED:]
+    named, others = by_size(alpha)
     lines = axes.plot(time, alpha[:, others], color="0.8", lw=0.5)
     for line, number in zip(lines, range(len(others)), strict=True):
         line.set_label(f"_{number}" if number else f"{len(others)} others")

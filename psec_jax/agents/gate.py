@@ -33,7 +33,7 @@ from psec_jax.composition import (
     score,
 )
 from psec_jax.errors import InputError, lookup
-from psec_jax.gating import gate_alpha
+from psec_jax.gating import GateConfig, gate_alpha
 from psec_jax.losses import cloning_loss, diffusion_loss, released_regulariser
 from psec_jax.networks.denoiser import COMPATS
 from psec_jax.types import Params, TrainState
@@ -86,7 +86,13 @@ def selecting(
 ) -> tuple[PolicyConfig, PolicyParams]:
     """The policy whose critics choose among the weights `params.gate["alphas"]`."""
     assert config.gate is not None and params.gate is not None
-    form = dataclasses.replace(config.gate, head="select", support="none")
+    form = config.gate
+    form = GateConfig(
+        "select",
+        candidates=form.candidates,
+        rule=form.rule,
+        base_member=form.base_member,
+    )
     config = dataclasses.replace(config, gate=form, candidates=form.candidates)
     head = {"head": {"alphas": params.gate["alphas"]}}
     return config, params._replace(gate=head)
@@ -139,6 +145,11 @@ class GateTrainConfig:
             raise InputError(
                 f"loss: got {self.loss!r} with chunks of {horizon} actions, expected "
                 "another: critics judge one action"
+            )
+        if self.compat == "released" and self.policy.gate.layers:
+            raise InputError(
+                "compat: got 'released' with weights for each layer, expected 'paper': "
+                "the authors' regulariser has one weight for each skill"
             )
         check_batch_size(self.batch_size)
 
@@ -194,7 +205,7 @@ def _example(
     key: Key[Array, ""],
     obs: Float[Array, " S"],
     action: Float[Array, " A"],
-) -> tuple[Float[Array, ""], Float[Array, " K"]]:
+) -> tuple[Float[Array, ""], Float[Array, "*L K"]]:
     """Loss and alpha(s) of one example."""
     policy = config.policy
     assert policy.gate is not None and frozen.gate is not None

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from psec_jax.errors import InputError
+from psec_jax.lora import weigh_layers
 from psec_jax.networks.config import COMPATS, Denoise, Denoiser, NetworkConfig
 from psec_jax.networks.residual import ResidualMLP
 from psec_jax.networks.transformer import Transformer
@@ -74,7 +75,7 @@ def make_denoise(
     net: Denoiser,
     base: Params,
     library: Params | None = None,
-    alpha: Float[Array, " k"] | None = None,
+    alpha: Float[Array, "*L k"] | None = None,
     dropout_key: Key[Array, ""] | None = None,
 ) -> Denoise:
     """The function everything else is written against: (obs, a_t, t) of one example.
@@ -83,7 +84,8 @@ def make_denoise(
       net: the network.
       base: its parameters.
       library: K skills, leaves [K, ...], or None for the base alone.
-      alpha: weight of each skill; required with a library.
+      alpha: weight of each skill, or [L, k] those of every layer in the order of
+        `lora.layers_of`; required with a library.
       dropout_key: given in training only.
 
     Raises:
@@ -93,7 +95,9 @@ def make_denoise(
     if (library is None) != (alpha is None):
         raise ValueError("a library and alpha need each other: got only one")
     variables = {"params": base}
-    if library is not None:
-        variables["skills"] = library
+    if library is not None and alpha is not None:
+        variables["skills"] = (
+            library if alpha.ndim == 1 else weigh_layers(library, alpha)
+        )
     apply: Callable[..., Any] = net.apply
     return lambda obs, a_t, t: apply(variables, obs, a_t, t, alpha, dropout_key)

@@ -85,8 +85,9 @@ class AdaptedDense(nn.Module):
 
     The layer looks its own adapters up in the collection "skills" (leaves with a
     leading axis of K skills); without them it is an ordinary dense layer, so one
-    network class serves pretraining, one skill and any number of skills. Inputs may
-    have axes that the weights lack, such as the tokens of one example.
+    network class serves pretraining, one skill and any number of skills. Weights of the
+    layer's own are beside its adapters (`lora.weigh_layers`) and come before `alpha`.
+    Inputs may have axes that the weights lack, such as the tokens of one example.
 
     Attributes:
       features: outputs.
@@ -112,9 +113,10 @@ class AdaptedDense(nn.Module):
         x = x.astype(dtype)
         adapter = {
             leaf: self.get_variable("skills", leaf)
-            for leaf in ("a", "b", "c")
+            for leaf in ("a", "b", "c", "alpha")
             if alpha is not None and self.has_variable("skills", leaf)
         }
+        alpha = adapter.pop("alpha", alpha)
         if self.merged and alpha is not None:
             if dtype != jnp.float32:
                 raise ValueError(f"skills cannot be merged in {dtype}, only in float32")

@@ -15,8 +15,8 @@ class Platform:
     Attributes:
       transpose_from: examples of a batch from which the weight gradient of a layer that
         narrows is computed transposed; None never does.
-      unroll_skills: skills of one program come one after the other in it; False makes
-        them one batched product.
+      unroll_skills: skills, or policies, of one program come one after the other in
+        it; False makes them one batched product.
       steps_per_call: updates in one compiled loop, where a job leaves the choice open.
     """
 

@@ -7,11 +7,12 @@
 
 Each of `base`, `skill`, `gate` and `critics` has a `Request`, a `plan` that touches no
 directory, a `publish` that writes the entry, and `run`, which does both around
-training, for one request or for several as one program.
+training, for one request or for several as one program. `auto` decides first whether a
+skill is needed.
 """
 
-from psec_jax.workflows import base, critics, gate, skill
+from psec_jax.workflows import auto, base, critics, gate, skill
 from psec_jax.workflows.config import Job
 from psec_jax.workflows.demonstrations import Selection
 
-__all__ = ["Job", "Selection", "base", "critics", "gate", "skill"]
+__all__ = ["Job", "Selection", "auto", "base", "critics", "gate", "skill"]

@@ -131,6 +131,8 @@ class GateSection(GateForm, Budget):
       level: a key of `composition.LEVELS`.
       loss: a key of `agents.gate.GATE_LOSSES`, or "auto": diffusion at the parameter
         level, cloning at the others, as in the paper and its code.
+      per_layer: every layer of the network has weights of its own, at the parameter
+        level; by default all layers have the same.
       compat: "paper", or "released" for the authors' regulariser.
       start: weights the head starts from; see `gate.start_weights`.
       alphas: the weights that critics choose among, one for each skill; none are all
@@ -144,6 +146,7 @@ class GateSection(GateForm, Budget):
 
     level: str = "parameter"
     loss: str = "auto"
+    per_layer: bool = False
     compat: str = "paper"
     start: str = "strength"
     fallback: str = ""
@@ -157,6 +160,12 @@ class GateSection(GateForm, Budget):
         lookup(LEVELS, self.level, "level")
         lookup({"auto": None} | GATE_LOSSES, self.loss, "loss")
         lookup(dict.fromkeys(GATE_STARTS), self.start, "start")
+        if self.per_layer and (self.level != "parameter" or self.head == "select"):
+            raise InputError(
+                f"per_layer: got True with the head {self.head!r} at the {self.level} "
+                "level; layers have weights of their own at the parameter level alone, "
+                "and not with the head 'select'"
+            )
         if self.guided and self.loss != "auto" and self.head in UNTRAINED_HEADS:
             raise InputError(
                 f"loss: got {self.loss!r} with the head {self.head!r}, which is not "
@@ -180,6 +189,38 @@ class GateSection(GateForm, Budget):
     def optimiser(self) -> OptimiserConfig:
         """Plain Adam without averaging, as in the authors' code."""
         return part(OptimiserConfig, self, weight_decay=0.0, ema=1.0)
+
+
+@dataclass(frozen=True)
+class AutoSection:
+    """How it is decided whether new demonstrations need a new skill.
+
+    Attributes:
+      ranks: of the new skills that are tried.
+      steps: of each trial.
+      held_out: share of the trajectories that the trials are compared on, 1 or more.
+      rows: the most transitions of those that are compared on.
+      draws: times and noises of each.
+      tolerance: the loss of what is chosen is at most 1 + this times the least.
+      coverage: share of the states that the demonstrations of what adds no skill reach.
+    """
+
+    ranks: tuple[int, ...] = (4, 16)
+    steps: int = 1000
+    held_out: float = 0.2
+    rows: int = 2048
+    draws: int = 8
+    tolerance: float = 0.1
+    coverage: float = 0.9
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "steps", "rows", "draws")
+        at_least(self, 0, "tolerance")
+        if not self.ranks or min(self.ranks) < 1:
+            raise InputError(f"ranks: got {self.ranks}, expected one or more of 1 up")
+        for name in ("held_out", "coverage"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name}: got {getattr(self, name)}, expected 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -322,6 +363,7 @@ class Job:
       skill: of skills.
       gate: of a gate.
       support: how a gate's support is fitted.
+      auto: of the decision between a new skill and those that are there.
       critics: of critics.
       fitted_q: how costs of policies are estimated from data.
       weights: how critics' advantages become weights.
@@ -341,6 +383,7 @@ class Job:
     skill: SkillSection = field(default_factory=SkillSection)
     gate: GateSection = field(default_factory=GateSection)
     support: SupportConfig = field(default_factory=SupportConfig)
+    auto: AutoSection = field(default_factory=AutoSection)
     critics: CriticSection = field(default_factory=CriticSection)
     fitted_q: FittedQConfig = field(default_factory=FittedQConfig)
     weights: WeightConfig = field(default_factory=WeightConfig)

@@ -36,6 +36,7 @@ class Selection(NamedTuple):
       share: a random part of those that the filter left, in (0, 1].
       transitions: of all that is left, trajectories drawn at random until there are
         this many; the last one is cut.
+      leave_out: of all that is left, the last trajectories, not taken.
     """
 
     best: bool = False
@@ -47,6 +48,7 @@ class Selection(NamedTuple):
     filter: str | None = None
     share: float | None = None
     transitions: int | None = None
+    leave_out: int | None = None
 
     def of(self, ds: Dataset, episodes: int, source: str) -> Dataset:
         """The trajectories chosen: `episodes` of them, or all with 0.
@@ -54,7 +56,7 @@ class Selection(NamedTuple):
         Raises:
           InputError: fewer are there, or a filter or a number that cannot be used.
         """
-        for name in ("split", "transitions"):
+        for name in ("split", "transitions", "leave_out"):
             if (value := getattr(self, name)) is not None:
                 dataset.whole(name, value)
         for name in ("min_return", "max_cost", "return_quantile", "cost_quantile"):
@@ -77,7 +79,12 @@ class Selection(NamedTuple):
             source=source,
             **{"best" if self.best else "first": episodes or None},
         )
-        return ds if self.transitions is None else cut(ds, self.transitions)
+        if self.transitions is not None:
+            ds = cut(ds, self.transitions)
+        if self.leave_out is None:
+            return ds
+        kept = len(dataset.episode_slices(ds)) - self.leave_out
+        return dataset.take(ds, range(kept))
 
     @classmethod
     def best_of_safe(cls, job: Job) -> "Selection":

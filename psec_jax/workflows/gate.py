@@ -22,9 +22,25 @@ from psec_jax.data import dataset
 from psec_jax.data.actions import ActionBox
 from psec_jax.data.recording import box_of_card, check_box
 from psec_jax.errors import InputError, lookup
-from psec_jax.gating import BOUNDED_HEADS, UNTRAINED_HEADS, GateConfig, init_gate
+from psec_jax.gating import (
+    BOUNDED_HEADS,
+    SPARSE_HEADS,
+    UNTRAINED_HEADS,
+    GateConfig,
+    gate_alpha,
+    grow_head,
+    init_gate,
+)
 from psec_jax.library import SkillLibrary
-from psec_jax.policy import Policy, check_critics, compose, load_skills, twins_of
+from psec_jax.lora import layers_of
+from psec_jax.policy import (
+    Policy,
+    check_critics,
+    compose,
+    gate_config,
+    load_skills,
+    twins_of,
+)
 from psec_jax.runtime import processes
 from psec_jax.runtime.batches import Drawn
 from psec_jax.runtime.run import versions
@@ -44,6 +60,7 @@ from psec_jax.workflows.demonstrations import (
 )
 from psec_jax.workflows.multirun import Plan, Published, Trained
 
+LOAD_BATCH = 256  # states whose weights are computed at once
 MAX_SHARED = 5  # weights, of which the default candidates are not too many: 71
 
 
@@ -67,8 +84,11 @@ class Request:
       alpha: weights the head starts from (a constant head keeps them); default by
         `job.gate.start`.
       critics: directory of a finished run, whose critics choose or train the weights.
+      start: name of a gate of the library over the first of the skills, whose head is
+        trained on over all of them; its supports are kept.
       evaluate: roll the composition out.
       label: put before messages, such as "seed 3".
+      decision: why no skill is learned, for the card; see `auto`.
     """
 
     workdir: str | Path
@@ -83,8 +103,10 @@ class Request:
     base_data: str | None = None
     alpha: Sequence[float] | None = None
     critics: str | Path | None = None
+    start: str | None = None
     evaluate: bool = True
     label: str = ""
+    decision: Mapping[str, Any] | None = None
 
 
 def run(
@@ -93,7 +115,8 @@ def run(
     """Make the gate of each request, as one program; returns the runs' results.
 
     A result has the training's "summary" (None of a constant head), the "returns" of
-    the roll-out, if any, and the "library".
+    the roll-out, if any, the "library", and the "load" of a head that keeps some skills
+    alone, see `load_of`.
 
     Args:
       job: its `gate` and `support` sections are used, and `skill.episodes`.
@@ -128,9 +151,12 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
             f"env: the card of skill {request.skills[0]!r} names no environment; give "
             "one"
         )
-    config = _config(job, policy, len(request.skills))
+    config = _config(job, policy, stacked, len(request.skills))
     form = config.policy.gate
     assert form is not None
+    older = None
+    if request.start is not None:
+        older = _older(request, form, section.level)
     alphas = candidate_weights(strength, form.base_member, section.alphas)
     if section.head == "select" and request.alpha is not None:
         raise InputError(
@@ -140,7 +166,12 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
         alphas
         if section.head == "select"
         else start_weights(
-            section.start, section.head, strength, form.base_member, request.alpha
+            section.start,
+            section.head,
+            strength,
+            form.base_member,
+            request.alpha,
+            form.layers,
         )
     )
     base_card = SkillLibrary.open(request.library).card("base", "base")
@@ -157,7 +188,10 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
     background = None
     if section.support != "none":
         paths, named = request.support_data, request.env
-        skill_demos = _skill_demos(load, box, cards, paths, named)
+        known = 0
+        if older is not None and section.support == "neighbour":
+            known = len(older.card["skills"])  # their states are in the gate
+        skill_demos = _skill_demos(load, box, cards[known:], paths, named)
     if section.support == "learned":
         path, named = request.base_data, request.env
         background = _card_demos(load, box, "base", base_card, path, "base_data", named)
@@ -182,12 +216,18 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
             reached = skill_demos
             if job.support.safe:
                 reached = [_within(job.cost_limit, demos) for demos in skill_demos]
+            count = 0 if older is None else len(cards) - len(older.card["skills"])
             fitted = fit_support(
-                job.support, section.support, reached, background, normaliser
+                job.support, section.support, reached, background, normaliser, count
             )
+        if fitted is not None and older is not None:
+            fitted = support.append(older.params["support"], fitted)
         if fitted is not None and section.fallback:
             fitted["tau"] = fitted["tau"].at[-1].set(support.EVERYWHERE)
         gate = init_gate(form, init_key, len(normaliser.mean), start, fitted)
+        if older is not None:
+            states = normaliser(demos.dataset.obs)
+            gate["head"] = grow_head(form, older.params["head"], start, states)
         if guide is None:
             return Fresh(gate, params._replace(gate=gate))
         critics = twins_of(guide.source, guide.finished, form.rule)
@@ -219,10 +259,11 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
             "skill_fingerprints": [card["fingerprint"] for card in cards],
             "support_data": [d.card() for d in skill_demos],
             "base_data": background.card() if background else None,
-            "start_weights": np.asarray(start).tolist(),
-            "gate": dataclasses.asdict(section),
+            "start_weights": None if older else np.asarray(start).tolist(),
+            "gate": _recorded(section),
             "support": dataclasses.asdict(job.support),
         }
+        | ({"start": older.card["fingerprint"]} if older else {})
         | ({"critics": guide.finished.brief()} if guide else {})
         | ({"fitted_q": dataclasses.asdict(job.fitted_q)} if estimated else {}),
         update=Drawn(agent.update, config, config.batch_size) if learned else None,
@@ -234,7 +275,9 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
         env=env,
         evaluate=request.evaluate,
         label=request.label,
-        content=Content(fresh, form, section.level, demos, cards, guide),
+        content=Content(
+            fresh, form, section.level, demos, cards, guide, older, request.decision
+        ),
     )
 
 
@@ -269,6 +312,8 @@ class Content(NamedTuple):
       demos: the target's demonstrations.
       cards: of the skills.
       guide: critics, if any.
+      older: the gate that it started from, if any.
+      decision: of `auto`, if it was asked.
     """
 
     fresh: Callable[[], Fresh]
@@ -277,6 +322,8 @@ class Content(NamedTuple):
     demos: Demos
     cards: Sequence[Mapping[str, Any]]
     guide: Guide | None
+    older: "Older | None"
+    decision: Mapping[str, Any] | None = None
 
 
 def publish(trained: Trained) -> Published:
@@ -286,6 +333,10 @@ def publish(trained: Trained) -> Published:
     if trained.state is not None:
         gate = gate | {"head": trained.state.params}
     [name] = plan.names
+    load, older = None, content.older
+    if content.form.head in SPARSE_HEADS:
+        states = content.fresh().frozen.normaliser(content.demos.dataset.obs)
+        load = load_of(content.form, gate, states, plan.record["skills"])
     SkillLibrary.open(plan.library).add_gate(
         name,
         gate,
@@ -297,19 +348,113 @@ def publish(trained: Trained) -> Published:
             "data": content.demos.card(),
             "critics": content.guide and content.guide.finished.brief(),
             "chosen": content.fresh().chosen,
+            "start": older and {n: older.card[n] for n in ("name", "fingerprint")},
+            "load": load,
             "returns": None,
             "steps": 0 if trained.state is None else plan.steps,
             "base_fingerprint": content.cards[0]["base_fingerprint"],
             "skill_fingerprints": plan.record["skill_fingerprints"],
             "config": trained.run.config,
             "versions": versions(),
-        },
+        }
+        | ({"decision": content.decision} if content.decision else {}),
         overwrite=True,
     )
-    return Published({name: compose(plan.library, gate=name)})
+    result = {} if load is None else {"load": load}
+    return Published({name: compose(plan.library, gate=name)}, result)
 
 
-def _config(job: Job, policy: Policy, skills: int) -> GateTrainConfig:
+def load_of(
+    form: GateConfig, gate: Params, obs: jax.Array, skills: Sequence[str]
+) -> dict[str, Any]:
+    """How many skills a gate keeps active on states, and which.
+
+    Args:
+      form: of the gate.
+      gate: its parameters.
+      obs: normalised states, [N, S].
+      skills: names, in the order of the weights.
+
+    Returns:
+      "states", N; "active", the mean number of weights of a state that are not 0; and
+      of each skill in "skills" the share of the states in which it is "active" and its
+      mean "weight". Where layers have weights of their own, also means over layers.
+    """
+
+    @jax.jit
+    def weigh(gate: Params, obs: jax.Array) -> jax.Array:
+        one = functools.partial(gate_alpha, form, gate)
+        return jax.lax.map(one, obs, batch_size=LOAD_BATCH)
+
+    names = (*(("base",) if form.base_member else ()), *skills)
+    alpha = np.asarray(weigh(gate, obs)).reshape(-1, len(names))
+    active = (alpha != 0).mean(axis=0)
+    means = alpha.mean(axis=0)
+    return {
+        "states": len(obs),
+        "active": float(active.sum()),
+        "skills": {
+            name: {"active": float(share), "weight": float(mean)}
+            for name, share, mean in zip(names, active, means, strict=True)
+        },
+    }
+
+
+class Older(NamedTuple):
+    """A gate of the library that another one starts from."""
+
+    params: Params
+    card: Mapping[str, Any]
+
+
+def _older(request: Request, form: GateConfig, level: str) -> Older:
+    """The gate that a request starts from.
+
+    Raises:
+      InputError: it is not there or damaged, of other skills than the first of the
+        request's, of another form or level, or has nothing to be trained on.
+    """
+    if form.head in UNTRAINED_HEADS:
+        raise InputError(f"start: the head {form.head!r} is not trained, give none")
+    if request.alpha is not None:
+        raise InputError("alpha: got weights and a gate to start from, expected one")
+    library = SkillLibrary.open(request.library)
+    params, card = library.load_gate(str(request.start))
+    what = f"start: gate {request.start!r}"
+    theirs, mine = card["skills"], request.skills
+    if list(mine[: len(theirs)]) != theirs or len(mine) == len(theirs):
+        raise InputError(
+            f"{what} weighs {', '.join(theirs)}; expected the first of the skills "
+            f"{', '.join(mine)}, in their order, and one or more behind them"
+        )
+    newer = {"level": level} | dataclasses.asdict(form)
+    older = {"level": card["level"]} | dataclasses.asdict(gate_config(card))
+    for field, value in older.items():
+        if field not in ("candidates", "rule") and value != newer[field]:
+            raise InputError(
+                f"{what} has {field} {value}, this one {newer[field]}; expected the "
+                "same"
+            )
+    if np.any(params.get("support", {}).get("tau", 0) >= support.EVERYWHERE):
+        raise InputError(f"{what} has a fallback, which leaves no state to new skills")
+    return Older(params, card)
+
+
+# Fields that came later are recorded where they are used, so that older runs resume.
+_LATER = ("top_p", "temperature", "per_layer")
+
+
+def _recorded(section: GateSection) -> dict[str, Any]:
+    """The section as a run records it."""
+    usual = dataclasses.asdict(GateSection())
+    return {
+        name: value
+        for name, value in dataclasses.asdict(section).items()
+        if name not in _LATER or value != usual[name]
+    }
+
+
+def _config(job: Job, policy: Policy, library: Params, skills: int) -> GateTrainConfig:
     """The composed policy with the gate's form, and how its head is trained."""
     section = job.gate
     base_member = section.level != "parameter"
@@ -325,7 +470,12 @@ def _config(job: Job, policy: Policy, skills: int) -> GateTrainConfig:
     composed = dataclasses.replace(
         policy.config,
         level=section.level,
-        gate=part(GateConfig, section, base_member=base_member),
+        gate=part(
+            GateConfig,
+            section,
+            base_member=base_member,
+            layers=len(layers_of(library)) if section.per_layer else 0,
+        ),
         rule=section.rule,
         candidates=section.candidates if section.head == "select" else 1,
     )
@@ -415,8 +565,19 @@ def fit_support(
     skill_demos: Sequence[Demos],
     background: Demos | None,
     normaliser: Normaliser,
+    new: int = 0,
 ) -> Params:
-    """The support of each skill from its own demonstrations; see `psec_jax.support`."""
+    """The support of each skill from its own demonstrations; see `psec_jax.support`.
+
+    Args:
+      config: how it is fitted.
+      form: a key of `support.FITS`.
+      skill_demos: of each skill.
+      background: of the base, for the learned form.
+      normaliser: of observations.
+      new: fit those of the last skills alone, this many; 0 is all. The states of the
+        others are background.
+    """
     obs = [np.asarray(normaliser(d.dataset.obs)) for d in skill_demos]
     trajectories = [
         [states[rows] for rows in dataset.episode_slices(d.dataset)]
@@ -426,7 +587,8 @@ def fit_support(
     if background is not None:
         states = np.asarray(normaliser(background.dataset.obs))
     fit = lookup(support.FITS, form, "gate.support")
-    return fit(config, trajectories, states)
+    others = [np.concatenate(t) for t in trajectories[:-new]] if new else []
+    return fit(config, trajectories[-new:], np.concatenate([states, *others]))
 
 
 def start_weights(
@@ -435,6 +597,7 @@ def start_weights(
     strength: jax.Array,
     base_member: bool,
     alpha: Sequence[float] | None = None,
+    layers: int = 0,
 ) -> jax.Array:
     """Weights a gate's head starts from.
 
@@ -442,7 +605,8 @@ def start_weights(
     others at 0; at the noise and action levels weight 1 on the first skill, 0 on the
     base and the others. "zero": all 0, at the noise and action levels 1 on the base:
     both mean the base alone. Bounded heads take their largest values instead: every
-    skill's strength, or 1 for each weight at the noise and action levels.
+    skill's strength, or 1 for each weight at the noise and action levels. Given weights
+    `alpha` may be those of each of the layers, one layer after another: [L, K].
 
     Raises:
       InputError: an unknown name, another number of weights, or no weights for a
@@ -450,9 +614,11 @@ def start_weights(
     """
     count = len(strength) + base_member
     if alpha is not None:
-        if len(alpha) != count:
-            raise InputError(f"alpha: got {len(alpha)} weights, expected {count}")
-        return jnp.asarray(alpha, jnp.float32)
+        if len(alpha) not in {count, count * max(layers, 1)}:
+            each = f", or {layers} x {count} of the layers" if layers else ""
+            raise InputError(f"alpha: got {len(alpha)} weights, expected {count}{each}")
+        given = jnp.asarray(alpha, jnp.float32)
+        return given if len(alpha) == count else given.reshape(layers, count)
     if head in BOUNDED_HEADS:
         return jnp.ones(count) if base_member else strength
     if head == "constant" and len(strength) > 1:
@@ -492,6 +658,29 @@ def _skill_demos(
             )
         loaded.append(demos)
     return loaded
+
+
+def own_demos(
+    load: Load,
+    library: str | Path,
+    skills: Sequence[str],
+    paths: Sequence[str],
+    base_path: str | None,
+    named: str | None,
+) -> list[Demos]:
+    """The demonstrations of each skill and of the base, from files or collected again.
+
+    Raises:
+      InputError: a card that names none, or they are not those that it names.
+    """
+    opened = SkillLibrary.open(library)
+    cards = [opened.card("skill", name) for name in skills]
+    base = opened.card("base", "base")
+    box = box_of_card(base.get("actions"))
+    return [
+        *_skill_demos(load, box, cards, paths, named),
+        _card_demos(load, box, "base", base, base_path, "base_data", named),
+    ]
 
 
 def _card_demos(

@@ -1,7 +1,7 @@
 """Skills: learned from demonstrations with the library's base frozen."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ class Request:
         together with skills that need them, and keeps them in `workdir`.
       evaluate: roll the skills out at their training strength.
       label: put before messages, such as "seed 3".
+      decision: why a skill is learned at all, for its card; see `auto`.
     """
 
     workdir: str | Path
@@ -70,6 +71,7 @@ class Request:
     critics: str | Path | None = None
     evaluate: bool = True
     label: str = ""
+    decision: Mapping[str, Any] | None = None
 
 
 def run(
@@ -171,13 +173,13 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
         env=env,
         evaluate=request.evaluate,
         label=request.label,
-        content=(learner, objectives),
+        content=(learner, objectives, request.decision),
     )
 
 
 def publish(trained: Trained) -> Published:
     """Put the trained skills into their library."""
-    plan, (learner, objectives) = trained.plan, trained.plan.content
+    plan, (learner, objectives, decision) = trained.plan, trained.plan.content
     stacked, finished = actor.trained_params(trained, learner)
     library, policies = SkillLibrary.open(plan.library), {}
     form = plan.record["skill"]
@@ -198,7 +200,8 @@ def publish(trained: Trained) -> Published:
                 "config": trained.run.config,
                 "versions": versions(),
             }
-            | actor.critics_card(finished),
+            | actor.critics_card(finished)
+            | ({"decision": decision} if decision else {}),
             overwrite=True,
         )
         policies[name] = compose(plan.library, [name])
