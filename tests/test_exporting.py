@@ -77,7 +77,7 @@ BOX = ActionBox((-2.0, 3.0), (1.0, 3.0))  # the second number never varies
 RELEASED = {"compat": "released"}
 FORMS = {
     "support, noise level": {"level": "noise", "support": "neighbour", "box": BOX},
-    "ddim, learned support": {"sampler": "ddim", "support": "learned", "head": "topk"},
+    "ddim, learned support": {"sampler": "ddim", "support": "learned", "head": "topp"},
     "euler, action level": {"sampler": "euler", "level": "action", "head": "softmax"},
     "midpoint, released": {"sampler": "midpoint", "head": "sigmoid", "net": RELEASED},
     "chunks": {"kind": "transformer", "execute": 2, "head": "constant"},
