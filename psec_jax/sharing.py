@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from psec_jax.cards import NAME
+from psec_jax.cards import NAME, form_text
 from psec_jax.errors import InputError, printable
 from psec_jax.files import (
     MAX_JSON,
@@ -467,7 +467,7 @@ def describe(cards: Cards, where: str) -> str:
     for (kind, name), card in cards.items():
         returns = card.get("returns") or {}
         found = f"{returns['mean']:.1f}" if "mean" in returns else "-"
-        form = _FORMS[kind](card)
+        form = form_text(card)
         env = card.get("env") or "-"
         cells = (kind, name, env, form, found)
         rows.append(f"| {' | '.join(map(_text, cells))} |")
@@ -496,12 +496,3 @@ def _text(value: Any) -> str:
     """A value of a card in Markdown; it may be anybody's."""
     text = printable(str(value)).replace("\n", " ")[:200]
     return re.sub(r"([\\`*<>|\[\]&])", r"\\\1", text)
-
-
-_FORMS = {
-    "base": lambda card: "base",
-    "skill": lambda card: (
-        f"{card['adapter']} of rank {card['rank']}, alpha {card['alpha']:g}"
-    ),
-    "gate": lambda card: f"over {', '.join(card['skills'])}",
-}

@@ -70,7 +70,10 @@ def test_a_folder_and_back(here):
     text = sent.pop("README.md").decode()
     assert sent == files("lib")
     assert "| skill | walk | gymnasium:Hopper-v5 |" in text
-    assert "| gate | linear | - | over walk, run | 1.0 |" in text
+    assert (
+        "| gate | linear | - | linear gate over walk, run, parameter level | 1.0 |"
+        in text
+    )
     command("pull", "--library=new", "--from=there")
     assert files("new") == files("lib")
     assert not SkillLibrary.open("new").verify()
