@@ -314,7 +314,7 @@ def make_expand_or_compose(cell: Cell) -> list[Learned]:
         entry = {"skill": {"skills": name}, "gate": {"gate": name}, None: {}}
         return compose(library, **entry[added[seed][name]])
 
-    results = learner.result(learner.known(chosen, "auto"), [])
+    every = learner.result(learner.known(chosen, "auto"), [])
     return [
         learned._replace(
             stored=[
@@ -323,7 +323,7 @@ def make_expand_or_compose(cell: Cell) -> list[Learned]:
                 if kind is not None
             ]
         )
-        for seed, learned in zip(cell.seeds, results, strict=True)
+        for seed, learned in zip(cell.seeds, every, strict=True)
     ]
 
 

@@ -53,7 +53,7 @@ def decide(preset: str, library: str, workdir: Path) -> dict[str, Any]:
     made = results.header(job, "decisions", "auto", 0, {"base": "base"})
     tasks = {}
     for i, (name, (shown, skills)) in enumerate(TASKS.items()):
-        asked = auto.Request(
+        request = auto.Request(
             workdir=workdir / str(i),
             library=library,
             name="new",
@@ -61,7 +61,7 @@ def decide(preset: str, library: str, workdir: Path) -> dict[str, Any]:
             skills=skills,
             evaluate=False,
         )
-        tasks[name] = auto.decide(job, asked)
+        tasks[name] = auto.decide(job, request)
         print(f"{name}\n{auto.table_of(tasks[name])}\n")
     return made | {"tasks": tasks}
 
@@ -69,8 +69,8 @@ def decide(preset: str, library: str, workdir: Path) -> dict[str, Any]:
 def markdown(tasks: Mapping[str, Any]) -> str:
     """One table of all candidates of all tasks; the chosen ones are bold."""
     lines = [
-        "| demonstrations | candidate | loss | times least | coverage | new numbers |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| demonstrations | candidate | loss | coverage | new numbers |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for name, decision in tasks.items():
         for row in decision["candidates"]:
@@ -78,8 +78,8 @@ def markdown(tasks: Mapping[str, Any]) -> str:
             chosen = f"**{text}**" if row == decision["chosen"] else text
             known = "-" if row["coverage"] is None else f"{row['coverage']:.2f}"
             lines.append(
-                f"| {name} | {chosen} | {row['loss']:.3f} | {row['times_least']:.2f} | "
-                f"{known} | {row['added']:,} |"
+                f"| {name} | {chosen} | {row['loss']:.3f} | {known} | "
+                f"{row['added']:,} |"
             )
     return "\n".join(lines) + "\n"
 

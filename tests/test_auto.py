@@ -4,6 +4,7 @@ A point in a plane: every behaviour has a region of states and one action there.
 """
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from psec_jax.library import SkillLibrary
 from psec_jax.policy import compose
 from psec_jax.types import Dataset
 from psec_jax.workflows import Job, auto, base, skill
+from psec_jax.workflows.config import AutoSection
 
 # Middle of the states, action.
 REGIONS = {
@@ -147,14 +149,33 @@ def test_the_least_that_does_it_is_added(place, name, regions, kind, skills):
         )
 
 
+def row(loss, coverage):
+    return {"loss": loss, "coverage": coverage}
+
+
+@pytest.mark.parametrize(
+    ("candidates", "chosen"),
+    [
+        ([row(1.0, 1.0), row(0.95, 1.0), row(0.94, None)], 0),
+        ([row(2.0, 1.0), row(1.0, 1.0), row(0.94, None)], 1),
+        ([row(2.0, 1.0), row(1.0, 0.8), row(0.94, None), row(0.9, None)], 2),
+        # The least loss of all, in states that it does not know.
+        ([row(2.0, 1.0), row(0.1, 0.5), row(0.9, None), row(0.7, None)], 3),
+    ],
+)
+def test_the_rule(candidates, chosen):
+    rule = AutoSection(tolerance=0.1, coverage=0.9)
+    assert auto.choose(rule, candidates) is candidates[chosen]
+
+
 def test_the_same_again_trains_nothing(place):
     """Trials and the entry are kept, so a stopped run goes on where it was."""
     data = write(place / "again.hdf5", 9, "north")
-    asked = request(place, "again", data)
-    first = auto.run(JOB, asked)
+    wanted = request(place, "again", data)
+    first = auto.run(JOB, wanted)
     files = [place / "run-again" / "trials" / n for n in ("gate", "rank2")]
     written = [(f / "metrics.jsonl").read_text() for f in files]
-    assert auto.run(JOB, asked) == first
+    assert auto.run(JOB, wanted) == first
     assert [(f / "metrics.jsonl").read_text() for f in files] == written
 
 
@@ -173,9 +194,9 @@ def test_the_same_again_trains_nothing(place):
 )
 def test_bad_requests(place, changes, fields, words):
     data = str(place / "west.hdf5")
-    asked = request(place, "bad", data, workdir=place / "bad", **fields)
+    wanted = request(place, "bad", data, workdir=place / "bad", **fields)
     with pytest.raises(InputError, match=words):
-        auto.decide(JOB.changed(changes), asked)
+        auto.decide(JOB.changed(changes), wanted)
 
 
 def test_one_demonstration_is_too_few(place):
@@ -194,8 +215,6 @@ def test_one_demonstration_is_too_few(place):
     ],
 )
 def test_bad_flags(place, arguments, words):
-    import re
-
     answer = call(
         "launch.expand",
         f"--library={place / 'lib'}",

@@ -26,6 +26,8 @@ SMALL = {
     "skill.steps": 2,
     "skill.rank": 2,
     "gate.steps": 2,
+    "auto.steps": 2,
+    "auto.ranks": (2,),
     "table.cloning": {"steps": 2, "batch_size": 8},
     "base.batch_size": 8,
     "skill.batch_size": 8,

@@ -3,20 +3,23 @@
 Candidates in order of what they add: the base, each skill alone, a gate over all of
 them, a new skill of each rank. Gate and new skills are trained for a short while on a
 part of the demonstrations; all are compared on the rest, by the loss of the base's
-process at the same times and noise. The first one is chosen whose loss is at most
-1 + tolerance times the least. What adds no skill has to know the states too: the
-demonstrations of what it uses reach a share `coverage` of them.
+process at the same times and noise. What adds no skill has to know the states: the
+demonstrations of what it uses reach a share `coverage` of them. Of those that do, and
+the new skills, the first one is chosen whose loss is at most 1 + tolerance times the
+least of theirs.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Key
 
 from psec_jax import tree
 from psec_jax.agents.common import Demonstrations
@@ -28,10 +31,10 @@ from psec_jax.gating import SUPPORTS, UNTRAINED_HEADS, GateConfig, gate_alpha
 from psec_jax.library import SkillLibrary, table
 from psec_jax.losses import diffusion_loss
 from psec_jax.networks.denoiser import make_denoise
-from psec_jax.policy import load_base, load_skills
+from psec_jax.policy import compose, load_base
 from psec_jax.types import Dataset
 from psec_jax.workflows import actor, gate, multirun, skill
-from psec_jax.workflows.config import Job, part
+from psec_jax.workflows.config import AutoSection, GateSection, Job, part
 from psec_jax.workflows.demonstrations import Demos, Load, loader
 from psec_jax.workflows.multirun import Plan, Trained
 
@@ -100,7 +103,7 @@ def run(job: Job, request: Request) -> dict[str, Any]:
         [result] = skill.run(job, part(skill.Request, request, **fields))
         return result | {"kind": "skill", "decision": decision}
     if chosen["kind"] == "skill":
-        job = job.changed({"gate.head": "constant", "gate.support": "none"})
+        job = dataclasses.replace(job, gate=GateSection(head="constant"))
     fields |= {"skills": chosen["skills"], "env": decision["env"]}
     fields["support_data"] = _of_chosen(request, chosen["skills"])
     [result] = gate.run(job, part(gate.Request, request, **fields))
@@ -131,56 +134,67 @@ def decide(job: Job, request: Request) -> dict[str, Any]:
     held_out, rows = _split(job, demos)
     # Trials learn from the same rows: the trajectories before those held out.
     fields = {"selection": request.selection._replace(leave_out=held_out)}
+    steps = job.auto.steps
     trial = job.changed(
-        {"skill.steps": job.auto.steps, "gate.steps": job.auto.steps}
-        | {"gate.fallback": ""}
+        {"skill.steps": steps, "gate.steps": steps, "gate.fallback": ""}
     )
-    learned, unseen = (
-        jax.tree.map(lambda leaf, part=part: leaf[part], whole.rows)
-        for part in (slice(rows), slice(rows, None))
-    )
-    losses_on = functools.partial(_losses, job, request.seed)
+    learned = jax.tree.map(lambda leaf: leaf[:rows], whole.rows)
+    unseen = jax.tree.map(lambda leaf: leaf[rows:], whole.rows)
+    # 0 and 1 are the keys of trainings, which split the seed's key in two.
+    key = jax.random.fold_in(jax.random.key(request.seed), 2)
+    order_key, compare_key = jax.random.split(key)
     base = load_base(request.library)
     candidates = [Candidate("base", base.config, base.params)]
     if names:
-        alone = _alone(request.library, names)
-        order = np.argsort(losses_on(alone, learned), kind="stable")
+        alone = [_alone(request.library, name) for name in names]
+        fit = _losses(job.auto, request.seed, order_key, alone, learned)
+        order = np.argsort(fit, kind="stable")
         candidates += [alone[i] for i in order]
         ordered = [paths[i] for i in order] if paths else []
         own = {"skills": [names[i] for i in order], "support_data": ordered}
-        asked = part(gate.Request, request, **fields, **own, env=whole.env)
-        candidates.append(_gated(gate.plan(trial, asked, load), request, job))
+        gated = part(gate.Request, request, **fields, **own, env=whole.env)
+        candidates.append(_gated(gate.plan(trial, gated, load), request, job))
     for rank in sorted(job.auto.ranks):
-        asked = part(skill.Request, request, **fields)
+        new = part(skill.Request, request, **fields)
         ranked = trial.changed({"skill.rank": rank})
-        candidates.append(_new(skill.plan(ranked, asked, load), request, job, rank))
+        candidates.append(_new(skill.plan(ranked, new, load), request, job, rank))
     reached = _reached(job, request, names, demos, load)
-    losses = losses_on(candidates, unseen)
-    rows_of = [
+    losses = _losses(job.auto, request.seed, compare_key, candidates, unseen)
+    shown = [
         {
             "kind": one.kind,
             "skills": list(one.skills),
             "rank": one.rank,
             "loss": loss,
-            "times_least": loss / min(losses),
             "coverage": None if one.rank else reached(one.skills),
             "added": one.added,
         }
         for one, loss in zip(candidates, losses, strict=True)
     ]
     return {
-        "chosen": next(row for row in rows_of if will_do(job, row)),
-        "candidates": rows_of,
+        "chosen": choose(job.auto, shown),
+        "candidates": shown,
         "held_out": held_out,
         "env": whole.env,
-        "auto": asdict(job.auto),
+        "auto": dataclasses.asdict(job.auto),
     }
 
 
-def will_do(job: Job, row: dict[str, Any]) -> bool:
-    """Whether a candidate is near the least loss, in states that it knows."""
-    known = row["coverage"] is None or row["coverage"] >= job.auto.coverage
-    return known and row["times_least"] <= 1 + job.auto.tolerance
+def choose(rule: AutoSection, candidates: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first candidate near the least loss, of those that know the states.
+
+    Args:
+      rule: its coverage and tolerance.
+      candidates: "loss" and "coverage" of each, None of a new skill, in order of what
+        they add.
+    """
+    known = [
+        one
+        for one in candidates
+        if one["coverage"] is None or one["coverage"] >= rule.coverage
+    ]
+    bound = (1 + rule.tolerance) * min(one["loss"] for one in known)
+    return next(one for one in known if one["loss"] <= bound)
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -192,7 +206,7 @@ def describe(row: dict[str, Any]) -> str:
 
 def table_of(decision: dict[str, Any]) -> str:
     """The candidates as text, the chosen one marked."""
-    rows = [("", "candidate", "loss", "times least", "coverage", "new numbers")]
+    rows = [("", "candidate", "loss", "coverage", "new numbers")]
     for row in decision["candidates"]:
         known = row["coverage"]
         rows.append(
@@ -200,7 +214,6 @@ def table_of(decision: dict[str, Any]) -> str:
                 "*" if row == decision["chosen"] else "",
                 describe(row),
                 f"{row['loss']:.4g}",
-                f"{row['times_least']:.2f}",
                 "-" if known is None else f"{known:.2f}",
                 str(row["added"]),
             )
@@ -251,23 +264,10 @@ def _train(plan: Plan, request: Request, job: Job, name: str) -> Trained:
     return trained
 
 
-def _alone(library: str | Path, names: Sequence[str]) -> list[Candidate]:
-    """Each skill at the strength it was trained at."""
-    made = []
-    for name in names:
-        policy, stacked, strength, _ = load_skills(library, [name])
-        config, params = policy.config, policy.params
-        made.append(_constant("skill", config, params, stacked, strength, (name,)))
-    return made
-
-
-def _constant(
-    kind: str, config: PolicyConfig, params: PolicyParams, library, strength, skills
-) -> Candidate:
-    form = GateConfig(head="constant")
-    gate = {"head": {"alpha": strength}}
-    params = params._replace(library=library, strength=strength, gate=gate)
-    return Candidate(kind, part(PolicyConfig, config, gate=form), params, skills)
+def _alone(library: str | Path, name: str) -> Candidate:
+    """A skill at the strength it was trained at."""
+    policy = compose(library, [name])
+    return Candidate("skill", policy.config, policy.params, (name,))
 
 
 def _gated(plan: Plan, request: Request, job: Job) -> Candidate:
@@ -287,18 +287,24 @@ def _new(plan: Plan, request: Request, job: Job, rank: int) -> Candidate:
     stacked, _ = actor.trained_params(trained, learner)
     base = load_base(request.library)
     strength = jnp.asarray([plan.record["skill"]["alpha"]], jnp.float32)
-    made = _constant("new skill", base.config, base.params, stacked, strength, ())
-    return made._replace(rank=rank, added=tree.size(stacked))
+    head = {"head": {"alpha": strength}}
+    config = dataclasses.replace(base.config, gate=GateConfig(head="constant"))
+    params = base.params._replace(library=stacked, strength=strength, gate=head)
+    added = tree.size(stacked)
+    return Candidate("new skill", config, params, rank=rank, added=added)
 
 
 def _losses(
-    job: Job, seed: int, candidates: Sequence[Candidate], rows: Demonstrations
+    rule: AutoSection,
+    seed: int,
+    key: Key[Array, ""],
+    candidates: Sequence[Candidate],
+    rows: Demonstrations,
 ) -> list[float]:
     """Mean loss of each candidate on the same rows, times and noise."""
-    rng = np.random.default_rng(seed)
-    chosen = np.sort(rng.permutation(len(rows.obs))[: job.auto.rows])
-    rows = jax.tree.map(lambda leaf: jnp.asarray(leaf[chosen]), rows)
-    keys = jax.random.split(jax.random.key(seed), (len(chosen), job.auto.draws))
+    drawn = np.random.default_rng(seed).permutation(len(rows.obs))[: rule.rows]
+    rows = jax.tree.map(lambda leaf: jnp.asarray(leaf[np.sort(drawn)]), rows)
+    keys = jax.random.split(key, (len(drawn), rule.draws))
     return [float(_mean_loss(c.config, c.params, keys, rows)) for c in candidates]
 
 

@@ -313,7 +313,7 @@ class Content(NamedTuple):
       cards: of the skills.
       guide: critics, if any.
       older: the gate that it started from, if any.
-      decision: of `auto`, if it was asked.
+      decision: of `auto`, where it made the gate.
     """
 
     fresh: Callable[[], Fresh]
