@@ -31,7 +31,7 @@ the policy to actions of high Q. The same command resumes.
 --auto first compares, on demonstrations held out, the base, each skill, a gate over all
 of them and new skills of the ranks config.auto.ranks, each trained for
 config.auto.steps. It prints the table and adds what does it with the fewest new
-numbers: see config.auto for the rule, which is on the card of the new entry too.
+numbers, by the rule in docs/library.md; the entry's card has the table.
 Next: launch.compose makes a gate that says when the skill acts.
 """
 
@@ -71,7 +71,9 @@ AUTO = flags.DEFINE_bool(
     "auto", False, "Add a skill only if those in the library cannot do it."
 )
 SKILLS = flags.DEFINE_list(
-    "skills", None, "auto: names of skills to do without; default all of the library."
+    "skills",
+    None,
+    "auto: the skills that are tried before a new one; default all of the library.",
 )
 SUPPORT_DATA = flags.DEFINE_list(
     "support_data",

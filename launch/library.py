@@ -30,7 +30,7 @@ error is above --bound.
 `push` adds the library, or one entry with what it needs, to a repository of the Hugging
 Face Hub or to another folder, with a README.md; `pull` adds what such a place holds to
 the library. Everything is verified before it is added; another base, or another entry
-of the same name, is refused. The Hub needs the extra hub; its token is that of HF_TOKEN
+of the same name, is refused. The Hub needs the extra hub; its token comes from HF_TOKEN
 or of `hf auth login`.
 
 `analyse` compares every two skills, in weights and in predictions on the states of

@@ -46,7 +46,8 @@ class Request(skill.Request):
     """A skill to be learned, if one is needed.
 
     Attributes:
-      skills: names of those to do without it; None are all of the library.
+      skills: names of those that are tried before a new one; None are all of the
+        library.
       support_data: demonstrations of each of them; default collects again what their
         cards name.
       base_data: the base's demonstrations; default as of the skills.

@@ -36,7 +36,7 @@ class Selection(NamedTuple):
       share: a random part of those that the filter left, in (0, 1].
       transitions: of all that is left, trajectories drawn at random until there are
         this many; the last one is cut.
-      leave_out: of all that is left, the last trajectories, not taken.
+      leave_out: how many of the last trajectories of all that is left are dropped.
     """
 
     best: bool = False
