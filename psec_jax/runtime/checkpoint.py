@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,7 @@ class Checkpoints:
             raise InputError(f"cannot open {folder}: {_reason(error)}") from error
         self._last = self._manager.latest_step()
         self._writing: int | None = None
+        self._failed_step: int | None = None
 
     @property
     def last(self) -> int | None:
@@ -160,15 +162,29 @@ class Checkpoints:
     def close(self) -> None:
         """Release the background threads; `wait` first to learn of a failed save."""
         self._manager.close()
+        if self._failed_step is not None:
+            _remove_unfinished(self._folder, self._failed_step)
 
     def _failed(self, step: int, reason: str) -> InputError:
-        for left in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
-            shutil.rmtree(left, ignore_errors=True)
+        # Now, as a disk may be full, and again when Orbax's threads have ended.
+        self._failed_step = step
+        _remove_unfinished(self._folder, step)
         good = "none" if self._last is None else f"step {self._last}"
         return InputError(
             f"cannot save step {step} in {self._folder}: {reason}; "
             f"last good save: {good}"
         )
+
+
+def _remove_unfinished(folder: Path, step: int) -> None:
+    """Remove what a failed save left; TensorStore may still write for a moment."""
+    for _ in range(20):
+        left = list(folder.glob(f"{step}.orbax-checkpoint-tmp*"))
+        if not left:
+            return
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True)
+        time.sleep(0.05)
 
 
 def _set_damaged_aside(folder: Path) -> None:
