@@ -36,7 +36,7 @@ from psec_jax import envs
 from psec_jax.cli import no_arguments
 from psec_jax.envs.vector import VectorEnv
 from psec_jax.errors import InputError
-from psec_jax.evaluation import environments, episode_fields, evaluate
+from psec_jax.evaluation import environments, episode_fields
 from psec_jax.library import SkillLibrary
 from psec_jax.policy import Policy, compose, load_base
 from psec_jax.workflows import Job, auto
@@ -413,8 +413,7 @@ def play(
     raw = results.by_key(path).get((task.env, name, cell.seed))
     if raw is None:
         began = time.perf_counter()
-        made = vector_env()
-        episodes = evaluate(policy.act, task.env, count, start, vector_env=made)
+        episodes = grid.play(cell, policy.act, task.env, vector_env)
         raw = results.header(cell.job, task.env, name, cell.seed, {})
         raw |= {"seconds": time.perf_counter() - began}
         raw |= episode_fields(episodes, task.env, start)
@@ -668,30 +667,6 @@ def draw(table: Table, folder: Path, drawn: Mapping[str, Sequence[Raw]]) -> None
     plots.save(figure, folder / "figures", f"{name}_curve")
 
 
-def plan(sequence: TaskSequence, job: Job, measured: Path) -> str:
-    """Hours of each row, from the seconds in the raw results of another sequence.
-
-    With N tasks, S seeds: S (N t steps / steps there + M e episodes / episodes there),
-    where t are the seconds of training a task there, e those of an evaluation, and M
-    the evaluations: N (N + 1) / 2 where policies change, else N, and N before learning.
-    """
-    count, lines, total = len(sequence.tasks), [], 0.0
-    wanted = job.table.methods or tuple(METHODS)
-    for raw in results.read_all(measured):
-        if raw["method"] not in wanted:
-            continue
-        there = raw["budget"]["skill"]["steps"]
-        training = count * raw["seconds"] * job.skill.steps / there
-        plays = count if _unchanged(raw) == 1 else count * (count + 1) // 2
-        episodes = len(raw["before"][0])
-        share = job.evaluation.episodes / episodes
-        playing = (plays + count) * raw["evaluation_seconds"] * share
-        hours = len(job.table.seeds) * (training + playing) / 3600
-        total += hours
-        lines.append(f"{raw['method']}: {hours:.2f} h")
-    return "\n".join([*lines, f"all, without the base: {total:.2f} h"])
-
-
 def main(argv: Sequence[str]) -> None:
     """Measure what is missing, then write table and figures."""
     no_arguments(argv)
@@ -701,18 +676,17 @@ def main(argv: Sequence[str]) -> None:
     table = make_table(sequence, root)
     job = grid.set_seeds(continual.job(FLAGS["preset"].value), FLAGS)
     methods = grid.known_names(FLAGS["methods"].value, METHODS, "method")
-    if FLAGS["plan"].value:
-        print(plan(sequence, job, Path(FLAGS["plan"].value)))
-        return
     if not FLAGS["tables_only"].value:
-        grid.run(
+        measured = grid.run(
             table,
             job,
             root,
             folder,
             methods=methods or job.table.methods,
-            together=FLAGS["together"].value,
+            **grid.options(FLAGS),
         )
+        if not measured:
+            return
     print(write_table(table, folder))
 
 
@@ -724,12 +698,6 @@ if __name__ == "__main__":
             "sequence",
             "cw10",
             f"{', '.join(sorted(tasks.PACKAGED))}, or a file ending in .json.",
-        ),
-        "plan": flags.DEFINE_string(
-            "plan",
-            None,
-            "Only print the hours that the rows would take, by the seconds in this "
-            "file of raw results.",
         ),
     }
     run(main)

@@ -420,15 +420,17 @@ def main(argv: Sequence[str]) -> None:
             job = job.changed(cut)
         methods = grid.known_names(FLAGS["methods"].value, METHODS, "method")
         targets = FLAGS["targets"].value
-        grid.run(
+        measured = grid.run(
             TABLE,
             job,
             grid.run_root(FLAGS, RUNS),
             folder,
             settings=grid.known_names(targets, TABLE.settings, "target"),
             methods=methods,
-            together=FLAGS["together"].value,
+            **grid.options(FLAGS),
         )
+        if not measured:
+            return
     print(write_table(folder))
 
 

@@ -501,20 +501,20 @@ def measure(
     root: Path,
     folder: Path,
     report: Callable[[str], None] = print,
-    together: bool = False,
-) -> None:
-    """Measures every missing result of a figure."""
+    **options: Any,
+) -> bool:
+    """Measures every missing result of a figure; `grid.run` has the options."""
     budget = lookup(BUDGETS[name], job.preset, "preset")
     common = dict(budget.get("changes", {}))
     if budget.get("episodes"):
         common["evaluation.episodes"] = budget["episodes"]
-    grid.run(
+    return grid.run(
         FIGURES[name].table(budget),
         job.changed(common | {"table.seeds": budget["seeds"]}),
         root,
         folder,
         report,
-        together=together,
+        **options,
         variant=lambda setting: variant(job, common | dict(setting.changes)),
         borrow=table2.TABLE.path(folder),
     )
@@ -554,7 +554,8 @@ def main(argv: Sequence[str]) -> None:
     folder = Path(FLAGS["results"].value)
     if figure.measured and not FLAGS["plot_only"].value:
         job, root = dmc_walker.job(FLAGS["preset"].value), grid.run_root(FLAGS, RUNS)
-        measure(name, job, root, folder, together=FLAGS["together"].value)
+        if not measure(name, job, root, folder, **grid.options(FLAGS)):
+            return
     print(f"figure   {draw(name, folder)}")
 
 

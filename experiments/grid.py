@@ -5,21 +5,29 @@ is trained and drawn, and a score. `run` measures what is missing; `experiments.
 makes Markdown, CSV and JSON of the raw results, `experiments.plots` figures.
 """
 
+import contextlib
 import dataclasses
+import signal
+import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
 
 from experiments import results
+from experiments.forecast import Forecast
 from experiments.results import Raw
 from experiments.style import Style
 from psec_jax.cli import seeds as table_seeds
-from psec_jax.errors import InputError, lookup
-from psec_jax.evaluation import Act, episode_fields, evaluate
+from psec_jax.envs.vector import VectorEnv
+from psec_jax.errors import InputError, Stopped, lookup
+from psec_jax.evaluation import Act, Episodes, episode_fields, evaluate
 from psec_jax.files import read_json
 from psec_jax.policy import Policy, compose, load_base
 from psec_jax.workflows import Job, base, critics, gate, multirun, skill
@@ -67,6 +75,7 @@ class Cell:
       method: row.
       seeds: of training.
       variant: of the runs of a changed job, their directory below each seed's.
+      forecast: counts what is only tried, see `run`; None where everything is done.
     """
 
     job: Job
@@ -76,6 +85,7 @@ class Cell:
     method: str
     seeds: tuple[int, ...]
     variant: str = ""
+    forecast: Forecast | None = None
 
     def within(self, name: str) -> "Cell":
         """The cell with its runs in a subdirectory."""
@@ -127,9 +137,31 @@ class Order(NamedTuple):
 def roll_out(cell: Cell, seed: int, made: Made) -> dict[str, Any]:
     """Raw fields of the episodes of the policy of one seed."""
     del seed
-    count, start = cell.job.evaluation.episodes, cell.job.evaluation.seed
-    episodes = evaluate(made.act, cell.setting.env, count, start)
+    episodes = play(cell, made.act, cell.setting.env)
+    start = cell.job.evaluation.seed
     return {**made.record, **episode_fields(episodes, cell.setting.env, start)}
+
+
+def play(
+    cell: Cell,
+    act: Act,
+    env: str,
+    vector_env: Callable[[], VectorEnv | None] | None = None,
+) -> Episodes:
+    """Rolls a policy out as the cell's job says.
+
+    Args:
+      cell: of the table.
+      act: see `evaluate`.
+      env: simulator.
+      vector_env: makes the environments; by default they are made anew.
+    """
+    count, start = cell.job.evaluation.episodes, cell.job.evaluation.seed
+    if cell.forecast is not None:
+        return cell.forecast.play(act, env, count, start)
+    if vector_env is None:
+        return evaluate(act, env, count, start)
+    return evaluate(act, env, count, start, vector_env=vector_env())
 
 
 @dataclass(frozen=True)
@@ -208,7 +240,14 @@ def train(
         )
         for seed in cell.seeds
     ]
-    return workflow.run(cell.job.changed(changes or {}), *requests)
+    began = time.perf_counter()
+    trained = workflow.run(cell.job.changed(changes or {}), *requests)
+    if (forecast := cell.forecast) is not None:
+        seconds = time.perf_counter() - began
+        real = dataclasses.replace(cell, root=forecast.real(cell.root))
+        runs = [[real.workdir(s, run) for s in seeds] for seeds in forecast.programs]
+        forecast.train(stage, runs, trained[0].get("summary"), seconds)
+    return trained
 
 
 def bases(cell: Cell, library: str = "library") -> list[Made]:
@@ -257,9 +296,11 @@ def run(
     settings: Sequence[str] = (),
     methods: Sequence[str] = (),
     together: bool = False,
+    plan: bool = False,
+    minutes: float | None = None,
     variant: Callable[[Setting], str] = lambda setting: "",
     borrow: Path | None = None,
-) -> None:
+) -> bool:
     """Measures every missing result; finished ones are kept.
 
     Args:
@@ -271,36 +312,88 @@ def run(
       settings: of the table; none are all.
       methods: of the table; none are all.
       together: train all seeds of a grid cell as one program.
+      plan: only report how long it will take. Trainings and evaluations are tried
+        briefly, in a temporary directory.
+      minutes: after which to stop, see `stop_after`.
       variant: directory of the runs of a setting, see `Cell`.
       borrow: raw results of Table 2, for settings with `same`.
+
+    Returns:
+      Whether it measured; False of a plan.
 
     Raises:
       InputError: a setting that cannot be measured, or a finished result of another
         job or of other data.
+      Stopped: the minutes are over.
     """
-    jobs, known = {}, {}
-    for name in settings or table.settings:
-        setting = table.settings[name]
-        jobs[name] = job.changed(setting.changes)
-        known[name] = table.known(jobs[name], name, setting)
-    seeds, done = tuple(job.table.seeds), {}
-    for name in jobs:
-        setting = table.settings[name]
-        here = table.methods if setting.methods is None else setting.methods
-        for group in [seeds] if together else [(seed,) for seed in seeds]:
-            for method in [m for m in methods or table.methods if m in here]:
-                cell = Cell(
-                    jobs[name],
-                    root / setting.folder,
-                    name,
-                    setting,
-                    method,
-                    group,
-                    variant(setting),
-                )
-                for raw in _missing(table, cell, known[name], folder, borrow, done):
-                    if results.append(table.path(folder), raw):
-                        report(_line(table, raw))
+    with contextlib.ExitStack() as stack:
+        if minutes is not None:
+            stack.enter_context(stop_after(minutes))
+        forecast = None
+        if plan:
+            trial = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            forecast = Forecast(trial, root, stack, together)
+        jobs, known = {}, {}
+        for name in settings or table.settings:
+            setting = table.settings[name]
+            jobs[name] = job.changed(setting.changes)
+            known[name] = table.known(jobs[name], name, setting)
+        seeds, done = tuple(job.table.seeds), {}
+        for name in jobs:
+            setting = table.settings[name]
+            here = table.methods if setting.methods is None else setting.methods
+            for group in [seeds] if together or plan else [(seed,) for seed in seeds]:
+                for method in [m for m in methods or table.methods if m in here]:
+                    cell = Cell(
+                        jobs[name],
+                        root / setting.folder,
+                        name,
+                        setting,
+                        method,
+                        group,
+                        variant(setting),
+                        forecast,
+                    )
+                    for raw in _missing(table, cell, known[name], folder, borrow, done):
+                        if results.append(table.path(folder), raw):
+                            report(_line(table, raw))
+        if forecast is not None:
+            report(str(forecast))
+    return not plan
+
+
+@contextlib.contextmanager
+def stop_after(minutes: float) -> Iterator[None]:
+    """Stops the body after so many minutes, as Ctrl-C does: a training saves first.
+
+    Raises:
+      Stopped: they are over.
+    """
+    over = []
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        over.append(signum)
+        interrupt = signal.getsignal(signal.SIGINT)  # a training notes it
+        if not callable(interrupt):  # ignored, as in the background of a script
+            raise KeyboardInterrupt
+        interrupt(signal.SIGINT, frame)
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if not over:
+            raise
+        if str(error):  # where the training was saved
+            print(error, file=sys.stderr)
+        raise Stopped(
+            f"stopped after {minutes:g} minutes: run the same command again to go on",
+            signal.SIGALRM,
+        ) from error
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _missing(
@@ -331,8 +424,13 @@ def _missing(
             missing.append(seed)
     if not missing:
         return
-    cell = dataclasses.replace(cell, seeds=tuple(missing))
     method = table.methods[cell.method]
+    if cell.forecast is not None:
+        cell = cell.forecast.of(dataclasses.replace(cell, seeds=tuple(missing)))
+        for seed, made in zip(cell.seeds, method.make(cell), strict=True):
+            table.measure(cell, seed, made)
+        return
+    cell = dataclasses.replace(cell, seeds=tuple(missing))
     for seed, made in zip(missing, method.make(cell), strict=True):
         head = results.header(cell.job, cell.name, cell.method, seed, method.stages)
         yield {**head, **record, **table.measure(cell, seed, made)}
@@ -390,7 +488,7 @@ def tune(
         f"{cell.method} ({', '.join(f'{w:g}' for w in weights)})": tuple(weights)
         for weights in grid
     }
-    done = results.by_key(path)
+    done = results.by_key(path if cell.forecast is None else cell.forecast.real(path))
     missing = {
         label: make(cell, weights)
         for label, weights in labels.items()
@@ -398,7 +496,11 @@ def tune(
     }
     envs = dict.fromkeys(missing, cell.setting.env)
     evaluation = cell.job.evaluation
-    played = multirun.roll_out(missing, envs, evaluation.episodes, evaluation.seed)
+    size = evaluation.episodes, evaluation.seed
+    if cell.forecast is None:
+        played = multirun.roll_out(missing, envs, *size)
+    else:
+        played = cell.forecast.tune(missing, cell.setting.env, *size)
     raws = []
     for label, weights in labels.items():
         raw = done.get((cell.name, label, cell.seed))
@@ -434,6 +536,20 @@ def define_flags(
             "Train each stage for all seeds as one program: faster on an accelerator, "
             "no faster on a CPU; its numbers are the same apart from rounding.",
         ),
+        "plan": flags.DEFINE_bool(
+            "plan",
+            False,
+            "Only print how long each part of what is not finished will take on this "
+            "machine: a second of each training and the first steps of an evaluation "
+            "of each form of policy are measured, which takes minutes.",
+        ),
+        "minutes": flags.DEFINE_float(
+            "minutes",
+            None,
+            "Stop after so many minutes, having saved, with exit code "
+            f"{128 + signal.SIGALRM}; the same command then goes on.",
+            lower_bound=0.01,
+        ),
     }
     if rows:
         given |= {
@@ -446,6 +562,11 @@ def define_flags(
             ),
         }
     return given
+
+
+def options(given: Mapping[str, flags.FlagHolder]) -> dict[str, Any]:
+    """The arguments of `run` that are flags of every table's command."""
+    return {name: given[name].value for name in ("together", "plan", "minutes")}
 
 
 def run_root(given: Mapping[str, flags.FlagHolder], runs: str) -> Path:

@@ -194,11 +194,13 @@ def fingerprint(job: Job) -> str:
     """12 hex digits of the fields that differ from the defaults of a `Job`.
 
     The table's rows and seeds do not count: more of them leave the lines that are there
-    as they are. Nor does a field that a later version adds, while it has its default.
+    as they are. Nor do the seconds of a trial, of which no line is kept. Nor does a
+    field that a later version adds, while it has its default.
     """
     fields = differing(job, Job())
     for name in ("methods", "seeds"):
         fields.get("table", {}).pop(name, None)
+    fields.get("run", {}).pop("trial_seconds", None)
     text = json.dumps({k: v for k, v in fields.items() if v != {}}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -75,7 +75,9 @@ def main(argv: Sequence[str]) -> None:
     if not FLAGS["tables_only"].value:
         job = grid.set_seeds(dmc_walker.job(FLAGS["preset"].value), FLAGS)
         root = grid.run_root(FLAGS, RUNS)
-        grid.run(TABLE, job, root, folder, together=FLAGS["together"].value)
+        measured = grid.run(TABLE, job, root, folder, **grid.options(FLAGS))
+        if not measured:
+            return
     print(write_table(folder))
 
 

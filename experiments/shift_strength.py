@@ -95,14 +95,16 @@ def main(argv: Sequence[str]) -> None:
     if not (FLAGS["figures_only"].value or FLAGS["tables_only"].value):
         known = dict.fromkeys(TARGETS)
         targets = grid.known_names(FLAGS["targets"].value, known, "target")
-        grid.run(
+        measured = grid.run(
             table(targets, floats("factors", FLAGS["factors"].value) or FACTORS),
             grid.set_seeds(d4rl.job(FLAGS["preset"].value), FLAGS),
             grid.run_root(FLAGS, RUNS),
             folder,
             methods=grid.known_names(FLAGS["methods"].value, STYLES, "method"),
-            together=FLAGS["together"].value,
+            **grid.options(FLAGS),
         )
+        if not measured:
+            return
     for path in draw(folder):
         print(path)
 

@@ -499,15 +499,17 @@ def main(argv: Sequence[str]) -> None:
         what = f"task of the suite {suite}"
         tasks = grid.known_names(FLAGS["tasks"].value, dict.fromkeys(names), what)
         offline = functools.partial(known, offline=FLAGS["offline"].value)
-        grid.run(
+        measured = grid.run(
             dataclasses.replace(TABLE, known=offline),
             job,
             grid.run_root(FLAGS, RUNS),
             folder,
             settings=tasks or names,
             methods=methods,
-            together=FLAGS["together"].value,
+            **grid.options(FLAGS),
         )
+        if not measured:
+            return
         limit = None
     print(write_table(folder, suite, limit))
 

@@ -275,14 +275,16 @@ def main(argv: Sequence[str]) -> None:
     if not FLAGS["tables_only"].value:
         job = grid.set_seeds(dmc_walker.job(FLAGS["preset"].value), FLAGS)
         methods = grid.known_names(FLAGS["methods"].value, METHODS, "method")
-        grid.run(
+        measured = grid.run(
             TABLE,
             job,
             grid.run_root(FLAGS, RUNS),
             folder,
             methods=methods or job.table.methods,
-            together=FLAGS["together"].value,
+            **grid.options(FLAGS),
         )
+        if not measured:
+            return
     print(write_table(folder))
 
 

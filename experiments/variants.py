@@ -61,14 +61,16 @@ def main(argv: Sequence[str]) -> None:
             )
             for key in variant.settings
         }
-        grid.run(
+        measured = grid.run(
             dataclasses.replace(table2.TABLE, settings=settings),
             job,
             grid.run_root(FLAGS, "runs/variants"),
             folder,
             methods=methods or variant.methods,
-            together=FLAGS["together"].value,
+            **grid.options(FLAGS),
         )
+        if not measured:
+            return
     print(table2.write_table(folder))
 
 

@@ -95,6 +95,7 @@ def evaluate(
     seed: int,
     workers: int | None = None,
     vector_env: VectorEnv | None = None,
+    max_steps: int | None = None,
 ) -> Episodes:
     """Roll a policy out for whole episodes, many at once.
 
@@ -121,6 +122,8 @@ def evaluate(
       workers: processes; by default one for every core.
       vector_env: environments to use again, of `env_spec`; by default min(E, 64), or
         min(E, 8) with a process each, are made, and closed at the end.
+      max_steps: after which every episode is cut; by default the environment's own.
+        Not of environments on the device.
 
     Raises:
       InputError: `episodes` below 1, a spec that cannot be made, or environments of
@@ -128,7 +131,9 @@ def evaluate(
       FloatingPointError: the policy gave NaN or infinity.
       RuntimeError: a worker process has died too often.
     """
-    [result] = _roll_out(act, 1, env_spec, episodes, seed, workers, vector_env)
+    [result] = _roll_out(
+        act, 1, env_spec, episodes, seed, workers, vector_env, max_steps=max_steps
+    )
     return result
 
 
@@ -207,6 +212,7 @@ def _roll_out(
     workers: int | None,
     vector_env: VectorEnv | None,
     parts: list[Dataset] | None = None,
+    max_steps: int | None = None,
 ) -> list[Episodes]:
     """The episodes of `count` policies; `parts` gets the transitions of each one."""
     if dataset.whole("episodes", episodes) < 1:
@@ -217,12 +223,12 @@ def _roll_out(
         return _simulate(act, count, env, episodes, seed, parts)
     if vector_env is None:
         with environments(env_spec, episodes, count, workers) as made:
-            return _play(act, count, made, episodes, seed, parts)
+            return _play(act, count, made, episodes, seed, parts, max_steps)
     if vector_env.spec != env_spec:
         raise InputError(
             f"the environments given are {vector_env.spec}, expected {env_spec}"
         )
-    return _play(act, count, vector_env, episodes, seed, parts)
+    return _play(act, count, vector_env, episodes, seed, parts, max_steps)
 
 
 def environments(
@@ -304,6 +310,7 @@ def _play(
     episodes: int,
     seed: int,
     parts: list[Dataset] | None,
+    max_steps: int | None,
 ) -> list[Episodes]:
     rows: list[list[tuple]] = [[] for _ in range(count * episodes)]
     width, total = env.num_envs, count * episodes
@@ -353,6 +360,8 @@ def _play(
         lengths[current] += 1
         obs[slots] = step.obs
         ended = step.terminal | step.timeout
+        if max_steps is not None:
+            ended |= lengths[current] >= max_steps
         used[slots[ended]] = chunk.shape[1]
         refilled = []
         for slot in slots[ended]:

@@ -43,14 +43,22 @@ class LoopConfig:
       save_every: steps between two saves; the last step is always saved.
       steps_per_call: updates in one compiled loop; 0 is the backend's own number, see
         `platform.Platform`, and 1 where data are streamed.
+      trial_seconds: time after the first update in which a training ends, finished or
+        not, to measure its rate; 0 does all steps.
     """
 
     log_every: int = 500
     save_every: int = 2000
     steps_per_call: int = 0
+    trial_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        least = {"log_every": 1, "save_every": 1, "steps_per_call": 0}
+        least = {
+            "log_every": 1,
+            "save_every": 1,
+            "steps_per_call": 0,
+            "trial_seconds": 0,
+        }
         for field, bound in least.items():
             if (value := getattr(self, field)) < bound:
                 raise InputError(f"{field}: got {value}, expected {bound} or more")
@@ -91,10 +99,10 @@ def train(
         one device.
 
     Returns:
-      Of each training the state, and a summary: "steps" done in this call,
-      "resumed_at", "seconds", "compile_seconds", "first_step_seconds" (from the call to
-      the first update done), "steps_per_s" (without the first call), and the last
-      metrics by name. Times are those of the whole program.
+      Of each training the state, and a summary: "steps" done in this call, "left" of a
+      trial, "resumed_at", "seconds", "compile_seconds", "first_step_seconds" (from the
+      call to the first update done), "steps_per_s" (without the first call and the last
+      save), and the last metrics by name. Times are those of the whole program.
 
     Raises:
       TrainingError: a metric is not finite; the last good saves stay.
@@ -131,7 +139,10 @@ def train(
         for run in runs:
             run.wait()
         seconds = time.perf_counter() - started
-        return [(run.state, run.summary(seconds)) for run in runs]
+        return [
+            (run.state, {"left": steps - run.step} | run.summary(seconds))
+            for run in runs
+        ]
 
 
 class _Loop:
@@ -217,7 +228,7 @@ class _Loop:
         first, compile_s, first_s = self.step, 0.0, 0.0
         pending: collections.deque[jax.Array] = collections.deque()
         steady = self.mark = (self.step, time.perf_counter())
-        shown = steady[1]
+        shown = ended = steady[1]
         while self.step < self.goal:
             if stop or _preempted(self.step, stop):
                 self._keep()
@@ -244,9 +255,12 @@ class _Loop:
             if len(pending) > self.in_flight:
                 pending.popleft().block_until_ready()
             now = time.perf_counter()
+            if 0 < self.config.trial_seconds <= now - steady[1]:
+                self.goal = self.step
             if self.step % log_every == 0 or self.step == self.goal:
                 self._log()
                 shown = now
+                ended = time.perf_counter()
             elif self.line.live and now - shown > _REFRESH_SECONDS:
                 self._show(self._rate(), False)
                 shown = now
@@ -255,12 +269,12 @@ class _Loop:
         self._keep()
         for run in self.runs:
             run.wait()
-        now = time.perf_counter()
+        steps, seconds = self.step - steady[0], ended - steady[1]
         for run in self.runs:
             run.timing = {
                 "compile_seconds": compile_s,
                 "first_step_seconds": first_s,
-                "steps_per_s": (self.step - steady[0]) / (now - steady[1]),
+                "steps_per_s": steps / seconds if steps else 0.0,
             }
 
     def _keep(self) -> None:
