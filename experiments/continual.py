@@ -8,7 +8,8 @@ a base that was pretrained on others, from demonstrations that are made on the s
 after every task plays all tasks so far: R[i, j] is the score after task i on task j. It
 writes to results/continual/ the raw results (SEQUENCE.jsonl), tables and figures made
 of them. Finished runs and results are kept: start it again after a stop.
-docs/continual.md explains rows and columns; --plan prints the hours first.
+docs/continual.md explains rows and columns; --plan prints the hours first, and
+--minutes stops in time.
 """
 
 import contextlib

@@ -19,6 +19,7 @@ experiments.tools.collect_d4rl; source sets are always made. The table says whic
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -250,7 +251,10 @@ def make_gaussian(objective: str, cell: Cell) -> list[Made]:
     def act(params: Any, keys: Any, obs: Any) -> Any:
         return mean(params, jnp.asarray(normaliser(obs)))
 
+    began = time.perf_counter()
     trained = multirun.train(plans, cell.job.run)
+    seconds = time.perf_counter() - began
+    grid.count(cell, "gaussian", f"{objective}-{target}", trained[0].summary, seconds)
     return [Made(functools.partial(act, one.state.actor.params)) for one in trained]
 
 

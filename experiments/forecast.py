@@ -163,7 +163,7 @@ class Forecast:
             f"{part:<12} {count:>4}  {duration(seconds):>8}"
             for part, (count, seconds) in self.parts.items()
         ]
-        total = sum(seconds for _, seconds in self.parts.values())
+        total = sum((seconds for _, seconds in self.parts.values()), 0.0)
         return "\n".join([*lines, f"{'all':<12} {'':>4}  {duration(total):>8}"])
 
 

@@ -8,7 +8,6 @@ makes Markdown, CSV and JSON of the raw results, `experiments.plots` figures.
 import contextlib
 import dataclasses
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -242,12 +241,30 @@ def train(
     ]
     began = time.perf_counter()
     trained = workflow.run(cell.job.changed(changes or {}), *requests)
+    count(cell, stage, run, trained[0].get("summary"), time.perf_counter() - began)
+    return trained
+
+
+def count(
+    cell: Cell,
+    stage: str,
+    run: str,
+    summary: Mapping[str, Any] | None,
+    seconds: float,
+) -> None:
+    """Counts a training in the cell's forecast, where it has one.
+
+    Args:
+      cell: whose seeds were trained.
+      stage: name of the part.
+      run: name of the run's directory.
+      summary: of the training.
+      seconds: that it took with everything around it.
+    """
     if (forecast := cell.forecast) is not None:
-        seconds = time.perf_counter() - began
         real = dataclasses.replace(cell, root=forecast.real(cell.root))
         runs = [[real.workdir(s, run) for s in seeds] for seeds in forecast.programs]
-        forecast.train(stage, runs, trained[0].get("summary"), seconds)
-    return trained
+        forecast.train(stage, runs, summary, seconds)
 
 
 def bases(cell: Cell, library: str = "library") -> list[Made]:
@@ -385,11 +402,9 @@ def stop_after(minutes: float) -> Iterator[None]:
     except KeyboardInterrupt as error:
         if not over:
             raise
-        if str(error):  # where the training was saved
-            print(error, file=sys.stderr)
+        where = str(error) or "start again with the same command to go on"
         raise Stopped(
-            f"stopped after {minutes:g} minutes: run the same command again to go on",
-            signal.SIGALRM,
+            f"{minutes:g} minutes are over: {where}", signal.SIGALRM
         ) from error
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -9,7 +9,8 @@ results are kept: start it again after a stop. --tables_only makes the tables ag
 the raw results.
 
 Expected: quick minutes, standard an hour a seed on one CPU core, paper a day of a
-GPU.
+GPU. --plan measures how long each part will take on this machine, and --minutes=50
+stops after that time; the same command goes on.
 """
 
 import dataclasses
