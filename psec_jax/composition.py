@@ -7,7 +7,7 @@ strength 1 all three give the same action from the same noise.
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
@@ -56,13 +56,33 @@ def noise_denoise(
     check_weights(alpha, strength.shape[0])
 
     def denoise(obs: Array, a_t: Array, t: Array) -> Array:
-        def one(skill: Params, strength: Array) -> Array:
-            alone = make_denoise(net, base, tree.stack([skill]), strength[None])
-            return alone(obs, a_t, t)
-
-        return jnp.einsum("k,ka->a", alpha, jax.vmap(one)(library, strength))
+        eps = _alone(net, base, library, strength, lambda one: one(obs, a_t, t))
+        return jnp.einsum("k,ka->a", alpha, eps)
 
     return denoise
+
+
+def _alone(
+    net: Denoiser,
+    base: Params,
+    library: Params,
+    strength: Float[Array, " K"],
+    predict: Callable[[Denoise], Float[Array, " A"]],
+) -> Float[Array, "K A"]:
+    """What `predict` makes of each skill alone.
+
+    Skills that the network merges have kernels of their own, and come one after the
+    other; the others share the base's in one product.
+    """
+
+    def one(skill: Params, strength: Array) -> Array:
+        return predict(make_denoise(net, base, tree.stack([skill]), strength[None]))
+
+    skills = library, strength
+    if not net.merged:
+        return jax.vmap(one)(*skills)
+    parts = [jax.tree.map(lambda x, k=k: x[k], skills) for k in range(len(strength))]
+    return jnp.stack([one(*part) for part in parts])
 
 
 DENOISERS = {"parameter": parameter_denoise, "noise": noise_denoise}
@@ -111,11 +131,11 @@ def action_level(
     """ASEC: a = sum_k alpha_k(s) a_k, each a_k from its own chain on the same noise."""
     check_weights(alpha, strength.shape[0])
 
-    def one(skill: Params, strength: Array) -> Array:
-        denoise = make_denoise(net, base, tree.stack([skill]), strength[None])
+    def sampled(denoise: Denoise) -> Array:
         return sample_from(denoise, process, noise, obs)
 
-    return jnp.einsum("k,ka->a", alpha, jax.vmap(one)(library, strength))
+    actions = _alone(net, base, library, strength, sampled)
+    return jnp.einsum("k,ka->a", alpha, actions)
 
 
 LEVELS = {"parameter": parameter_level, "noise": noise_level, "action": action_level}
@@ -137,6 +157,8 @@ class PolicyConfig:
         needs no critic.
       gathered: skills of the largest weights whose matrices are gathered and computed,
         where the others' weights are 0; 0 computes all. Rounding may differ.
+      merged: at the noise and action levels each skill is merged into the base's
+        weights, once for a batch; see `networks.layers.AdaptedDense`.
     """
 
     network: NetworkConfig
@@ -147,6 +169,7 @@ class PolicyConfig:
     candidates: int = 1
     rule: str = "safety"
     gathered: int = 0
+    merged: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         lookup(LEVELS, self.level, "level")
@@ -179,7 +202,8 @@ class PolicyConfig:
 def network_of(config: PolicyConfig) -> Denoiser:
     """The policy's network, which predicts chunks of H actions as H * A numbers."""
     horizon = config.process.horizon
-    return make_network(config.network, horizon * config.action_dim, horizon)
+    size = horizon * config.action_dim
+    return make_network(config.network, size, horizon, merged=config.merged)
 
 
 class PolicyParams(NamedTuple):

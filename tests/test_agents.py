@@ -40,6 +40,7 @@ from psec_jax.lora import ADAPTERS
 from psec_jax.losses import released_regulariser
 from psec_jax.networks.denoiser import NetworkConfig, make_denoise, make_network
 from psec_jax.process import ProcessConfig, make_schedule, q_sample
+from psec_jax.runtime import platform
 from psec_jax.types import Normaliser
 
 N, BATCH, STRENGTH = 512, 64, 2.0
@@ -284,6 +285,31 @@ def test_a_gate_grown_by_a_skill_keeps_what_it_learned_and_trains_on(head):
     x = np.asarray(OBS)[:, 0]
     np.testing.assert_allclose(got[x > 0.5].mean(0), [0, SIDE], atol=0.15)
     np.testing.assert_allclose(got[x < -0.5].mean(0), [SIDE, 0], atol=0.15)
+
+
+@pytest.mark.parametrize(
+    ("loss", "level"), [c for c in LEARNABLE if c[1] != "parameter"]
+)
+def test_a_gate_of_merged_skills_is_the_same(loss, level, monkeypatch):
+    """Large batches on a CPU merge each skill into the base."""
+    config = gate_config(loss, level)
+    state = gate.init(config, init_gate_params())
+    data = demonstrations([SIDE / 2, SIDE / 2])
+    apart, _ = run(compiled(gate, config), state, data, frozen(), 3)
+    monkeypatch.setattr(
+        platform, "PLATFORMS", {"cpu": platform.Platform(merge_from=BATCH)}
+    )
+    merged, _ = run(compiled.__wrapped__(gate, config), state, data, frozen(), 3)
+    for x, y in zip(
+        jax.tree.leaves(apart.params), jax.tree.leaves(merged.params), strict=True
+    ):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+    assert gate._merges(config, frozen(), BATCH)
+    assert not gate._merges(config, frozen(), BATCH - 1)
+    other = dataclasses.replace(config.policy.network, matmul_dtype="bfloat16")
+    policy = dataclasses.replace(config.policy, network=other)
+    rounded = dataclasses.replace(config, policy=policy)
+    assert not gate._merges(rounded, frozen(), BATCH)
 
 
 def test_gate_follows_the_state():

@@ -34,8 +34,10 @@ from psec_jax.composition import (
 )
 from psec_jax.errors import InputError, lookup
 from psec_jax.gating import GateConfig, gate_alpha
+from psec_jax.lora import adapter_of
 from psec_jax.losses import cloning_loss, diffusion_loss, released_regulariser
 from psec_jax.networks.denoiser import COMPATS
+from psec_jax.runtime import platform
 from psec_jax.types import Params, TrainState
 
 
@@ -176,6 +178,9 @@ def update(
       key: of the loss; not used by "released", whose noise is always the same.
     """
     obs, action = batch.obs, batch.action
+    if _merges(config, frozen, len(obs)):
+        policy = dataclasses.replace(config.policy, merged=True)
+        config = dataclasses.replace(config, policy=policy)
     if config.compat == "released":
         key = jax.random.key(0)
 
@@ -196,6 +201,17 @@ def update(
         return loss, metrics
 
     return descend(config.optimiser, state, loss_fn)
+
+
+def _merges(config: GateTrainConfig, frozen: PolicyParams, batch_size: int) -> bool:
+    """Whether the frozen skills are merged into the base, each alone."""
+    policy = config.policy
+    return (
+        policy.level != "parameter"
+        and policy.network.matmul_dtype == "float32"
+        and adapter_of(frozen.library) == "lora"
+        and platform.current().merges(batch_size)
+    )
 
 
 def _example(

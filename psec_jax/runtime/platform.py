@@ -17,10 +17,13 @@ class Platform:
         narrows is computed transposed; None never does.
       unroll_skills: skills, or policies, of one program come one after the other in
         it; False makes them one batched product.
+      merge_from: examples of a batch from which gates of the noise and action levels
+        are trained with each skill merged into the base; None never does.
       steps_per_call: updates in one compiled loop, where a job leaves the choice open.
     """
 
     transpose_from: int | None = None
+    merge_from: int | None = None
     unroll_skills: bool = False
     steps_per_call: int = 64
 
@@ -28,12 +31,21 @@ class Platform:
         """Whether weight gradients are computed transposed at this batch size."""
         return self.transpose_from is not None and batch_size >= self.transpose_from
 
+    def merges(self, batch_size: int) -> bool:
+        """Whether skills alone are merged into the base at this batch size."""
+        return self.merge_from is not None and batch_size >= self.merge_from
+
 
 # A CPU's product is slow where the wide operand is the transposed one, and runs the
-# products of two skills side by side but not the halves of a batched one. It gains
+# products of two skills side by side but not the halves of a batched one. Low-rank
+# products are slow for their size: in a large batch forming W0 + A B is less. It gains
 # nothing sure from a compiled loop, which a stop waits for. Accelerators wait for the
 # dispatch of every call.
-PLATFORMS = {"cpu": Platform(transpose_from=1024, unroll_skills=True, steps_per_call=1)}
+PLATFORMS = {
+    "cpu": Platform(
+        transpose_from=1024, merge_from=256, unroll_skills=True, steps_per_call=1
+    )
+}
 
 
 def current() -> Platform:
