@@ -1,6 +1,7 @@
 """Batched rollouts of a policy: raw returns, costs and lengths of every episode."""
 
 import functools
+from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
@@ -15,9 +16,11 @@ from psec_jax.envs import (
     make_on_device,
     one_per_process,
 )
+from psec_jax.envs.base import Step
 from psec_jax.envs.vector import VectorEnv
 from psec_jax.errors import InputError
 from psec_jax.policy import Policy
+from psec_jax.runtime import platform
 from psec_jax.types import Dataset
 
 Act = Callable[[jax.Array, np.ndarray], Any]
@@ -102,8 +105,9 @@ def evaluate(
     Episode e starts from the state of SeedSequence((seed, e)), and its step s gives the
     policy the key fold_in(fold_in(key(seed), e), s), so the results depend neither on
     how many run at once nor on the number of processes, apart from the rounding of
-    batched products. The policy always sees the same batch size B. A worker process
-    that dies is replaced, see `VectorEnv`.
+    batched products. The policy always sees the same batch size B, also where half of
+    the environments step while it acts for the others (`platform.Platform.overlap`). A
+    worker process that dies is replaced, see `VectorEnv`.
 
     A policy that gives chunks of h actions is called where a chunk is used up or an
     episode starts, and the h actions are executed without looking.
@@ -303,6 +307,13 @@ def _chunks(actions: Any, env: VectorEnv, width: int) -> np.ndarray:
     return actions.reshape(width, horizon, env.action_dim)
 
 
+def _begin(
+    env: VectorEnv, slots: np.ndarray, action: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, Callable[[], Step]]:
+    """Slots, actions, and the function that waits for their step."""
+    return slots, action, env.start_step(slots, action)
+
+
 def _play(
     act: Act,
     count: int,
@@ -333,13 +344,17 @@ def _play(
     # Slot b executes chunk[b, used[b]] next; chunk[b] is used up where used[b] = h.
     chunk = np.zeros((width, 1, env.action_dim), np.float32)
     used = np.ones(width, dtype=np.int64)
-    while len(slots):
+
+    def choose(slots: np.ndarray) -> np.ndarray:
+        """The next actions; the policy is called where a chunk is used up."""
+        nonlocal chunk
         fresh = slots[used[slots] == chunk.shape[1]]
         if len(fresh):
             keys = policy_keys(np.uint32(seed), running % episodes, lengths[running])
             drawn = _chunks(act(keys, obs), env, width)
             if drawn.shape != chunk.shape:  # the first call
                 chunk = np.zeros_like(drawn)
+                used[:] = chunk.shape[1]
             chunk[fresh], used[fresh] = drawn[fresh], 0
         action, current = np.clip(chunk[slots, used[slots]], -1, 1), running[slots]
         used[slots] += 1
@@ -347,7 +362,11 @@ def _play(
             bad = current[~np.isfinite(action).all(1)][0]
             policy, episode = divmod(int(bad), episodes)
             _not_finite(int(lengths[bad]), episode, policy, count)
-        step = env.step(slots, action)
+        return action
+
+    def record(slots: np.ndarray, action: np.ndarray, step: Step) -> np.ndarray:
+        """The slots that play on, with new episodes where others have ended."""
+        current = running[slots]
         if parts is not None:
             columns = (obs[slots], action, step.reward, step.cost, step.obs)
             for e, *row in zip(
@@ -373,7 +392,16 @@ def _play(
         free = np.array(refilled, dtype=np.int64)
         if len(free):
             obs[free] = env.reset(free, seeds[running[free]])
-        slots = slots[~ended | np.isin(slots, free)]
+        return slots[~ended | np.isin(slots, free)]
+
+    # The policy acts for one group while the others step: with one, nothing overlaps.
+    groups = np.array_split(slots, 2 if platform.current().overlap else 1)
+    begun = deque(_begin(env, group, choose(group)) for group in groups if len(group))
+    while begun:
+        group, action, result = begun.popleft()
+        group = record(group, action, result())
+        if len(group):
+            begun.append(_begin(env, group, choose(group)))
     if parts is not None:
         parts += map(dataset.of_steps, rows)
     columns = [returns, costs, lengths, seeds]

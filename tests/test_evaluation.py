@@ -1,5 +1,6 @@
 """Batched rollouts: what they count, and that batching changes nothing."""
 
+import dataclasses
 import os
 import signal
 from pathlib import Path
@@ -16,6 +17,7 @@ from psec_jax.data import dataset
 from psec_jax.envs.vector import VectorEnv
 from psec_jax.errors import InputError
 from psec_jax.evaluation import episode_seeds, evaluate, evaluate_together, record
+from psec_jax.runtime import platform
 
 EPISODES = 7
 
@@ -23,6 +25,13 @@ EPISODES = 7
 @pytest.fixture(autouse=True)
 def workers_find_tiny_env(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+
+@pytest.fixture(params=[False, True], ids=["", "overlap"])
+def overlap(request, monkeypatch):
+    """Roll-outs as on a CPU, and with half of the environments at a time."""
+    choices = dataclasses.replace(platform.PLATFORMS["cpu"], overlap=request.param)
+    monkeypatch.setitem(platform.PLATFORMS, "cpu", choices)
 
 
 @jax.jit
@@ -63,7 +72,7 @@ def one_by_one(request):
 
 
 @pytest.mark.parametrize(("width", "workers"), [(None, 2), (3, 1), (3, 2), (9, 2)])
-def test_batching_changes_nothing(one_by_one, width, workers):
+def test_batching_changes_nothing(one_by_one, width, workers, overlap):
     act, rewards_of = one_by_one
     if width is None:
         episodes = evaluate(act, SPEC, EPISODES, 3, workers)
@@ -124,7 +133,7 @@ def test_more_episodes_keep_the_first_ones():
 
 
 @pytest.mark.parametrize("act", [noisy, chunky])
-def test_several_policies_play_as_each_alone(act):
+def test_several_policies_play_as_each_alone(act, overlap):
     """They end at different steps, so that their chunks fall out of step."""
 
     def both(keys, obs):
@@ -154,7 +163,7 @@ def test_record_gives_every_transition():
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_episodes_of_a_killed_worker_are_played_again(workers, capfd):
+def test_episodes_of_a_killed_worker_are_played_again(workers, overlap, capfd):
     with VectorEnv(SPEC, 3, workers) as vector:
         undisturbed = record(noisy, SPEC, EPISODES, 3, vector_env=vector)
     calls = []
@@ -162,7 +171,7 @@ def test_episodes_of_a_killed_worker_are_played_again(workers, capfd):
     def deadly(keys, obs):
         """The same policy; some of its calls kill a worker first."""
         calls.append(None)
-        if len(calls) in (2, 3, 8):
+        if len(calls) in (2, 5, 8):
             pid = vector._workers[-1]._process.pid
             os.kill(pid, signal.SIGKILL)
         return noisy(keys, obs)
@@ -178,6 +187,42 @@ def test_episodes_of_a_killed_worker_are_played_again(workers, capfd):
     for line in lines:
         assert f"environment worker {workers} of {workers}" in line
         assert "died (exit status -9)" in line and "played again" in line
+
+
+def test_environments_step_while_others_wait(monkeypatch):
+    """The policy acts for one half while the other half's step is not over."""
+    choices = dataclasses.replace(platform.PLATFORMS["cpu"], overlap=True)
+    monkeypatch.setitem(platform.PLATFORMS, "cpu", choices)
+    with VectorEnv(SPEC, 4, 2) as vector:
+        stepping, begin = [], vector.start_step
+
+        def start_step(slots, actions):
+            result = begin(slots, actions)
+            stepping.append(tuple(slots))
+
+            def wait():
+                stepping.remove(tuple(slots))
+                return result()
+
+            return wait
+
+        seen = []
+
+        def act(keys, obs):
+            seen.append(list(stepping))
+            return noisy(keys, obs)
+
+        monkeypatch.setattr(vector, "start_step", start_step)
+        evaluate(act, SPEC, 4, 3, vector_env=vector, max_steps=2)
+    # Each half acts twice; only the first call finds no environment in a step.
+    assert seen == [[], [(0, 1)], [(2, 3)], [(0, 1)]]
+
+
+def test_a_step_left_alone_does_no_harm():
+    with VectorEnv(SPEC, 2, 1) as vector:
+        expected = vector.reset([0, 1], [5, 6])
+        vector.start_step([0, 1], np.zeros((2, 2)))
+        np.testing.assert_array_equal(vector.reset([1, 0], [6, 5]), expected[::-1])
 
 
 def test_an_episode_that_does_not_repeat_is_an_error(capfd):

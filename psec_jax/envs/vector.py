@@ -2,7 +2,8 @@
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -29,6 +30,23 @@ class Playing:
     seed: int
     actions: list[np.ndarray]
     obs: np.ndarray
+
+
+@dataclass
+class _Asked:
+    """A message to a worker, and its answer once it is there.
+
+    Attributes:
+      worker: its number.
+      rows: of the call's arguments.
+      message: command, the worker's own environments, values.
+      answer: observations or a `Step`.
+    """
+
+    worker: int
+    rows: np.ndarray
+    message: tuple[str, np.ndarray, np.ndarray]
+    answer: np.ndarray | Step | None = None
 
 
 class VectorEnv:
@@ -72,6 +90,7 @@ class VectorEnv:
         self.spec, self.num_envs = spec, num_envs
         self._playing: list[Playing | None] = [None] * num_envs
         self._restarts = [0] * count
+        self._waiting: list[deque[_Asked]] = [deque() for _ in range(count)]
         self._workers: list[Worker] = []
         try:
             for i in range(count):
@@ -113,10 +132,8 @@ class VectorEnv:
         """
         seeds = np.asarray(seeds, dtype=np.int64)
         obs = np.empty((len(indices), self.obs_dim), np.float32)
-        for rows, answer in self._ask("reset", indices, seeds):
-            obs[rows] = answer
-        for index, seed, seen in zip(indices, seeds, obs, strict=True):
-            self._playing[index] = Playing(int(seed), [], seen)
+        for asked in self._ask("reset", indices, seeds):
+            obs[asked.rows] = self._answer(asked)
         return obs
 
     def step(self, indices: Sequence[int] | np.ndarray, actions: np.ndarray) -> Step:
@@ -128,61 +145,79 @@ class VectorEnv:
         Raises:
           RuntimeError: a worker has died too often.
         """
+        return self.start_step(indices, actions)()
+
+    def start_step(
+        self, indices: Sequence[int] | np.ndarray, actions: np.ndarray
+    ) -> Callable[[], Step]:
+        """Begin to `step`; the function returned waits for the result.
+
+        Until then other environments may be stepped and reset.
+        """
         actions = np.asarray(actions, dtype=np.float32)
         n = len(indices)
         if actions.shape != (n, self.action_dim):
             raise ValueError(
                 f"actions have shape {actions.shape}, expected {(n, self.action_dim)}"
             )
-        result = Step(
-            np.empty((n, self.obs_dim), np.float32),
-            np.empty(n),
-            np.empty(n),
-            np.empty(n, bool),
-            np.empty(n, bool),
-            np.empty(n),
-        )
-        for rows, answer in self._ask("step", indices, actions):
-            for target, values in zip(result, answer, strict=True):
-                target[rows] = values
-        ended = result.terminal | result.timeout
-        for row, index in enumerate(indices):
-            episode = self._playing[index]
-            if ended[row] or episode is None:
-                self._playing[index] = None
-            else:
-                episode.actions.append(actions[row])
-                episode.obs = result.obs[row]
+        every = self._ask("step", indices, actions)
+
+        def result() -> Step:
+            made = Step(
+                np.empty((n, self.obs_dim), np.float32),
+                np.empty(n),
+                np.empty(n),
+                np.empty(n, bool),
+                np.empty(n, bool),
+                np.empty(n),
+            )
+            for asked in every:
+                for target, values in zip(made, self._answer(asked), strict=True):
+                    target[asked.rows] = values
+            return made
+
         return result
 
     def _ask(
         self, command: str, indices: Sequence[int] | np.ndarray, values: np.ndarray
-    ) -> list[tuple[np.ndarray, np.ndarray | Step]]:
-        """Send every worker its share, then gather the answers with their rows."""
+    ) -> list["_Asked"]:
+        """Send every worker its share."""
         if not self._workers:
             raise RuntimeError(f"the environments of {self.spec} are closed")
         indices = np.asarray(indices, dtype=np.int64)
         if indices.size and not 0 <= indices.min() <= indices.max() < self.num_envs:
             raise IndexError(f"indices {indices}, expected 0 to {self.num_envs - 1}")
         count = len(self._workers)
-        asked = []
+        every = []
         for i, worker in enumerate(self._workers):
             rows = np.flatnonzero(indices % count == i)
             if len(rows):
                 message = (command, indices[rows] // count, values[rows])
+                every.append(_Asked(i, rows, message))
+                self._waiting[i].append(every[-1])
                 with contextlib.suppress(WorkerDied):  # noticed when it should answer
                     worker.send(message)
-                asked.append((rows, i, message))
-        return [(rows, self._answer(i, message)) for rows, i, message in asked]
+        return every
 
-    def _answer(self, i: int, message: tuple) -> np.ndarray | Step:
-        """Worker i's answer to a message it was sent, from a new worker if need be."""
+    def _answer(self, asked: "_Asked") -> np.ndarray | Step:
+        """The answer to a message; a worker answers in the order of its messages."""
+        waiting = self._waiting[asked.worker]
+        while asked.answer is None:
+            answer = self._receive(asked.worker)
+            first = waiting.popleft()
+            first.answer = answer
+            self._note(first)
+        return asked.answer
+
+    def _receive(self, i: int) -> np.ndarray | Step:
+        """Worker i's next answer, from a new worker if need be."""
         replaced = False
         while True:
             try:
                 if replaced:
                     self._play_again(i)
-                    self._workers[i].send(message)
+                    for asked in self._waiting[i]:
+                        self._workers[i].send(asked.message)
                 return self._workers[i].recv()
             except WorkerDied as error:
                 if self._restarts[i] == RESTARTS:
@@ -195,6 +230,24 @@ class VectorEnv:
                 )
                 self._workers[i] = self._start(i)
                 replaced = True
+
+    def _note(self, asked: "_Asked") -> None:
+        """Keep what is needed to play the episodes again."""
+        command, members, values = asked.message
+        indices, answer = members * len(self._workers) + asked.worker, asked.answer
+        if isinstance(answer, Step):
+            ended = answer.terminal | answer.timeout
+            for row, index in enumerate(indices):
+                episode = self._playing[index]
+                if ended[row] or episode is None:
+                    self._playing[index] = None
+                else:
+                    episode.actions.append(values[row])
+                    episode.obs = answer.obs[row]
+        else:
+            assert command == "reset" and answer is not None
+            for index, seed, seen in zip(indices, values, answer, strict=True):
+                self._playing[index] = Playing(int(seed), [], seen)
 
     def _play_again(self, i: int) -> None:
         """Bring a new worker's environments to where the old one's were."""

@@ -19,12 +19,15 @@ class Platform:
         it; False makes them one batched product.
       merge_from: examples of a batch from which gates of the noise and action levels
         are trained with each skill merged into the base; None never does.
+      overlap: in roll-outs half of the environments step while the policy acts for the
+        others.
       steps_per_call: updates in one compiled loop, where a job leaves the choice open.
     """
 
     transpose_from: int | None = None
     merge_from: int | None = None
     unroll_skills: bool = False
+    overlap: bool = True
     steps_per_call: int = 64
 
     def transposes(self, batch_size: int) -> bool:
@@ -39,11 +42,15 @@ class Platform:
 # A CPU's product is slow where the wide operand is the transposed one, and runs the
 # products of two skills side by side but not the halves of a batched one. Low-rank
 # products are slow for their size: in a large batch forming W0 + A B is less. It gains
-# nothing sure from a compiled loop, which a stop waits for. Accelerators wait for the
-# dispatch of every call.
+# nothing sure from a compiled loop, which a stop waits for, and its cores have no time
+# that an overlap would fill. Accelerators wait for the dispatch of every call.
 PLATFORMS = {
     "cpu": Platform(
-        transpose_from=1024, merge_from=256, unroll_skills=True, steps_per_call=1
+        transpose_from=1024,
+        merge_from=256,
+        unroll_skills=True,
+        overlap=False,
+        steps_per_call=1,
     )
 }
 
