@@ -133,6 +133,7 @@ def known() -> dict[str, Any]:
         "gpu_authors": _gpu("authors", "stage", "batch"),
         "gpu_seeds": _rows("gpu/seeds.json"),
         "gpu_cell": _rows("gpu/evaluation.json"),
+        "mjx": _mjx(),
         "trace": _traces(),
         "sets": _sets(),
         "paper": {
@@ -258,6 +259,24 @@ def _gpu(name: str, *keys: str) -> dict[str, dict[str, float]]:
         ", ".join(str(row[key]) for key in keys): row | {"ms": 1e3 / row["steps_per_s"]}
         for row in rows
     }
+
+
+def _mjx() -> dict[str, dict[str, Any]]:
+    """Returns in MJX and in dm_control, and their paired difference, by file."""
+    found = {}
+    for path in sorted((RESULTS / "mjx").glob("*.json")):
+        raw = read_json(path)
+        mjx = np.array(raw["returns"][raw["env"]])
+        [processes] = [v for name, v in raw["returns"].items() if name != raw["env"]]
+        difference = mjx - np.array(processes)
+        found[path.stem] = {
+            "episodes": len(mjx),
+            "mjx": Stats(mean=float(mjx.mean())),
+            "dm_control": Stats(mean=float(np.mean(processes))),
+            "difference": Stats(tables.intervals.describe(difference[None])),
+            "most": float(np.abs(difference).max()),
+        }
+    return found
 
 
 def _traces() -> dict[str, dict[str, float]]:
