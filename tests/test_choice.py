@@ -240,9 +240,10 @@ def test_each_weight_is_judged_by_its_own_q():
     each = jax.vmap(jax.vmap(make))(tiny.keys(3)[:, None])
     obs, actions = tiny.normal(S), tiny.normal(6, A)
     got = judge({"cost": each}, obs, actions, own=True)["cost"]
-    for i, action in enumerate(actions):  # two candidates of each of three weights
-        one = jax.tree.map(lambda leaf: leaf[i // 2, 0], each)
-        np.testing.assert_allclose(got[i], q_value(one, obs, action), rtol=1e-5)
+    first, second = actions[::2], actions[1::2]  # two candidates of each weight
+    every = jax.vmap(jax.vmap(q_value, (0, None, None)), (0, None, 0))
+    by_hand = [every(each, obs, some)[:, 0] for some in (first, second)]
+    np.testing.assert_allclose(got, np.transpose(by_hand).ravel(), rtol=1e-5)
 
 
 def test_policies_train_as_they_would_alone():

@@ -715,8 +715,12 @@ def _card_demos(
         raise InputError(
             f"{what}: its card names no data to collect again; give --{flag}"
         )
-    trajectories = known["trajectories"] if known else 0
     selection = Selection(**(known or {}).get("selection", {}))
+    trajectories = known["trajectories"] if known else 0
+    if selection.transitions is not None or selection.leave_out is not None:
+        # The first of these are others than those that were left of more.
+        section = card["config"].get("skill") or card["config"]["base"]
+        trajectories = section["episodes"]
     wanted = Wanted(compare=False, box=box)
     env = card_env(card, what, named) if path is None else card.get("env")
     demos = load(env, trajectories, path, selection, wanted)
