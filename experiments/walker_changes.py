@@ -31,13 +31,13 @@ class Change(NamedTuple):
 
     Attributes:
       sampling: of the composed policy, see `policy.compose`.
-      job: of what is trained, by dotted name.
-      base: whether `job` changes the base too.
+      job: of what is made, by dotted name.
+      anew: what is trained anew for it: "" (only the gate), "skills", or "base".
     """
 
     sampling: Mapping[str, Any] = {}
     job: Mapping[str, Any] = {}
-    base: bool = False
+    anew: str = ""
 
 
 CHANGES = {
@@ -47,10 +47,12 @@ CHANGES = {
     "no noise": Change({"temperature": 0.0, "start_scale": 0.0}),
     "narrower support": Change(job={"support.quantile": 0.9}),
     "wider support": Change(job={"support.quantile": 1.0}),
-    "rank 64": Change(job={"skill.rank": 64}),
-    "twice the steps": Change(job={"skill.steps": 24_000}),
-    "chunks of 4": Change(job={"process.horizon": 4, "process.execute": 4}, base=True),
-    "base of 1000": Change(job={"base.episodes": 1000}, base=True),
+    "rank 64": Change(job={"skill.rank": 64}, anew="skills"),
+    "twice the steps": Change(job={"skill.steps": 24_000}, anew="skills"),
+    "chunks of 4": Change(
+        job={"process.horizon": 4, "process.execute": 4}, anew="base"
+    ),
+    "base of 1000": Change(job={"base.episodes": 1000}, anew="base"),
 }
 
 
@@ -58,9 +60,9 @@ def make(change: Change, cell: Cell) -> list[Made]:
     """The row "Support" of Table 2 with one change."""
     place = cell.method.replace(" ", "-")
     cell = dataclasses.replace(cell, job=cell.job.changed(change.job))
-    if change.base:
+    if change.anew == "base":
         cell = cell.within(place)
-    elif change.job:
+    elif change.anew == "skills":
         cell = dataclasses.replace(cell, variant=place)
     form = Composition(head="constant", support="neighbour", sampling=change.sampling)
     return table2.make_composition(form, cell)
