@@ -19,6 +19,7 @@ from experiments import (
     table2,
     tables,
     variants,
+    walker_changes,
 )
 from experiments.configs import d4rl, dmc_walker, dsrl
 from experiments.grid import Order
@@ -176,6 +177,7 @@ def test_every_committed_line_is_a_cell_of_its_table(name):
             lambda folder: table1.write_table(folder, "bullet", 5.0),
         ),
         ("dynamics_1000/dynamics_shift", dynamics_shift.write_table),
+        ("walker_changes/walker_changes", walker_changes.write_table),
     ],
 )
 def test_committed_tables_follow_from_the_committed_lines(name, write, tmp_path):
@@ -197,6 +199,10 @@ FINISHED = {
     "unscaled/table2": (
         table2.TABLE,
         dmc_walker.job("standard").changed(variants.VARIANTS["unscaled"].changes),
+    ),
+    "walker_changes/walker_changes": (
+        walker_changes.TABLE,
+        dmc_walker.job("quick").changed(walker_changes.STARTS),
     ),
     "dynamics/dynamics_shift": (dynamics_shift.TABLE, d4rl.job("standard")),
     "dynamics_1000/dynamics_shift": (
