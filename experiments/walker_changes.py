@@ -110,8 +110,9 @@ def main(argv: Sequence[str]) -> None:
         job = grid.set_seeds(dmc_walker.job(FLAGS["preset"].value), FLAGS)
         root = grid.run_root(FLAGS, table2.RUNS)
         methods = grid.known_names(FLAGS["methods"].value, TABLE.methods, "method")
-        together = FLAGS["together"].value
-        grid.run(TABLE, job, root, folder, methods=methods, together=together)
+        options = grid.options(FLAGS)
+        if not grid.run(TABLE, job, root, folder, methods=methods, **options):
+            return
     print(write_table(folder))
 
 
