@@ -87,12 +87,12 @@ def test_weights_of_each_layer_are_merged():
     np.testing.assert_array_equal(acting.alpha(obs[0]), alpha)
 
 
-def of_many(head, count, adapter="lora", **fields):
+def of_many(head, count, adapter="lora", searched=None, **fields):
     """A policy of several skills under a gate that sees the state."""
     gate = GateConfig(head=head, widths=(8,), **fields)
     config = PolicyConfig(tiny.NETWORK, tiny.PROCESS, tiny.ACTION_DIM, gate=gate)
     strength = jnp.ones(count)
-    made = init_gate(gate, jax.random.key(1), tiny.OBS_DIM, strength)
+    made = init_gate(gate, jax.random.key(1), tiny.OBS_DIM, strength, searched)
     params = PolicyParams(
         tiny.base(), NORMALISER, tiny.library(count, adapter), strength, made
     )
@@ -124,6 +124,31 @@ def test_of_many_skills_the_active_ones_are_computed(top_k, adapter):
 def test_elsewhere_all_skills_are_computed(head, count, fields):
     acting = of_many(head, count, **fields)
     assert acting._acting_one == (acting.config, acting.params)
+
+
+@pytest.mark.parametrize("count", [policy.INDEX_FROM - 1, policy.INDEX_FROM])
+def test_a_support_of_many_skills_has_an_index(count):
+    """The actions are those of a search of every skill, which exported files make."""
+    states = 4 * np.arange(count)[:, None, None] + np.asarray(
+        tiny.normal(count, 9, tiny.OBS_DIM)
+    )
+    searched = {
+        "demos": jnp.asarray(states, jnp.float32),
+        "valid": jnp.ones((count, 9), bool),
+        "tau": jnp.full(count, 2.0),
+        "scale": jnp.ones((count, tiny.OBS_DIM)),
+    }
+    acting = of_many("linear", count, searched=searched, support="neighbour")
+    indexed = "low" in acting._indexed[1].gate["support"]
+    assert indexed == (count == policy.INDEX_FROM) and "low" not in searched
+    obs, keys = states[:, 0].astype(np.float32), tiny.keys(count)
+    every = acting.act(keys, obs)
+    np.testing.assert_allclose(acting.batched()(keys, obs), every, atol=1e-5)
+    np.testing.assert_allclose(
+        acting.from_noise()(acting.noise(keys), obs), every, atol=1e-5
+    )
+    np.testing.assert_allclose(acting.act(keys[1], obs[1]), every[1], atol=1e-5)
+    assert policy.alike(acting, acting)
 
 
 @pytest.mark.parametrize(
