@@ -157,15 +157,18 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
     older = None
     if request.start is not None:
         older = _older(request, form, section.level)
-    alphas = candidate_weights(strength, form.base_member, section.alphas)
     if section.head == "select" and request.alpha is not None:
         raise InputError(
             "alpha: the head 'select' has several candidates, config.gate.alphas"
         )
-    start = (
-        alphas
-        if section.head == "select"
-        else start_weights(
+    alphas = None  # of many skills there are none by default
+    if section.guided or section.alphas:
+        alphas = candidate_weights(strength, form.base_member, section.alphas)
+    if section.head == "select":
+        assert alphas is not None
+        start = alphas
+    else:
+        start = start_weights(
             section.start,
             section.head,
             strength,
@@ -173,7 +176,6 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
             request.alpha,
             form.layers,
         )
-    )
     base_card = SkillLibrary.open(request.library).card("base", "base")
     box = box_of_card(base_card.get("actions"))
     compare = request.evaluate or request.env is not None
