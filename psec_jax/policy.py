@@ -460,8 +460,7 @@ def load_skills(
     root: str | Path, names: Sequence[str]
 ) -> tuple[Policy, Params, Array, list[dict[str, Any]]]:
     """The base's policy, the named skills as one library, their strengths and cards."""
-    library = SkillLibrary.open(root)
-    loaded = [library.load_skill(name) for name in names]
+    loaded = SkillLibrary.open(root).load_skills(names)
     cards = [card for _, card in loaded]
     strength = jnp.asarray([card["alpha"] for card in cards], jnp.float32)
     stacked = stack_skills([skill for skill, _ in loaded])
