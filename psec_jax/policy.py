@@ -462,6 +462,10 @@ def load_skills(
     """The base's policy, the named skills as one library, their strengths and cards."""
     loaded = SkillLibrary.open(root).load_skills(names)
     cards = [card for _, card in loaded]
+    forms = {card["adapter"]: name for name, card in zip(names, cards, strict=True)}
+    if len(forms) > 1:
+        named = " and ".join(f"{name!r} ({form})" for form, name in forms.items())
+        raise InputError(f"skills {named}: cannot compose lora and mlp adapters")
     strength = jnp.asarray([card["alpha"] for card in cards], jnp.float32)
     stacked = stack_skills([skill for skill, _ in loaded])
     return load_base(root), stacked, strength, cards

@@ -1034,7 +1034,7 @@ def supports(sizes: Sizes) -> list[Row]:
         exact, got = (np.stack([search(f, s) for s in some]) for f in forms.values())
         rows += [
             row(f"{label}: states", [float(np.sum(whole["valid"]))], ""),
-            row(f"{label}: memory", [megabytes(whole)], "MB"),
+            row(f"{label}: memory of the support", [megabytes(whole)], "MB"),
             row(f"{label}: largest difference", [float(np.abs(got - exact).max())], ""),
         ]
     return rows
