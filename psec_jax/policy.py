@@ -35,7 +35,7 @@ from psec_jax.data.recording import box_of_card
 from psec_jax.errors import InputError, lookup
 from psec_jax.gating import GateConfig, index_boxes
 from psec_jax.library import SkillLibrary
-from psec_jax.lora import adapter_of, layers_of, merge, stack_skills
+from psec_jax.lora import adapter_of, inputs_first, layers_of, merge, stack_skills
 from psec_jax.networks.denoiser import NetworkConfig, init_base
 from psec_jax.process import ProcessConfig
 from psec_jax.runtime import platform
@@ -146,7 +146,8 @@ class Policy:
     def _acting_one(self) -> tuple[PolicyConfig, PolicyParams]:
         """What `act` runs for one observation: of many skills under a "topk" head only
         those that are active are computed. For a batch, each of whose states has
-        matrices of its own then, that takes longer."""
+        matrices of its own then, that takes longer. Where all are computed, their
+        matrices are laid out for one observation."""
         config, params = self._indexed
         gate = config.gate
         sparse = (
@@ -155,9 +156,15 @@ class Policy:
             and not config.chooses
             and len(self.skills) >= GATHER_FROM * gate.top_k
         )
-        if gate is None or not sparse:
+        if gate is not None and sparse:
+            return dataclasses.replace(config, gathered=gate.top_k), params
+        traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(params))
+        plain = config.level == "parameter" and not config.chooses
+        if gate is None or gate.layers or gate.base_member or not plain or traced:
             return config, params
-        return dataclasses.replace(config, gathered=gate.top_k), params
+        with jax.enable_x64(False), jax.ensure_compile_time_eval():
+            library = _inputs_first(params.library)
+        return config, params._replace(library=library)
 
     def alpha(self, obs: Any) -> Array:
         """The gate's weights [K] of one raw observation [S], or [B, K] of a batch.
@@ -233,6 +240,7 @@ class Policy:
 
 _merge = jax.jit(merge)
 _index_boxes = jax.jit(index_boxes)
+_inputs_first = jax.jit(inputs_first)
 
 
 def _padded(keys: Any, obs: Any) -> tuple[Any, Any]:

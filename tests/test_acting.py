@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from psec_jax import policy
+from psec_jax import policy, tree
 from psec_jax.composition import PolicyConfig, PolicyParams
 from psec_jax.gating import GateConfig, init_gate
 from psec_jax.lora import ADAPTERS, layers_of
@@ -123,7 +123,13 @@ def test_of_many_skills_the_active_ones_are_computed(top_k, adapter):
 )
 def test_elsewhere_all_skills_are_computed(head, count, fields):
     acting = of_many(head, count, **fields)
-    assert acting._acting_one == (acting.config, acting.params)
+    config, params = acting._acting_one
+    laid_out = any(path.endswith("/down") for path in tree.flatten(params.library))
+    assert config == acting.config and laid_out == ("layers" not in fields)
+    obs, key = np.asarray(tiny.normal(1, tiny.OBS_DIM)), tiny.keys(1)
+    np.testing.assert_allclose(
+        acting.act(key[0], obs[0]), acting.act(key, obs)[0], atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("count", [policy.INDEX_FROM - 1, policy.INDEX_FROM])
