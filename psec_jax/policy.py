@@ -43,6 +43,7 @@ from psec_jax.types import Normaliser, Params
 
 GATHER_FROM = 4  # skills for each that is active, see results/sparse.json
 INDEX_FROM = 8  # skills under a neighbour support, see results/library.json
+SUPPORTED = 8  # skills at most that a support keeps active in a state, as a rule
 HUGE = 1e6  # observations beyond may be too much for float32 somewhere in a network
 
 
@@ -144,23 +145,22 @@ class Policy:
 
     @functools.cached_property
     def _acting_one(self) -> tuple[PolicyConfig, PolicyParams]:
-        """What `act` runs for one observation: of many skills under a "topk" head only
-        those that are active are computed. For a batch, each of whose states has
-        matrices of its own then, that takes longer. Where all are computed, their
-        matrices are laid out for one observation."""
+        """What `act` runs for one observation: of many skills under a "topk" head or a
+        support only those that are active are computed, where they are few. For a
+        batch, each of whose states has matrices of its own then, that takes longer.
+        Where all are computed, their matrices are laid out for one observation."""
         config, params = self._indexed
-        gate = config.gate
-        sparse = (
-            gate is not None
-            and (gate.head, gate.layers, config.level) == ("topk", 0, "parameter")
-            and not config.chooses
-            and len(self.skills) >= GATHER_FROM * gate.top_k
-        )
-        if gate is not None and sparse:
-            return dataclasses.replace(config, gathered=gate.top_k), params
-        traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(params))
-        plain = config.level == "parameter" and not config.chooses
-        if gate is None or gate.layers or gate.base_member or not plain or traced:
+        gate, plain = config.gate, config.level == "parameter" and not config.chooses
+        if gate is None or gate.layers or gate.base_member or not plain:
+            return config, params
+        active = 0
+        if gate.head == "topk":
+            active = gate.top_k
+        elif gate.support != "none":
+            active = SUPPORTED
+        if active and len(self.skills) >= GATHER_FROM * active:
+            return dataclasses.replace(config, gathered=active), params
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(params)):
             return config, params
         with jax.enable_x64(False), jax.ensure_compile_time_eval():
             library = _inputs_first(params.library)

@@ -112,6 +112,30 @@ def test_of_many_skills_the_active_ones_are_computed(top_k, adapter):
         np.testing.assert_allclose(acting.act(key, one), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("near", [True, False])
+def test_of_many_supported_skills_the_active_ones_are_computed(near):
+    """Few have weight, or all: then all are computed."""
+    count = policy.GATHER_FROM * policy.SUPPORTED
+    states = np.asarray(tiny.normal(count, 5, tiny.OBS_DIM))
+    apart = 9 * near * np.arange(count)[:, None, None]
+    support = {
+        "demos": jnp.asarray(states + apart, jnp.float32),
+        "valid": jnp.ones((count, 5), bool),
+        "tau": jnp.full(count, 2.0),
+        "scale": jnp.ones((count, tiny.OBS_DIM)),
+    }
+    acting = of_many(
+        "linear", count, searched=support, support="neighbour", priority=False
+    )
+    assert acting._acting_one[0].gathered == policy.SUPPORTED
+    obs, keys = np.asarray(support["demos"][:4, 0]), tiny.keys(4)
+    active = (np.asarray(acting.alpha(obs)) != 0).sum(1)
+    assert (active <= policy.SUPPORTED).all() if near else (active == count).all()
+    every = acting.act(keys, obs)
+    for key, one, expected in zip(keys, obs, every, strict=True):
+        np.testing.assert_allclose(acting.act(key, one), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("head", "count", "fields"),
     [

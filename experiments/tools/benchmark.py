@@ -1030,6 +1030,21 @@ def supports(sizes: Sizes) -> list[Row]:
         for name, seconds in times.items():
             title = f"{label}: {name} searched, {sizes.episodes} states"
             rows.append(row(title, [1e3 * t for t in seconds], "ms"))
+        form = GateConfig(head="constant", support="neighbour")
+        policy = make_policy(
+            sizes, count, obs_dim=META_WORLD.obs, action_dim=META_WORLD.action
+        )
+        head = {"alpha": jnp.full(count, STRENGTH)}
+        policy = dataclasses.replace(
+            policy,
+            config=dataclasses.replace(policy.config, gate=form),
+            params=policy.params._replace(gate={"head": head, "support": whole}),
+        )
+        for share, seconds in _percentiles({"": _at(policy, states)}, sizes)[
+            ""
+        ].items():
+            title = f"{label}: an action under the support, p{share}"
+            rows.append(row(title, [1e3 * t for t in seconds], "ms"))
         some = states[:: max(1, len(states) // 500)]
         exact, got = (np.stack([search(f, s) for s in some]) for f in forms.values())
         rows += [
@@ -1038,6 +1053,12 @@ def supports(sizes: Sizes) -> list[Row]:
             row(f"{label}: largest difference", [float(np.abs(got - exact).max())], ""),
         ]
     return rows
+
+
+def _at(policy: Policy, states: jax.Array) -> Callable[[], np.ndarray]:
+    """An action in one state after the other."""
+    inputs, key = itertools.cycle(np.asarray(states)), jax.random.key(0)
+    return lambda: np.asarray(policy.act(key, next(inputs)))
 
 
 def megabytes(params: Params) -> float:
