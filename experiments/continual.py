@@ -220,8 +220,8 @@ def make_ewc(cell: Cell) -> list[Learned]:
         return jax.tree.map(lambda *leaves: strength * np.sum(leaves, axis=0), *sums)
 
     learned = _tuned(cell, "ewc", pull)
-    [params, *_] = [load_base(cell.library(seed)).params.base for seed in cell.seeds]
-    count = tree.size(params)  # one weight a parameter, for all tasks together
+    # One weight a parameter, for all tasks together.
+    count = tree.size(load_base(cell.library(cell.seeds[0])).params.base)
     return [one._replace(numbers=count, size=4 * count) for one in learned]
 
 
