@@ -5,10 +5,13 @@
 For each robot and shift (friction, thigh, gravity) a base is cloned from the mixed set
 of the changed simulator. For each of six target sets of the plain simulator, cut to
 10,000 transitions, one LoRA skill is learned by advantage-weighted regression on it,
-and a gate on the same transitions (PSEC). Beside them, on the same data: the base as it
-is, the skill at its training strength, the base fine-tuned in all parameters, joint
-training on the source and the target, and on the target alone Gaussian BC and IQL and
-the diffusion policy from scratch. Every policy is rolled out in the plain simulator.
+and on the same transitions gates: the paper's (PSEC), one with a support, and one by
+which critics choose base, skill or a mixture. Beside them, on the same data: the base
+as it is, the skill at its training strength, the base fine-tuned in all parameters,
+joint training on the source and the target, and on the target alone Gaussian BC and IQL
+and the diffusion policy from scratch. Every policy is rolled out in the plain
+simulator.
+
 Raw returns of all episodes are in results/dynamics/dynamics_shift.jsonl; the table and
 the bars are made from those alone (--tables_only). Finished runs and results are kept:
 start it again after a stop.
@@ -194,12 +197,50 @@ def make_skill(shift: str, cell: Cell) -> list[Made]:
     return grid.composed(cell, [cell.setting.target])
 
 
-def make_gate(shift: str, cell: Cell) -> list[Made]:
-    """The gate over the skill, on the same transitions."""
+def make_gate(
+    form: str, changes: Mapping[str, Any], shift: str, cell: Cell, **request: Any
+) -> list[Made]:
+    """A gate over the skill, on the same transitions.
+
+    Args:
+      form: what the gate's name begins with.
+      changes: of the job.
+      shift: of the base.
+      cell: of the table.
+      **request: of the stage.
+    """
     train_skill(shift, cell)
-    name, skills = f"gate-{cell.setting.target}", [cell.setting.target]
-    grid.train(cell, "gate", name, name=name, skills=skills, **target_request(cell))
+    name, request = f"{form}-{cell.setting.target}", target_request(cell) | request
+    skills = [cell.setting.target]
+    grid.train(cell, "gate", name, changes=changes, name=name, skills=skills, **request)
     return grid.composed(cell, gate=name)
+
+
+def make_supported(shift: str, cell: Cell) -> list[Made]:
+    """The same, the base where the target's transitions do not reach."""
+    paths = [data_path(cell.setting.target)]
+    changes = {"gate.support": "neighbour"}
+    return make_gate("support", changes, shift, cell, support_data=paths)
+
+
+def make_guided(shift: str, cell: Cell) -> list[Made]:
+    """Base, skill or a mixture in every state, by what keeping to each would earn.
+
+    One action is sampled with each, so that none has a choice among samples.
+    """
+    train_base(shift, cell)
+    name = f"critics-{cell.setting.target}"
+    grid.train(cell, "critics", name, **target_request(cell))
+    strength = cell.job.skill.alpha
+    changes = {
+        "gate.head": "select",
+        "gate.rule": "reward",
+        "gate.values": "own",
+        "gate.candidates": 1,
+        "gate.alphas": tuple((strength * part / 4,) for part in range(4, -1, -1)),
+    }
+    critics = functools.partial(cell.workdir, name=name)
+    return make_gate("critic", changes, shift, cell, critics=critics)
 
 
 def make_gaussian(objective: str, cell: Cell) -> list[Made]:
@@ -261,6 +302,7 @@ def _fresh(agent: GaussianConfig, key: Any, dims: tuple[int, int]) -> tuple[Any,
 BASE = {"base": "base"}
 SKILL = BASE | {"skill": "skill"}
 GATE = SKILL | {"gate": "gate"}
+GUIDED = SKILL | {"critics": "critics"}
 GAUSSIAN = {"gaussian": "table.gaussian"}
 
 
@@ -284,7 +326,9 @@ SHIFTED = {
     "Joint": (make_joint, BASE, Style("sky", "v")),
     "Fine-tune": (make_tuned, SKILL, Style("purple", "P")),
     "Skill": (make_skill, SKILL, Style("green", "D")),
-    "PSEC": (make_gate, GATE, Style("blue", "o")),
+    "PSEC": (functools.partial(make_gate, "gate", {}), GATE, Style("blue", "o")),
+    "PSEC + support": (make_supported, GATE, Style("light", "o")),
+    "PSEC critic": (make_guided, GUIDED, Style("blue", "s")),
 }
 METHODS = ALONE | {
     f"{name} ({shift})": row(*declared, shift)

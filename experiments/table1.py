@@ -153,7 +153,12 @@ def make_judged(rule: str, candidates: int, cell: Cell) -> list[Made]:
         policy, record = with_critics(base, critics, candidates, rule), {}
         if rule == "reward_cost":
             weight, chosen = estimates.choose_cost_weight(
-                cell.job, policy.config, policy.params, _set(cell), _key(seed)
+                cell.job,
+                policy.config,
+                policy.params,
+                policy.params.critics or {},
+                _set(cell),
+                _key(seed),
             )
             record = {"chosen": chosen}
             policy = with_critics(base, critics, candidates, rule, weight)
@@ -178,18 +183,16 @@ def make_fixed(cell: Cell) -> list[Made]:
 
 
 def make_fixed_offline(cell: Cell) -> list[Made]:
-    """Fixed weights of most estimated reward within the estimated budget of cost."""
-    train_skills(cell)
+    """Fixed weights of most estimated reward within the estimated budget of cost.
+
+    The estimates are those that the gate of the row "PSEC select" chooses by.
+    """
+    chosen = _guide(dataclasses.replace(cell, method="PSEC select"), SELECT)
     made = []
-    for seed in cell.seeds:
-        policy = compose(cell.library(seed), GATED, alpha=GRID[0])
-        judged = with_critics(policy, cell.workdir(seed, "critics"), 2, "reward_cost")
-        chosen = estimates.choose_fixed(
-            cell.job, policy.config, judged.params, GRID, _set(cell), _key(seed)
-        )
-        alpha = chosen["alpha"]
-        record = {"alpha": alpha, "chosen": chosen}
-        made.append(Made(fixed(cell.of(seed), alpha).act, record))
+    for one, card in zip(map(cell.of, cell.seeds), chosen, strict=True):
+        alpha = card["fixed"]["alpha"]
+        record = {"alpha": alpha, "chosen": card["fixed"]}
+        made.append(Made(fixed(one, alpha).act, record))
     return made
 
 
@@ -222,10 +225,14 @@ def _safest(cell: Cell) -> Any:
 
 def train_gate(cell: Cell, changes: Mapping[str, Any], **request: Any) -> str:
     """The gate of a row, over the skills of `train_skills`; returns its name."""
-    name = cell.method.replace(" ", "-")
+    name = _gate_name(cell)
     request |= {"env": cell.setting.env, "data": data_path(cell.name)}
     grid.train(cell, "gate", cell.method, changes=changes, name=name, **request)
     return name
+
+
+def _gate_name(cell: Cell) -> str:
+    return cell.method.replace(" ", "-")
 
 
 def make_composition(form: Composition, cell: Cell) -> list[Made]:
@@ -243,19 +250,27 @@ def make_composition(form: Composition, cell: Cell) -> list[Made]:
     return grid.composed(cell, gate=gate)
 
 
+# How critics choose among weights; they know what keeping each of them is worth.
+SELECT = {"gate.head": "select", "gate.values": "own"}
+
+
 def make_guided(changes: Mapping[str, Any], cell: Cell) -> list[Made]:
     """The skills and a gate that critics guide; it learns from the whole set."""
+    return [
+        Made(compose(cell.library(seed), gate=_gate_name(cell)).act, {"chosen": chosen})
+        for seed, chosen in zip(cell.seeds, _guide(cell, changes), strict=True)
+    ]
+
+
+def _guide(cell: Cell, changes: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Makes the gate of a row that critics guide; what was chosen, of each seed."""
     train_skills(cell)
     budget = dataclasses.asdict(cell.job.table.guided)
     changes = {**{f"gate.{name}": value for name, value in budget.items()}, **changes}
     critics = functools.partial(cell.workdir, name="critics")
     gate = train_gate(cell, changes, skills=GATED, critics=critics)
-    made = []
-    for seed in cell.seeds:
-        card = SkillLibrary.open(cell.library(seed)).card("gate", gate)
-        policy = compose(cell.library(seed), gate=gate)
-        made.append(Made(policy.act, {"chosen": card["chosen"]}))
-    return made
+    libraries = [SkillLibrary.open(cell.library(seed)) for seed in cell.seeds]
+    return [library.card("gate", gate)["chosen"] for library in libraries]
 
 
 def make_supported(cell: Cell) -> list[Made]:
@@ -288,10 +303,11 @@ def composition(style: Style, **fields: Any) -> Method:
     return Method(functools.partial(make_composition, form), stages_of, style)
 
 
-def guided(style: Style, stages: Mapping[str, str], **changes: Any) -> Method:
-    """A row of a gate that critics guide; fields of the section `gate`."""
-    named = {f"gate.{name}": value for name, value in changes.items()}
-    return Method(functools.partial(make_guided, named), stages, style)
+def guided(
+    style: Style, stages: Mapping[str, str], changes: Mapping[str, Any]
+) -> Method:
+    """A row of a gate that critics guide, with changes of the job."""
+    return Method(functools.partial(make_guided, changes), stages, style)
 
 
 def judged(style: Style, rule: str, candidates: int) -> Method:
@@ -327,12 +343,17 @@ METHODS = {
     "PSEC": composition(Style("blue", "o")),
     "PSEC softmax": composition(Style("blue", "o", DOTTED), head="softmax"),
     "PSEC released": composition(Style("light", "X"), compat="released"),
-    "PSEC select": guided(Style("blue", "s"), SKILL, head="select"),
+    "PSEC select": guided(Style("blue", "s"), SKILL, SELECT),
+    "PSEC select data": guided(Style("light", "s"), SKILL, {"gate.head": "select"}),
     "PSEC distilled": guided(
-        Style("blue", "s", DOTTED), GUIDED, head="sigmoid", loss="critic"
+        Style("blue", "s", DOTTED),
+        GUIDED,
+        {"gate.head": "sigmoid", "gate.loss": "critic"},
     ),
     "PSEC imitated": guided(
-        Style("sky", "s", DOTTED), GUIDED, head="sigmoid", loss="selected"
+        Style("sky", "s", DOTTED),
+        GUIDED,
+        {"gate.head": "sigmoid", "gate.loss": "selected", "gate.values": "own"},
     ),
     "PSEC fixed offline": Method(make_fixed_offline, SKILL, Style("sky", "o", FIXED)),
     "Support or safety": Method(make_supported, SKILL, Style("green", "D", DOTTED)),

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,7 @@ class Composition:
       support: of the gate.
       adapter: of the skills.
       tuned: see `head`.
+      sampling: where it differs from the base's, see `policy.compose`.
     """
 
     level: str = "parameter"
@@ -94,6 +95,7 @@ class Composition:
     support: str = "none"
     adapter: str = "lora"
     tuned: bool = False
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
 def train_base(cell: Cell) -> None:
@@ -148,7 +150,7 @@ def make_composition(form: Composition, cell: Cell) -> list[Made]:
         env=cell.setting.env,
         alpha=record.get("alpha"),
     )
-    return grid.composed(cell, record=record, gate=gate)
+    return grid.composed(cell, record=record, gate=gate, sampling=form.sampling)
 
 
 def tuned_weights(form: Composition, cell: Cell) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Rules by which critics choose among candidate actions of one state."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,8 @@ from jaxtyping import Array, Float
 from psec_jax.networks.critics import PESSIMISM, twin_q
 from psec_jax.types import Params
 
-Critics = Mapping[str, Params]  # the twins of each kind, leaves [2, ...]
+# The twins of each kind, leaves [2, ...], or one Q for each of W weights, [W, 1, ...].
+Critics = Mapping[str, Params]
 Judged = Mapping[str, Float[Array, " N"]]  # Q of N candidates by the kind of critic
 
 
@@ -46,16 +48,30 @@ RULES = {
 
 
 def judge(
-    critics: Critics, obs: Float[Array, " S"], actions: Float[Array, "N A"]
+    critics: Critics,
+    obs: Float[Array, " S"],
+    actions: Float[Array, "N A"],
+    own: bool = False,
 ) -> dict[str, Float[Array, " N"]]:
     """Q of each candidate by the kind of critic, of the more pessimistic twin.
 
     Args:
-      critics: twins by kind.
+      critics: by kind.
       obs: one normalised observation.
       actions: the candidates.
+      own: each of W weights has a Q of its own, which judges its N / W candidates.
     """
+
+    def values(kind: str, twins: Params, actions: Array) -> Array:
+        both = jax.vmap(twin_q, (None, None, 0))(twins, obs, actions)
+        return PESSIMISM[kind](both, 1)
+
+    def values_of_groups(kind: str, twins: Params) -> Array:
+        count = jax.tree.leaves(twins)[0].shape[0]
+        groups = actions.reshape(count, -1, actions.shape[-1])
+        return jax.vmap(partial(values, kind))(twins, groups).ravel()
+
     return {
-        kind: PESSIMISM[kind](jax.vmap(twin_q, (None, None, 0))(twins, obs, actions), 1)
+        kind: values_of_groups(kind, twins) if own else values(kind, twins, actions)
         for kind, twins in critics.items()
     }

@@ -341,9 +341,14 @@ def choose_scaled(
                 f"the choice among candidates by {config.rule} needs a critic of {kind}"
             )
     alphas, actions = candidates(config, params, noise, obs)
-    values = judge(params.critics or {}, obs, actions)
+    values = judge(params.critics or {}, obs, actions, judges_own(config))
     chosen = jnp.argmax(score(config, params, values))
     return Choice(actions[chosen], alphas[chosen], values, chosen)
+
+
+def judges_own(config: PolicyConfig) -> bool:
+    """Whether each of the gate's weights has critics of its own."""
+    return config.gate is not None and config.gate.values == "own"
 
 
 def score(config: PolicyConfig, params: PolicyParams, values: Judged) -> Array:

@@ -40,6 +40,8 @@ class GateForm:
         logits are divided by it.
       candidates: actions that the "select" head samples with each of its weights.
       rule: how critics choose one of them, a key of `choice.RULES`.
+      values: what the critics predict: "data", what they were trained on; "own", for
+        each of the weights the value of keeping them from there on.
     """
 
     head: str = "linear"
@@ -51,10 +53,12 @@ class GateForm:
     temperature: float = 1.0
     candidates: int = 4
     rule: str = "reward_cost"
+    values: str = "data"
 
     def __post_init__(self) -> None:
         lookup(HEADS, self.head, "head")
         lookup(RULES, self.rule, "rule")
+        lookup(dict.fromkeys(VALUES), self.values, "values")
         lookup(SUPPORTS, self.support, "support")
         for field in ("top_k", "candidates"):
             if getattr(self, field) < 1:
@@ -101,6 +105,7 @@ class GateConfig(GateForm):
             )
 
 
+VALUES = ("data", "own")
 # Who reads a field; elsewhere it has to stay at its default.
 _READ_BY = {"top_p": ("topp",), "temperature": ("softmax", "topk", "topp")}
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(GateForm)}
@@ -440,7 +445,8 @@ def check_gate(
     if config.head == "select":
         shape = got.get("head/alphas", ((), "f"))[0]
         expected["head/alphas"] = ((shape[0] if shape else 1, outputs), "f")
-        expected |= _critic_shapes(config.rule, got, obs_dim, action_dim)
+        count = (shape[0] if shape else 1, 1) if config.values == "own" else (2,)
+        expected |= _critic_shapes(config.rule, count, got, obs_dim, action_dim)
     elif config.head != "linear":
         start = "alpha" if config.head == "constant" else "strength"
         expected[f"head/{start}"] = ((*rows, outputs), "f")
@@ -466,7 +472,11 @@ def check_gate(
 
 
 def _critic_shapes(
-    rule: str, got: Mapping[str, tuple], obs_dim: int, action_dim: int
+    rule: str,
+    count: tuple[int, ...],
+    got: Mapping[str, tuple],
+    obs_dim: int,
+    action_dim: int,
 ) -> dict[str, tuple[tuple[int, ...], str]]:
     """The arrays of the critics that a rule reads, and of its cost weight."""
     expected: dict[str, tuple[tuple[int, ...], str]] = {"cost_weight": ((), "f")}
@@ -474,7 +484,7 @@ def _critic_shapes(
     for kind in RULES[rule].critics:
         widths = mlp_widths(shapes, f"critics/{kind}")
         for path, shape in mlp_shapes(widths, obs_dim + action_dim, 1).items():
-            expected[f"critics/{kind}/{path}"] = ((2, *shape), "f")
+            expected[f"critics/{kind}/{path}"] = ((*count, *shape), "f")
     return expected
 
 

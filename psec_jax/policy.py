@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -479,6 +479,16 @@ def load_skills(
     return load_base(root), stacked, strength, cards
 
 
+# Of a process what may differ from how the base was trained, with its type.
+SAMPLING = {
+    "sampler": str,
+    "sampling_steps": int,
+    "temperature": float,
+    "start_scale": float,
+    "execute": int,
+}
+
+
 def compose(
     root: str | Path,
     skills: str | Sequence[str] = (),
@@ -487,6 +497,7 @@ def compose(
     gate: str | None = None,
     level: str = "parameter",
     matmul_dtype: str | None = None,
+    sampling: Mapping[str, Any] | None = None,
     candidates: int = 1,
     critics: str | Path | None = None,
     rule: str | None = None,
@@ -508,6 +519,8 @@ def compose(
       level: of fixed weights, a key of `composition.LEVELS`.
       matmul_dtype: "bfloat16" makes the products in it and sums in float32, faster on
         processors with units for it; default the base's.
+      sampling: fields of the base's process that need no training, `SAMPLING`, in place
+        of its own, such as {"temperature": 0.0}.
       candidates: actions sampled at every step, of which critics choose one; a gate of
         the head "select" brings its own number, critics and rule.
       critics: folder of the run whose critics choose among several candidates.
@@ -541,10 +554,19 @@ def compose(
             )
     elif critics is not None:
         policy = with_critics(policy, critics, candidates, **choosing)
-    if matmul_dtype is None:
-        return policy
-    network = dataclasses.replace(policy.config.network, matmul_dtype=matmul_dtype)
-    config = dataclasses.replace(policy.config, network=network)
+    network, process = policy.config.network, policy.config.process
+    if matmul_dtype is not None:
+        network = dataclasses.replace(network, matmul_dtype=matmul_dtype)
+    fields = {}
+    for field, value in (sampling or {}).items():
+        kind = lookup(SAMPLING, field, "field of sampling")
+        if not isinstance(value, (int, float) if kind is float else kind):
+            raise InputError(
+                f"sampling: {field} is {value!r}, expected {kind.__name__}"
+            )
+        fields[field] = kind(value)
+    process = dataclasses.replace(process, **fields)
+    config = dataclasses.replace(policy.config, network=network, process=process)
     return dataclasses.replace(policy, config=config)
 
 

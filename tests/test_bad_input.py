@@ -370,6 +370,18 @@ UNKNOWN = {
         (*EVALUATE, "--matmul_dtype=int4"),
         "matmul_dtype: got 'int4', expected float32 or bfloat16",
     ),
+    "field of sampling": (
+        (*EVALUATE, "--sampling=heat=1"),
+        "unknown field of --sampling 'heat'; choose from execute, sampler",
+    ),
+    "value of sampling": (
+        (*EVALUATE, "--sampling=temperature=warm"),
+        "--sampling: got 'temperature=warm', expected temperature=float",
+    ),
+    "sampling without a value": (
+        (*EVALUATE, "--sampling=sampler"),
+        "--sampling: got 'sampler', expected sampler=VALUE",
+    ),
     "method of the table": (
         ("experiments.table2", "--methods=Luck", "--results=r", "--workdir=w"),
         "unknown method 'Luck'; choose from ASEC, ASEC fixed, Base",

@@ -15,7 +15,7 @@ from psec_jax.agents import gate as agent
 from psec_jax.agents.common import Demonstrations, OptimiserConfig, Transitions
 from psec_jax.agents.fitted_q import FittedQConfig
 from psec_jax.agents.gate import GateTrainConfig
-from psec_jax.choice import RULES
+from psec_jax.choice import RULES, judge
 from psec_jax.composition import (
     PolicyConfig,
     PolicyParams,
@@ -27,7 +27,7 @@ from psec_jax.composition import (
 from psec_jax.errors import InputError
 from psec_jax.gating import GateConfig, gate_alpha, init_gate
 from psec_jax.lora import layers_of
-from psec_jax.networks.critics import init_q, twin_q
+from psec_jax.networks.critics import init_q, q_value, twin_q
 from psec_jax.types import Normaliser
 from psec_jax.workflows import estimates
 from psec_jax.workflows.gate import candidate_weights
@@ -229,10 +229,21 @@ def test_estimates_of_policies_whose_cost_is_known():
         return jnp.stack([jnp.array([0.9]), jnp.array([-0.9]), coin[None]])
 
     key = jax.random.key(0)
-    cost = estimates.discounted(config, data, draw, "cost", q, discount, key)
+    cost = estimates.discounted(config, data, draw, "cost", q, discount, key).means
     np.testing.assert_allclose(cost, [5, 0, 2.5], atol=0.3)
-    reward = estimates.discounted(config, data, draw, "reward", q, discount, key)
+    reward = estimates.discounted(config, data, draw, "reward", q, discount, key).means
     np.testing.assert_allclose(reward, [10, 0, 5], atol=0.5)
+
+
+def test_each_weight_is_judged_by_its_own_q():
+    make = functools.partial(init_q, (8,), obs_dim=S, action_dim=A)
+    each = jax.vmap(jax.vmap(make))(tiny.keys(3)[:, None])
+    obs, actions = tiny.normal(S), tiny.normal(6, A)
+    got = judge({"cost": each}, obs, actions, own=True)["cost"]
+    first, second = actions[::2], actions[1::2]  # two candidates of each weight
+    every = jax.vmap(jax.vmap(q_value, (0, None, None)), (0, None, 0))
+    by_hand = [every(each, obs, some)[:, 0] for some in (first, second)]
+    np.testing.assert_allclose(got, np.transpose(by_hand).ravel(), rtol=1e-5)
 
 
 def test_policies_train_as_they_would_alone():
@@ -247,8 +258,8 @@ def test_policies_train_as_they_would_alone():
     def second(key, obs):
         return jnp.array([[-0.5]])
 
-    together = estimates.discounted(config, data, both, "cost", q, 0.9, key)
-    alone = estimates.discounted(config, data, second, "cost", q, 0.9, key)
+    together = estimates.discounted(config, data, both, "cost", q, 0.9, key).means
+    alone = estimates.discounted(config, data, second, "cost", q, 0.9, key).means
     np.testing.assert_allclose(together[1:], alone, rtol=1e-5)
 
 

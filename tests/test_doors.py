@@ -215,11 +215,26 @@ def test_compose_takes(root, skills, options):
         (["walk", "run"], {"alpha": 8.0}, "alpha: got 1 weights for 2 skills"),
         ((), {"alpha": np.array([1.0, 2.0])}, "alpha: got 2 weights for no skills"),
         (["walk"], {"alpha": [[1], [1, 2]]}, "alpha: no array of numbers"),
+        (["walk"], {"sampling": {"heat": 1}}, "unknown field of sampling 'heat'"),
+        (["walk"], {"sampling": {"temperature": "0"}}, "temperature is '0', expected"),
+        (
+            ["walk"],
+            {"sampling": {"temperature": -1}},
+            "temperature: got -1.0, expected",
+        ),
+        (["walk"], {"sampling": {"execute": 2}}, "execute: got 2, expected 1 to 1"),
     ],
 )
 def test_compose_refuses(root, skills, options, words):
     with pytest.raises(InputError, match=words):
         compose(root, skills, **options)
+
+
+def test_actions_without_noise_are_the_same_for_every_key(root):
+    obs, keys = np.zeros((8, S)), jax.random.split(key(), 8)
+    assert len(np.unique(compose(root).act(keys, obs), axis=0)) > 1
+    still = compose(root, sampling={"temperature": 0, "start_scale": 0.0})
+    assert len(np.unique(still.act(keys, obs), axis=0)) == 1
 
 
 def test_batches_of_like_size_compile_once(policy, monkeypatch):

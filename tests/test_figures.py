@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import shell
 
-from experiments import figures, grid, results, table2
+from experiments import figures, grid, results, table2, walker_changes
 from experiments.configs import dmc_walker
 from psec_jax.errors import InputError
 from psec_jax.library import SkillLibrary
@@ -95,6 +95,35 @@ def test_a_variant_keeps_the_tables_base(place, quick_starts):
     assert cards[0]["fingerprint"] == cards[1]["fingerprint"]
     assert SkillLibrary.open(other / "library").card("skill", "walk")["rank"] == 4
     assert (seed / "runs/base").exists() and not (other / "runs/base").exists()
+
+
+def test_each_change_of_the_walker_alone(place, quick_starts, monkeypatch):
+    def collect_two(env, policy, episodes, *others):
+        return collect(env, "random", 2, *others)
+
+    monkeypatch.setattr(demonstrations, "collect", collect_two)
+    job = tiny_config().changed({"skill.episodes": 2})
+    root, folder = place
+    names = ("as it is", "no noise", "rank 64", "chunks of 4")
+    chosen = {"settings": ["S->W"], "methods": names}
+    grid.run(walker_changes.TABLE, job, root, folder, print, **chosen)
+    raws = results.by_key(folder / "walker_changes.jsonl")
+    assert {method for _, method, _ in raws} == set(names)
+    starts = {raw["evaluation_seed"] for raw in raws.values()}
+    assert starts == {job.evaluation.seed + 1}
+    assert len({tuple(raw["returns"]) for raw in raws.values()}) == len(names)
+    libraries = {
+        place: SkillLibrary.open(root / place / "library")
+        for place in ("seed0", "seed0/rank-64", "chunks-of-4/seed0")
+    }
+    ranks = [one.card("skill", "walk")["rank"] for one in libraries.values()]
+    assert ranks == [job.skill.rank, 64, job.skill.rank]
+    horizons = [
+        one.card("base", "base")["process"]["horizon"] for one in libraries.values()
+    ]
+    assert horizons == [1, 1, 4]
+    text = walker_changes.write_table(folder)
+    assert "return: no noise > as it is" in text
 
 
 def raw_line(table, setting, method, seed=0, **fields):

@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import stages
@@ -13,6 +14,7 @@ from shell import call
 
 from experiments.configs import dsrl
 from psec_jax.agents import critic_file
+from psec_jax.agents.critics import of_kind
 from psec_jax.choice import RULES
 from psec_jax.data import d4rl, dataset
 from psec_jax.errors import InputError, Stopped
@@ -268,6 +270,39 @@ def test_a_gate_that_critics_train(loss):
     assert ((0 <= alpha) & (alpha <= 16)).all()
 
 
+@pytest.mark.parametrize("rule, kinds", [("reward_cost", 2), ("reward", 1)])
+def test_a_gate_that_knows_what_keeping_each_of_its_weights_is_worth(rule, kinds):
+    two_skills()
+    form = {"gate.head": "select", "gate.rule": rule, "gate.values": "own"}
+    guided(f"own-{rule}", **form)
+    library = SkillLibrary.open("lib")
+    gate, card = library.load_gate(f"own-{rule}")
+    fixed = card["chosen"]["fixed"]
+    tried = [one["alpha"] for one in fixed["estimates"]]
+    np.testing.assert_array_equal(tried, gate["head"]["alphas"])
+    allowed = fixed.get("cost_budget", 0)
+    within = [one for one in fixed["estimates"] if one.get("cost", 0) <= allowed]
+    assert fixed.get("within_budget", True) == bool(within)
+    if within:
+        best = max(within, key=lambda one: one["reward"])
+    else:
+        best = min(fixed["estimates"], key=lambda one: one["cost"])
+    assert fixed["alpha"] == best["alpha"]
+    # One Q of each kind for each of six weights, fitted from the first twin on.
+    assert len(gate["critics"]) == kinds
+    before = critic_file.load("critics")
+    for kind, q in gate["critics"].items():
+        twins = of_kind(before.params, before.card["kinds"], kind).q
+        leaves = zip(jax.tree.leaves(q), jax.tree.leaves(twins), strict=True)
+        for mine, theirs in leaves:
+            assert mine.shape == (6, 1, *theirs.shape[1:])
+            assert 0 < np.abs(mine[:, 0] - theirs[0]).max() < 0.01, "three small steps"
+    policy = compose("lib", gate=f"own-{rule}")
+    choice = policy.choice(tiny.keys(3), tiny.normal(3, 3))
+    assert choice.values["reward"].shape == (3, 12)
+    assert not library.verify()
+
+
 def test_rules_among_the_bases_own_actions():
     shared()
     obs, keys = tiny.normal(2, 3), tiny.keys(2)
@@ -293,6 +328,13 @@ def test_bad_input_of_gates_that_critics_guide():
         ("critics", select | {"gate.alphas": ((1.0,),)}, "expected 2 weights"),
         ("critics", select | {"gate.rule": "luck"}, "unknown rule 'luck'"),
         ("critics", select | {"gate.candidates": 0}, "candidates: got 0"),
+        ("critics", select | {"gate.values": "hers"}, "unknown values 'hers'"),
+        ("critics", {"gate.values": "own"}, "only the head 'select' and the loss"),
+        (
+            "critics",
+            select | {"gate.values": "own", "gate.rule": "feasible"},
+            "the rule 'feasible', expected 'data': the values of weights are of cost",
+        ),
         (
             "critics",
             select | {"gate.loss": "critic"},

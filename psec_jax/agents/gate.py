@@ -91,6 +91,7 @@ def selecting(
         "select",
         candidates=form.candidates,
         rule=form.rule,
+        values=form.values,
         base_member=form.base_member,
     )
     config = dataclasses.replace(config, gate=form, candidates=form.candidates)

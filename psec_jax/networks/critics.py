@@ -54,8 +54,8 @@ def v_value(params: Params, obs: Float[Array, "*b s"]) -> Float[Array, "*b"]:
 
 def twin_q(
     params: Params, obs: Float[Array, "*b s"], action: Float[Array, "*b a"]
-) -> Float[Array, "2 ..."]:
-    """Both of a pair, leaves [2, ...]."""
+) -> Float[Array, "N ..."]:
+    """Each of N, leaves [N, ...]: twins as they are trained, one Q as it is fitted."""
     return jax.vmap(q_value, (0, None, None))(params, obs, action)
 
 

@@ -19,6 +19,7 @@ from psec_jax.agents.common import OptimiserConfig
 from psec_jax.agents.critics import CriticConfig
 from psec_jax.agents.fitted_q import FittedQConfig
 from psec_jax.agents.gate import GATE_LOSSES
+from psec_jax.choice import RULES
 from psec_jax.composition import LEVELS
 from psec_jax.data import ENDS, UNITS
 from psec_jax.data.normalise import NORMALISERS
@@ -121,6 +122,7 @@ class SkillSection(AdapterConfig, Training):
 
 
 GATE_STARTS = ("strength", "zero")
+FITTED = {"reward", "cost"}  # kinds of critics that fitted Q evaluation can update
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,17 @@ class GateSection(GateForm, Budget):
             raise InputError(
                 f"cost_weights: got {self.cost_weights}, expected one or more of 0 or "
                 "more"
+            )
+        if self.values == "own" and self.head != "select" and self.loss != "selected":
+            raise InputError(
+                f"values: got 'own' with the head {self.head!r} and the loss "
+                f"{self.loss!r}, expected 'data': only the head 'select' and the loss "
+                "'selected' choose among weights"
+            )
+        if self.values == "own" and not FITTED.issuperset(RULES[self.rule].critics):
+            raise InputError(
+                f"values: got 'own' with the rule {self.rule!r}, expected 'data': the "
+                f"values of weights are of {' and '.join(sorted(FITTED))} alone"
             )
         self.optimiser  # noqa: B018 (its own checks)
 

@@ -1,7 +1,7 @@
 """What policies will earn and cost, estimated from logged data alone.
 
-No simulator is used: candidates are compared, and the cost weight of a gate is chosen,
-by fitted Q evaluation on the transitions of the data (`agents.fitted_q`).
+No simulator is used: fixed weights get their values, and the cost weight of a gate is
+chosen, by fitted Q evaluation on the transitions of the data (`agents.fitted_q`).
 """
 
 from collections.abc import Callable, Sequence
@@ -24,6 +24,7 @@ from psec_jax.composition import (
     act_noise,
     action_noise,
     candidates,
+    judges_own,
     sampler,
 )
 from psec_jax.data import dataset
@@ -81,6 +82,18 @@ def logged(
     return Logged(part, starts, max(rows.stop - rows.start for rows in slices))
 
 
+class Evaluated(NamedTuple):
+    """What P policies will earn or cost.
+
+    Attributes:
+      means: [P], the discounted signal from the data's start states.
+      q: Q of each policy, leaves [P, ...].
+    """
+
+    means: np.ndarray
+    q: Params
+
+
 def discounted(
     config: FittedQConfig,
     data: Logged,
@@ -89,8 +102,8 @@ def discounted(
     q: Params,
     discount: float,
     key: Key[Array, ""],
-) -> np.ndarray:
-    """Mean discounted signal [P] of policies from the data's start states.
+) -> Evaluated:
+    """The discounted signal of policies, by fitted Q evaluation.
 
     Args:
       config: the evaluation's length.
@@ -122,12 +135,12 @@ def discounted(
         state = fitted_q.updates(config, discount, count, state, rows, train_key)
     starts = jnp.asarray(data.starts)
     at_start = jnp.asarray(_act(draw, start_key, data.starts))
-    said = np.asarray(jnp.mean(fitted_q.values(state.ema, starts, at_start), axis=1))
-    if not np.isfinite(said).all():
+    means = np.asarray(jnp.mean(fitted_q.values(state.ema, starts, at_start), axis=1))
+    if not np.isfinite(means).all():
         raise TrainingError(
             f"fitted Q evaluation of {kind}: the estimates are not finite"
         )
-    return said
+    return Evaluated(means, state.ema)
 
 
 def _act(draw: Draw, key: Key[Array, ""], obs: np.ndarray) -> np.ndarray:
@@ -167,7 +180,7 @@ def priced(
     def draw(key: Array, obs: Array) -> Array:
         noise = act_noise(config, params, key)
         _, actions = candidates(config, params, noise, obs)
-        values = judge(critics, obs, actions)
+        values = judge(critics, obs, actions, judges_own(config))
         best = jax.vmap(lambda price: jnp.argmax(rule.score(values, price)))(prices)
         return actions[best]
 
@@ -219,25 +232,29 @@ def choose_cost_weight(
     job: Job,
     config: PolicyConfig,
     params: PolicyParams,
+    twins: Critics,
     demos: Demos,
     key: Key[Array, ""],
 ) -> Chosen:
-    """The cost weight of a policy whose critics choose by "reward_cost".
+    """The cost weight of a policy whose critics choose.
 
     Args:
       job: `gate.cost_weights` are tried; one alone is taken as it is. The budget is
         that of `cost_limit`.
       config: the policy's.
-      params: with critics of reward and cost.
+      params: with the critics that choose.
+      twins: finished critics, from which the evaluation starts.
       demos: the data that estimates are made from.
       key: of actions and batches.
     """
     weights = job.gate.cost_weights
+    if config.rule != "reward_cost":
+        return Chosen(0.0, {})  # no other rule reads one
     if len(weights) == 1:
         return Chosen(weights[0], {"cost_weight": weights[0]})
     draw = priced(config, params, weights)
-    costs, allowed = _estimates(job, params, demos, draw, key)
-    chosen = smallest_within(weights, costs.tolist(), allowed)
+    costs, allowed = _estimates(job, params.normaliser, twins, demos, draw, key)
+    chosen = smallest_within(weights, costs.means.tolist(), allowed)
     if not chosen.card["within_budget"]:
         say(
             "gate.cost_weights: none keeps the estimated discounted cost within "
@@ -246,51 +263,80 @@ def choose_cost_weight(
     return chosen
 
 
-def choose_fixed(
+class Fixed(NamedTuple):
+    """What fixed weights are worth in every state, and the best of them.
+
+    Attributes:
+      card: what results and a gate's card say: "alpha", the weights of most estimated
+        reward within the budget of cost, or of the least estimated cost where none is
+        within; "within_budget" and "cost_budget" where costs count; "estimates" of all.
+      critics: of each of W weights one Q of each kind, leaves [W, 1, ...].
+    """
+
+    card: dict[str, Any]
+    critics: dict[str, Params]
+
+
+def value_fixed(
     job: Job,
     config: PolicyConfig,
     params: PolicyParams,
-    alphas: Sequence[Sequence[float]],
+    alphas: Float[Array, "W K"],
+    twins: Critics,
     demos: Demos,
     key: Key[Array, ""],
-) -> dict[str, Any]:
-    """Of fixed weights those of most estimated reward within the budget of cost.
+) -> Fixed:
+    """The values of fixed weights.
 
-    Returns:
-      "alpha", the weights chosen, "within_budget", "cost_budget", and "estimates" of
-      all; where none is within the budget, those of least estimated cost.
+    Args:
+      job: its `fitted_q`, `cost_limit` and discount are read.
+      config: of the composed policy.
+      params: the policy's.
+      alphas: the weights.
+      twins: finished critics, from which the evaluation starts; their kinds are
+        evaluated.
+      demos: the data that values are made from.
+      key: of actions and batches.
     """
-    draw = fixed_weights(config, params, jnp.asarray(alphas, jnp.float32))
-    cost_key, reward_key = jax.random.split(key)
-    costs, allowed = _estimates(job, params, demos, draw, cost_key)
-    rewards, _ = _estimates(job, params, demos, draw, reward_key, "reward")
-    within = costs <= allowed
-    ranks = np.where(within, rewards, -np.inf) if within.any() else -costs
-    best = int(np.argmax(ranks))
-    return {
-        "alpha": list(alphas[best]),
-        "within_budget": bool(within[best]),
-        "cost_budget": allowed,
-        "estimates": [
-            {"alpha": list(alpha), "cost": float(c), "reward": float(r)}
-            for alpha, c, r in zip(alphas, costs, rewards, strict=True)
-        ],
-    }
+    draw = fixed_weights(config, params, alphas)
+    found, means, allowed = {}, {}, None
+    for i, kind in enumerate(sorted(twins)):
+        its_key = jax.random.fold_in(key, i)
+        found[kind], its_budget = _estimates(
+            job, params.normaliser, twins, demos, draw, its_key, kind
+        )
+        means[kind] = found[kind].means
+        allowed = its_budget if kind == "cost" else allowed
+    within = np.ones(len(alphas), bool) if allowed is None else means["cost"] <= allowed
+    ranks = np.where(within, means["reward"], -np.inf)
+    best = int(np.argmax(ranks if within.any() else -means["cost"]))
+    card: dict[str, Any] = {"alpha": np.asarray(alphas[best]).tolist()}
+    if allowed is not None:
+        card |= {"within_budget": bool(within[best]), "cost_budget": allowed}
+    card["estimates"] = [
+        {"alpha": np.asarray(alpha).tolist()}
+        | {kind: float(means[kind][i]) for kind in means}
+        for i, alpha in enumerate(alphas)
+    ]
+    return Fixed(
+        card,
+        {k: jax.tree.map(lambda leaf: leaf[:, None], v.q) for k, v in found.items()},
+    )
 
 
 def _estimates(
     job: Job,
-    params: PolicyParams,
+    normaliser: Normaliser,
+    twins: Critics,
     demos: Demos,
     draw: Draw,
     key: Key[Array, ""],
     kind: str = "cost",
-) -> tuple[np.ndarray, float]:
-    """Estimates [P] of a signal, and the budget of the cost limit."""
-    normaliser, discount = params.normaliser, job.critics.discount
+) -> tuple[Evaluated, float]:
+    """Estimates of a signal, and the budget of the cost limit."""
+    discount = job.critics.discount
     rows = transitions(job.critics, demos, normaliser, (kind,))
     data = logged(job.fitted_q, rows, demos.dataset, normaliser, 0)
-    assert params.critics is not None
-    twins = params.critics[kind]
-    said = discounted(job.fitted_q, data, draw, kind, twins, discount, key)
-    return said, budget(job.cost_limit, data.steps, discount)
+    q = twins[kind]
+    found = discounted(job.fitted_q, data, draw, kind, q, discount, key)
+    return found, budget(job.cost_limit, data.steps, discount)

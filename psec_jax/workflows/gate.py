@@ -17,6 +17,7 @@ from psec_jax.agents import critic_file
 from psec_jax.agents import gate as agent
 from psec_jax.agents.critic_file import Finished
 from psec_jax.agents.gate import GateTrainConfig
+from psec_jax.choice import RULES, Critics
 from psec_jax.composition import PolicyParams
 from psec_jax.data import dataset
 from psec_jax.data.actions import ActionBox
@@ -181,7 +182,10 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
     compare = request.evaluate or request.env is not None
     guide = _guide(section, request, policy)
     estimated = guide is not None and _estimated(section)
-    wanted = Wanted(compare=compare, box=box, costs=estimated)
+    signals = RULES[section.rule].critics if estimated else ()
+    wanted = Wanted(
+        compare=compare, box=box, costs="cost" in signals, rewards="reward" in signals
+    )
     demos = load(env, job.skill.episodes, request.data, request.selection, wanted)
     check_fit(demos, policy)
     if compare and env is not None:
@@ -208,6 +212,7 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
     normaliser = policy.params.normaliser
     init_key, train_key = jax.random.split(jax.random.key(request.seed))
     estimate_key = jax.random.fold_in(init_key, 1)
+    fixed_key = jax.random.fold_in(init_key, 2)
 
     params = policy.params._replace(library=stacked, strength=strength)
 
@@ -232,15 +237,22 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
             gate["head"] = grow_head(form, older.params["head"], start, states)
         if guide is None:
             return Fresh(gate, params._replace(gate=gate))
-        critics = twins_of(guide.source, guide.finished, form.rule)
+        twins: Critics = twins_of(guide.source, guide.finished, form.rule)
+        critics, told = twins, {}
+        if form.values == "own":
+            fixed = estimates.value_fixed(
+                job, config.policy, params, alphas, twins, demos, fixed_key
+            )
+            critics, told = fixed.critics, {"fixed": fixed.card}
         guided = params._replace(gate=gate | {"alphas": alphas}, critics=critics)
         chosen = estimates.choose_cost_weight(
-            job, *agent.selecting(config.policy, guided), demos, estimate_key
+            job, *agent.selecting(config.policy, guided), twins, demos, estimate_key
         )
         weight = jnp.asarray(chosen.cost_weight, jnp.float32)
         if section.head == "select":
             gate = gate | {"critics": critics, "cost_weight": weight}
-        return Fresh(gate, guided._replace(cost_weight=weight), chosen.card)
+        guided = guided._replace(cost_weight=weight)
+        return Fresh(gate, guided, chosen.card | told)
 
     def start_training() -> tuple[Any, Any]:
         made = fresh()
@@ -443,7 +455,7 @@ def _older(request: Request, form: GateConfig, level: str) -> Older:
 
 
 # Fields that came later are recorded where they are used, so that older runs resume.
-_LATER = ("top_p", "temperature", "per_layer")
+_LATER = ("top_p", "temperature", "per_layer", "values")
 
 
 def _recorded(section: GateSection) -> dict[str, Any]:
@@ -551,8 +563,9 @@ def _guide(section: GateSection, request: Request, policy: Policy) -> Guide | No
 
 
 def _estimated(section: GateSection) -> bool:
-    """Whether the cost weight is chosen among several, by estimates."""
-    return section.rule == "reward_cost" and len(section.cost_weights) > 1
+    """Whether anything is estimated: values of weights, or the cost weight."""
+    several = section.rule == "reward_cost" and len(section.cost_weights) > 1
+    return several or section.values == "own"
 
 
 def _within(limit: float, demos: Demos) -> Demos:
@@ -704,8 +717,12 @@ def _card_demos(
         raise InputError(
             f"{what}: its card names no data to collect again; give --{flag}"
         )
-    trajectories = known["trajectories"] if known else 0
     selection = Selection(**(known or {}).get("selection", {}))
+    trajectories = known["trajectories"] if known else 0
+    if selection.transitions is not None or selection.leave_out is not None:
+        # The first of these are others than those that were left of more.
+        section = card["config"].get("skill") or card["config"]["base"]
+        trajectories = section["episodes"]
     wanted = Wanted(compare=False, box=box)
     env = card_env(card, what, named) if path is None else card.get("env")
     demos = load(env, trajectories, path, selection, wanted)

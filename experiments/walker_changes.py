@@ -1,0 +1,120 @@
+"""What single changes bring to the walker's compositions with a support.
+
+    python -m experiments.walker_changes --preset=standard
+
+rolls out the row "Support" of Table 2 as it is and with one thing changed at a time, on
+start states of its own (those that tables report stay unseen), and writes raw results
+and tables to results/walker_changes/. Changes of sampling share the skills of the first
+row; the others train their own. Finished runs and results are kept: start it again
+after a stop.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments import grid, results, table2, tables
+from experiments.configs import dmc_walker
+from experiments.grid import Cell, Made, Method, Order
+from experiments.style import Style
+from experiments.table2 import SKILL, Composition
+from psec_jax.cli import no_arguments
+from psec_jax.workflows import Job
+
+STARTS = {"evaluation.seed": Job().evaluation.seed + 1}
+
+
+class Change(NamedTuple):
+    """One thing that is changed.
+
+    Attributes:
+      sampling: of the composed policy, see `policy.compose`.
+      job: of what is trained, by dotted name.
+      base: whether `job` changes the base too.
+    """
+
+    sampling: Mapping[str, Any] = {}
+    job: Mapping[str, Any] = {}
+    base: bool = False
+
+
+CHANGES = {
+    "as it is": Change(),
+    "temperature 0": Change({"temperature": 0.0}),
+    "start 0": Change({"start_scale": 0.0}),
+    "no noise": Change({"temperature": 0.0, "start_scale": 0.0}),
+    "narrower support": Change(job={"support.quantile": 0.9}),
+    "wider support": Change(job={"support.quantile": 1.0}),
+    "rank 64": Change(job={"skill.rank": 64}),
+    "twice the steps": Change(job={"skill.steps": 24_000}),
+    "chunks of 4": Change(job={"process.horizon": 4, "process.execute": 4}, base=True),
+    "base of 1000": Change(job={"base.episodes": 1000}, base=True),
+}
+
+
+def make(change: Change, cell: Cell) -> list[Made]:
+    """The row "Support" of Table 2 with one change."""
+    place = cell.method.replace(" ", "-")
+    cell = dataclasses.replace(cell, job=cell.job.changed(change.job))
+    if change.base:
+        cell = cell.within(place)
+    elif change.job:
+        cell = dataclasses.replace(cell, variant=place)
+    form = Composition(head="constant", support="neighbour", sampling=change.sampling)
+    return table2.make_composition(form, cell)
+
+
+TABLE = dataclasses.replace(
+    table2.TABLE,
+    name="walker_changes",
+    settings={
+        name: dataclasses.replace(setting, changes=STARTS)
+        for name, setting in table2.SETTINGS.items()
+    },
+    methods={
+        name: Method(functools.partial(make, change), SKILL, Style("green", "D"))
+        for name, change in CHANGES.items()
+    },
+    orders=[
+        Order(name, "as it is", "return") for name in CHANGES if name != "as it is"
+    ],
+    paper={},
+)
+
+
+def shown(folder: Path) -> tables.Shown:
+    """The table of the raw results in a folder."""
+    raws = results.read_all(TABLE.path(folder))
+    note = (
+        f"Returns. {tables.INTERVALS}; start states of no other table. Skills at "
+        "their training strength under the nearest-neighbour support."
+    )
+    summary = tables.summarise(TABLE, raws)
+    return tables.Shown(TABLE, raws, note, summary, TABLE.name)
+
+
+def write_table(folder: Path) -> str:
+    """walker_changes.md, .csv and .json from the raw results alone."""
+    return tables.write(shown(folder), folder)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure what is missing, then write the table."""
+    no_arguments(argv)
+    folder = Path(FLAGS["results"].value)
+    if not FLAGS["tables_only"].value:
+        job = grid.set_seeds(dmc_walker.job(FLAGS["preset"].value), FLAGS)
+        root = grid.run_root(FLAGS, table2.RUNS)
+        methods = grid.known_names(FLAGS["methods"].value, TABLE.methods, "method")
+        together = FLAGS["together"].value
+        grid.run(TABLE, job, root, folder, methods=methods, together=together)
+    print(write_table(folder))
+
+
+if __name__ == "__main__":
+    from psec_jax.cli import run
+
+    FLAGS: Mapping[str, Any] = grid.define_flags("results/walker_changes", table2.RUNS)
+    run(main)
