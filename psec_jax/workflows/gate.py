@@ -235,7 +235,7 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
         if older is not None:
             states = normaliser(demos.dataset.obs)
             gate["head"] = grow_head(form, older.params["head"], start, states)
-        if guide is None:
+        if guide is None or alphas is None:
             return Fresh(gate, params._replace(gate=gate))
         twins: Critics = twins_of(guide.source, guide.finished, form.rule)
         critics, told = twins, {}
