@@ -1008,9 +1008,9 @@ def supports(sizes: Sizes) -> list[Row]:
     search = jax.jit(SUPPORTS["neighbour"])
     several = jax.jit(jax.vmap(SUPPORTS["neighbour"], (None, 0)))
     for count in sizes.libraries:
-        whole = fit_neighbour(
-            SupportConfig(), [skills[k % len(skills)] for k in range(count)], states
-        )
+        some = skills[:count]
+        fit = fit_neighbour(SupportConfig(), some, np.zeros(0))
+        whole = tree.take(fit, [k % len(some) for k in range(count)])
         forms = {"all": whole, "near": jax.jit(index_boxes)(whole)}
         calls = {}
         for name, form in forms.items():
