@@ -24,26 +24,33 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import safetensors.numpy
 from absl import flags
 
-from experiments import grid, intervals, plots, results, tables, tasks
+from experiments import grid, intervals, packnet, plots, results, tables, tasks
 from experiments.configs import continual
 from experiments.grid import Cell, Method, Order, Table
 from experiments.results import Raw, needed
 from experiments.style import FIXED, Style
 from experiments.table2 import level_changes
 from experiments.tasks import Task, TaskData, TaskSequence
-from psec_jax import envs
+from psec_jax import envs, tree
+from psec_jax.agents import cloning
 from psec_jax.cli import no_arguments
 from psec_jax.envs.vector import VectorEnv
 from psec_jax.errors import InputError
 from psec_jax.evaluation import environments, episode_fields
-from psec_jax.library import SkillLibrary
+from psec_jax.files import read_bytes, write_atomic
+from psec_jax.library import SkillLibrary, read_arrays
 from psec_jax.policy import Policy, compose, load_base
+from psec_jax.types import Params
 from psec_jax.workflows import Job, auto
-from psec_jax.workflows.demonstrations import load_demos
+from psec_jax.workflows.demonstrations import demonstrations, load_demos
 
 RUNS = "runs/continual"
+# Of Continual World (Wolczyk et al. 2021), as `ewc_strength` and `packnet_retraining`.
+FISHER_ROWS = 2560
+FISHER_LEAST = 1e-5
 
 
 @dataclass(frozen=True)
@@ -62,12 +69,16 @@ class Learned(NamedTuple):
       policy: (i, j) -> the policy after task i for task j; i may be -1, and is below j
         before task j is learned.
       seconds: of training, the base aside.
-      stored: (library, kind, name) of everything that is kept beside the base.
+      stored: (library, kind, name) of the entries that are kept beside the base.
+      numbers: that are kept besides, in no entry.
+      size: their bytes.
     """
 
     policy: Callable[[int, int], Policy]
     seconds: float
     stored: Sequence[tuple[Path, str, str]] = ()
+    numbers: int = 0
+    size: int = 0
 
 
 class Learner:
@@ -109,18 +120,24 @@ class Learner:
         self,
         policy: Callable[[int, int, int], Policy],
         stored: Sequence[tuple[str, str, str]],
+        numbers: int = 0,
+        size: int = 0,
     ) -> list[Learned]:
         """What is learned, of each seed.
 
         Args:
           policy: (seed, i, j) -> the policy.
           stored: (library, kind, name).
+          numbers: as of `Learned`.
+          size: likewise.
         """
         return [
             Learned(
                 lambda i, j, seed=seed: policy(seed, i, j),
                 self.seconds[seed],
                 [(self.cell.library(seed, root), *entry) for root, *entry in stored],
+                numbers,
+                size,
             )
             for seed in self.cell.seeds
         ]
@@ -189,19 +206,164 @@ def make_scratch(cell: Cell) -> list[Learned]:
 
 def make_fine_tuning(cell: Cell) -> list[Learned]:
     """The base, all of which each task trains on."""
+    return _tuned(cell, "tuned", lambda seed, i: None)
+
+
+def make_ewc(cell: Cell) -> list[Learned]:
+    """The same, with a pull to the parameters before each task by the Fisher
+    information of the tasks so far (Kirkpatrick et al. 2017)."""
+
+    def pull(seed: int, i: int) -> Params | None:
+        if i == 0:
+            return None
+        sums = [_fisher(cell, seed, j) for j in range(i)]
+        strength = cell.job.table.ewc_strength
+        return jax.tree.map(lambda *leaves: strength * np.sum(leaves, axis=0), *sums)
+
+    learned = _tuned(cell, "ewc", pull)
+    # One weight a parameter, for all tasks together.
+    count = tree.size(load_base(cell.library(cell.seeds[0])).params.base)
+    return [one._replace(numbers=count, size=4 * count) for one in learned]
+
+
+def _tuned(
+    cell: Cell, name: str, anchor: Callable[[int, int], Params | None]
+) -> list[Learned]:
+    """The base, trained on task by task, with an anchor of (seed, task)."""
     learner, before = Learner(cell), "library"
     for i, task in enumerate(learner.tasks):
         learner.train_base(
-            f"tuned-{i}",
+            f"{name}-{i}",
             task,
             start=lambda seed, before=before: cell.library(seed, before),
+            anchor=lambda seed, i=i: anchor(seed, i),
         )
-        before = f"tuned-{i}"
+        before = f"{name}-{i}"
 
     def policy(seed: int, i: int, j: int) -> Policy:
-        return load_base(cell.library(seed, "library" if i < 0 else f"tuned-{i}"))
+        return load_base(cell.library(seed, "library" if i < 0 else f"{name}-{i}"))
 
     return learner.result(policy, [])
+
+
+def _fisher(cell: Cell, seed: int, i: int) -> Params:
+    """The Fisher information of task i where EWC has learned it, kept in its run."""
+    path = cell.workdir(seed, f"ewc-{i}") / "fisher.safetensors"
+    if not path.exists():
+        task = cell.setting.sequence.tasks[i]
+        policy = load_base(cell.library(seed, f"ewc-{i}"))
+        network, process = policy.config.network, policy.config.process
+        demos = load_demos(
+            cell.job.data,
+            task.env,
+            cell.job.skill.episodes,
+            data_of(cell).files[task.name],
+        )
+        rows = demonstrations(demos, policy.params.normaliser, process.horizon)
+        draw_key, noise_key = jax.random.split(jax.random.key(seed))
+        index = jax.random.randint(draw_key, (FISHER_ROWS,), 0, len(rows.obs))
+        measured = jax.jit(cloning.fisher, static_argnums=0)(
+            cloning.CloningConfig(network, process),
+            policy.params.base,
+            jax.tree.map(lambda column: column[index], rows),
+            noise_key,
+        )
+        least = {
+            name: np.maximum(leaf, FISHER_LEAST)
+            for name, leaf in tree.flatten(measured).items()
+        }
+        write_atomic(path, safetensors.numpy.save(least))
+    return tree.unflatten(read_arrays(path, read_bytes(path)))
+
+
+def make_packnet(cell: Cell) -> list[Learned]:
+    """One network, in which each task, which is known, has weights of its own.
+
+    PackNet (Mallya and Lazebnik 2018), with the base as the first task: what a task has
+    trained is pruned by magnitude to its share of the weights that were free, trained
+    on for a while and never changed again. A policy uses the weights of its task and of
+    those before it. Biases and norms are the base's.
+    """
+    learner = Learner(cell)
+    different = learner.sequence.until(len(learner.tasks))
+    steps = max(1, round(cell.job.table.packnet_retraining * cell.job.skill.steps))
+    for i, task in enumerate([None, *different]):
+        _pack(learner, i, task, 1 / (len(different) + 1 - i), steps)
+
+    def policy(seed: int, i: int, j: int) -> Policy:
+        if learner.sequence.visit(i, j) is None:
+            return load_base(cell.library(seed))
+        network = _packed(cell, seed, len(learner.sequence.until(i)))
+        own = _packed(cell, seed, 1 + different.index(learner.tasks[j]))
+        params = packnet.masked(network.params.base, packnet.used(own.params.base))
+        return dataclasses.replace(network, params=network.params._replace(base=params))
+
+    masks = packnet.used(_packed(cell, cell.seeds[0], 0).params.base)
+    count = len(different) * sum(mask.size for mask in masks.values())
+    return learner.result(policy, [], count, count // 8)  # a bit a weight and task
+
+
+def _packed(cell: Cell, seed: int, i: int) -> Policy:
+    """The network after i tasks; its weights that no task owns are 0."""
+    return load_base(cell.library(seed, f"packed-{i}"))
+
+
+def _pack(
+    learner: Learner, i: int, task: Task | None, share: float, steps: int
+) -> None:
+    """Train the free weights on task i, keep a share of them, and train those on.
+
+    Args:
+      learner: whose networks.
+      i: number of the task; 0 is the base's, which is trained already.
+      task: the task, or None for the base's.
+      share: of the free weights.
+      steps: after pruning.
+    """
+    cell = learner.cell
+
+    def owned(seed: int) -> packnet.Masks | None:
+        return packnet.used(_packed(cell, seed, i - 1).params.base) if i else None
+
+    def free(seed: int) -> Params:
+        params = _packed(cell, seed, i - 1).params.base
+        return packnet.fixed(
+            params, {p: ~m for p, m in packnet.used(params).items()}, True
+        )
+
+    if task is not None:
+        learner.train_base(
+            f"packing-{i}",
+            task,
+            start=lambda seed: cell.library(seed, f"packed-{i - 1}"),
+            anchor=free,
+        )
+    for seed in cell.seeds:
+        trained = cell.library(seed, "library" if task is None else f"packing-{i}")
+        params, normaliser, card = SkillLibrary.open(trained).load_base()
+        SkillLibrary.create(cell.library(seed, f"pruned-{i}")).add_base(
+            packnet.pruned(params, owned(seed), share),
+            normaliser,
+            card,
+            overwrite=True,
+        )
+
+    def kept(seed: int) -> Params:
+        params = load_base(cell.library(seed, f"pruned-{i}")).params.base
+        masks, before = packnet.used(params), owned(seed)
+        if before is not None:
+            masks = {path: mask & ~before[path] for path, mask in masks.items()}
+        return packnet.fixed(params, masks, before is not None)
+
+    data = {} if task is not None else {"data": learner.data.base}
+    learner.train_base(
+        f"packed-{i}",
+        task,
+        start=lambda seed: cell.library(seed, f"pruned-{i}"),
+        anchor=kept,
+        changes={"skill.steps": steps} | ({"skill.episodes": 0} if data else {}),
+        **data,
+    )
 
 
 def make_lora(cell: Cell) -> list[Learned]:
@@ -360,6 +522,8 @@ METHODS = {
     "Joint": Method(make_joint, BASE, Style("light", "X")),
     "Scratch": Method(make_scratch, {"skill": "skill"}, Style("dark", "s")),
     "Fine-tuning": Method(make_fine_tuning, BASE, Style("black", "x")),
+    "EWC": Method(make_ewc, BASE, Style("black", "d")),
+    "PackNet": Method(make_packnet, BASE, Style("dark", "h")),
     "LoRA": Method(make_lora, BASE, Style("purple", "P")),
     "ASEC": Method(_gates("action"), CLONED, Style("orange", "v")),
     "NSEC": Method(_gates("noise"), CLONED, Style("sky", "^")),
@@ -441,6 +605,7 @@ def measure(cell: Cell, seed: int, learned: Learned) -> dict[str, Any]:
             for i in range(j, len(order)):
                 rows[i].append(play(cell, learned.policy(i, j), task, made))
     numbers, size = _stored(learned.stored)
+    numbers, size = numbers + learned.numbers, size + learned.size
     return {
         "tasks": [task.name for task in order],
         "matrix": [[played.scores for played in row] for row in rows],

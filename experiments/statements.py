@@ -126,6 +126,7 @@ def known() -> dict[str, Any]:
         },
         "bench": _rows("benchmark.json"),
         "sparse": _rows("sparse.json"),
+        "library": _rows("library.json"),
         "train1": _rows("benchmark_train/run1.json"),
         "train2": _rows("benchmark_train/run2.json"),
         "share": _rows("benchmark_share.json"),

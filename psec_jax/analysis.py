@@ -310,7 +310,7 @@ def analyse(
         )
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"skill {twice[0]!r} is given twice")
-    loaded = [library.load_skill(name) for name in names]
+    loaded = library.load_skills(names)
     strength = [card["alpha"] for _, card in loaded]
     layers = factors_of([skill for skill, _ in loaded], strength)
     net, normaliser = composed(root, stack_skills([skill for skill, _ in loaded]))

@@ -415,13 +415,22 @@ def sampler(
     level = LEVELS[config.level]
 
     def draw(noise: Array, alpha: Array) -> Array:
-        parts = library, strength, alpha
-        if config.gathered:
+        def of(skills: Params, strengths: Array, shares: Array) -> Array:
+            return level(
+                net, config.process, params.base, skills, strengths, shares, noise, obs
+            )
+
+        every = library, strength, alpha
+        if not config.gathered:
+            return of(*every)
+
+        def of_largest() -> Array:
             largest = jax.lax.top_k(jnp.abs(alpha), config.gathered)[1]
-            parts = jax.tree.map(lambda leaf: leaf[largest], parts)
-        skills, strengths, shares = parts
-        return level(
-            net, config.process, params.base, skills, strengths, shares, noise, obs
-        )
+            return of(*jax.tree.map(lambda leaf: leaf[largest], every))
+
+        if config.gate is not None and config.gate.head == "topk":
+            return of_largest()  # no other has a weight
+        few = jnp.count_nonzero(alpha) <= config.gathered
+        return jax.lax.cond(few, of_largest, lambda: of(*every))
 
     return draw

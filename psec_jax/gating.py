@@ -245,11 +245,44 @@ def _falloff(distance: Array, tau: Array) -> Array:
     return jnp.exp(-((distance / tau) ** 4))
 
 
+NO_SUPPORT = 3.2  # in units of tau: from here on `_falloff` is 0 in float32
+
+
 def _neighbour(params: Params, obs: Float[Array, " S"]) -> Float[Array, " K"]:
-    distance = jax.vmap(neighbour_distance)(
-        params["demos"], params["valid"], obs / params["scale"]
-    )
-    return _falloff(distance, params["tau"])
+    x, demos, valid = obs / params["scale"], params["demos"], params["valid"]
+    if "low" not in params:
+        distance = jax.vmap(neighbour_distance)(demos, valid, x)
+        return _falloff(distance, params["tau"])
+
+    def search(left: tuple[Array, Array]) -> tuple[Array, Array]:
+        near, share = left
+        k = jnp.argmax(near)  # the first one
+        distance = neighbour_distance(demos[k], valid[k], x[k])
+        mine = _falloff(distance, params["tau"][k])
+        return near.at[k].set(False), share.at[k].set(mine)
+
+    near = _to_box(params, x) < NO_SUPPORT * params["tau"]
+    start = near, jnp.zeros_like(params["tau"])
+    return jax.lax.while_loop(lambda left: jnp.any(left[0]), search, start)[1]
+
+
+def index_boxes(support: Params) -> Params:
+    """A neighbour support that searches only skills whose demonstrations may be near.
+
+    A state's distance to the box of a skill's demonstrations is at most its distance to
+    the nearest of them. Where that is too far for any support the skill is left out:
+    the weights are those of the whole search. Not to be differentiated.
+    """
+    demos, valid = support["demos"], support["valid"][..., None]
+    low = jnp.min(jnp.where(valid, demos, jnp.inf), axis=1)
+    high = jnp.max(jnp.where(valid, demos, -jnp.inf), axis=1)
+    return support | {"low": low, "high": high}
+
+
+def _to_box(params: Params, x: Float[Array, "K S"]) -> Float[Array, " K"]:
+    """Distance to the box of each skill's demonstrations, 0 inside."""
+    outside = jnp.maximum(jnp.maximum(params["low"] - x, x - params["high"]), 0)
+    return jnp.linalg.norm(outside, axis=-1)
 
 
 def _learned(params: Params, obs: Float[Array, " S"]) -> Float[Array, " K"]:
@@ -257,8 +290,7 @@ def _learned(params: Params, obs: Float[Array, " S"]) -> Float[Array, " K"]:
     distance = jax.vmap(learned_distance)(params["net"], x)
     # How far x lies outside the box of the demonstrations bounds its distance from
     # below, however far from its data the network is evaluated.
-    outside = jnp.maximum(jnp.maximum(params["low"] - x, x - params["high"]), 0)
-    bound = jnp.linalg.norm(outside, axis=-1) / params["reach"]
+    bound = _to_box(params, x) / params["reach"]
     return _falloff(jnp.maximum(distance, bound), params["tau"])
 
 

@@ -314,11 +314,25 @@ class SkillLibrary:
         Raises:
           InputError: an unknown name, a damaged file, or a skill of another base.
         """
-        return self._again(lambda: self._load_skill(name))
+        [skill] = self.load_skills([name])
+        return skill
 
-    def _load_skill(self, name: str) -> tuple[Params, dict[str, Any]]:
-        params, card = self._load("skill", name)
+    def load_skills(self, names: Sequence[str]) -> list[tuple[Params, dict[str, Any]]]:
+        """`load_skill` of several; the base is read once.
+
+        Raises:
+          InputError: as `load_skill`.
+        """
+        return self._again(lambda: self._load_skills(names))
+
+    def _load_skills(self, names: Sequence[str]) -> list[tuple[Params, dict[str, Any]]]:
         base, _, base_card = self._load_base()
+        return [self._load_skill(name, base, base_card) for name in names]
+
+    def _load_skill(
+        self, name: str, base: Params, base_card: dict[str, Any]
+    ) -> tuple[Params, dict[str, Any]]:
+        params, card = self._load("skill", name)
         self._same_base("skill", name, card, base_card)
         check_skill(base, params, f"skill {name!r}")
         got = (adapter_of(params), rank_of(params))
@@ -449,7 +463,10 @@ class SkillLibrary:
                 raise InputError(f"{self.root} has a {kind} {name!r} again")
             _move(aside, folder)
             try:
-                (self._load_skill if kind == "skill" else self._load_gate)(name)
+                if kind == "skill":
+                    self._load_skills([name])
+                else:
+                    self._load_gate(name)
             except InputError:
                 _move(folder, aside)
                 raise

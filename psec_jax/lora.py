@@ -112,20 +112,22 @@ def adapter_delta(
 
     Args:
       x: layer input; its dtype is the one the products are made in.
-      adapter: "a" [K, d, r], "b" [K, r, o] and, for an MLP adapter, "c" [K, r]: then
-        the term is alpha_k f(x A_k + c_k) B_k with f = `activation`.
+      adapter: "a" [K, d, r], or "down" of `inputs_first`, "b" [K, r, o] and, for an
+        MLP adapter, "c" [K, r]: then the term is alpha_k f(x A_k + c_k) B_k with f =
+        `activation`.
       alpha: weight of each skill.
       activation: f of the MLP adapters.
 
     Raises:
       ValueError: the number of weights is not the number of skills.
     """
-    a, b = adapter["a"], adapter["b"]
-    check_weights(alpha, a.shape[0])
+    b = adapter["b"]
+    check_weights(alpha, b.shape[0])
+    leaf, order = ("down", "dkr") if "down" in adapter else ("a", "kdr")
     h = jnp.einsum(
-        "...d,kdr->...kr",
+        f"...d,{order}->...kr",
         x,
-        a.astype(x.dtype),
+        adapter[leaf].astype(x.dtype),
         preferred_element_type=jnp.float32,
     )
     if "c" in adapter:
@@ -134,6 +136,17 @@ def adapter_delta(
     return jnp.einsum(
         "...kr,kro->...o", h, b.astype(x.dtype), preferred_element_type=jnp.float32
     )
+
+
+def inputs_first(library: Params) -> Params:
+    """The library as products with a single example read it best: the leaf "down"
+    [d, K, r] in place of "a" [K, d, r], which would be transposed in every call."""
+    flat = {}
+    for path, leaf in tree.flatten(library).items():
+        if path.endswith("/a"):
+            path, leaf = f"{path.removesuffix('a')}down", jnp.moveaxis(leaf, 0, 1)
+        flat[path] = leaf
+    return tree.unflatten(flat)
 
 
 def side_by_side(

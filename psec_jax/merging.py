@@ -314,7 +314,7 @@ def merge_of_library(
       InputError: skills or weights that cannot be merged, or other observations.
     """
     library = SkillLibrary.open(root)
-    loaded = [library.load_skill(name) for name in names]
+    loaded = library.load_skills(names)
     skills = [skill for skill, _ in loaded]
     factors_of(skills, alpha)  # refuses what cannot be merged
     exact, normaliser = composed(root, stack_skills(skills))

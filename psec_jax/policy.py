@@ -33,15 +33,17 @@ from psec_jax.composition import (
 from psec_jax.data.actions import ActionBox
 from psec_jax.data.recording import box_of_card
 from psec_jax.errors import InputError, lookup
-from psec_jax.gating import GateConfig
+from psec_jax.gating import GateConfig, index_boxes
 from psec_jax.library import SkillLibrary
-from psec_jax.lora import adapter_of, layers_of, merge, stack_skills
+from psec_jax.lora import adapter_of, inputs_first, layers_of, merge, stack_skills
 from psec_jax.networks.denoiser import NetworkConfig, init_base
 from psec_jax.process import ProcessConfig
 from psec_jax.runtime import platform
 from psec_jax.types import Normaliser, Params
 
 GATHER_FROM = 4  # skills for each that is active, see results/sparse.json
+INDEX_FROM = 8  # skills under a neighbour support, see results/library.json
+SUPPORTED = 8  # skills at most that a support keeps active in a state, as a rule
 HUGE = 1e6  # observations beyond may be too much for float32 somewhere in a network
 
 
@@ -83,14 +85,14 @@ class Policy:
         one_or_batch = _act_batch if obs.ndim == 2 else _act_one
         with jax.enable_x64(False):  # the same numbers whatever the caller computes in
             rows = _padded(keys, obs)
-            acting = self._acting if obs.ndim == 2 else self._acting_one
+            acting = self._indexed if obs.ndim == 2 else self._acting_one
             action = one_or_batch(*acting, *rows)
             return _finite(action[: len(obs)] if obs.ndim == 2 else action, obs)
 
     def batched(self) -> Partial:
         """`act` of a batch without its checks, as a pytree: a compiled program that has
         it as an argument fits every policy that is `alike`."""
-        return Partial(_act_batch, *self._acting)
+        return Partial(_act_batch, *self._indexed)
 
     def noise(self, keys: Key[Array, " B"]) -> Float[Array, "B ..."]:
         """The standard normal numbers that `act` draws from B keys."""
@@ -125,21 +127,44 @@ class Policy:
         return dataclasses.replace(config, gate=None), alone
 
     @functools.cached_property
-    def _acting_one(self) -> tuple[PolicyConfig, PolicyParams]:
-        """What `act` runs for one observation: of many skills under a "topk" head only
-        those that are active are computed. For a batch, each of whose states has
-        matrices of its own then, that takes longer."""
+    def _indexed(self) -> tuple[PolicyConfig, PolicyParams]:
+        """`_acting`, with an index of a neighbour support over many skills. Exported
+        files do without: they have no loops."""
         config, params = self._acting
-        gate = config.gate
-        sparse = (
-            gate is not None
-            and (gate.head, gate.layers, config.level) == ("topk", 0, "parameter")
-            and not config.chooses
-            and len(self.skills) >= GATHER_FROM * gate.top_k
-        )
-        if gate is None or not sparse:
+        if (
+            config.gate is None
+            or config.gate.support != "neighbour"
+            or len(self.skills) < INDEX_FROM
+            or any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(params))
+        ):
             return config, params
-        return dataclasses.replace(config, gathered=gate.top_k), params
+        gate = cast(Any, params.gate)
+        with jax.enable_x64(False), jax.ensure_compile_time_eval():
+            support = _index_boxes(gate["support"])
+        return config, params._replace(gate=gate | {"support": support})
+
+    @functools.cached_property
+    def _acting_one(self) -> tuple[PolicyConfig, PolicyParams]:
+        """What `act` runs for one observation: of many skills under a "topk" head or a
+        support only those that are active are computed, where they are few. For a
+        batch, each of whose states has matrices of its own then, that takes longer.
+        Where all are computed, their matrices are laid out for one observation."""
+        config, params = self._indexed
+        gate, plain = config.gate, config.level == "parameter" and not config.chooses
+        if gate is None or gate.layers or gate.base_member or not plain:
+            return config, params
+        active = 0
+        if gate.head == "topk":
+            active = gate.top_k
+        elif gate.support != "none":
+            active = SUPPORTED
+        if active and len(self.skills) >= GATHER_FROM * active:
+            return dataclasses.replace(config, gathered=active), params
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(params)):
+            return config, params
+        with jax.enable_x64(False), jax.ensure_compile_time_eval():
+            library = _inputs_first(params.library)
+        return config, params._replace(library=library)
 
     def alpha(self, obs: Any) -> Array:
         """The gate's weights [K] of one raw observation [S], or [B, K] of a batch.
@@ -214,6 +239,8 @@ class Policy:
 
 
 _merge = jax.jit(merge)
+_index_boxes = jax.jit(index_boxes)
+_inputs_first = jax.jit(inputs_first)
 
 
 def _padded(keys: Any, obs: Any) -> tuple[Any, Any]:
@@ -338,7 +365,7 @@ def _act_together(config, params, keys, obs):
 
 def alike(left: Policy, right: Policy) -> bool:
     """Whether the two can act in one call: the same config and shapes of arrays."""
-    (mine, my_arrays), (its, its_arrays) = left._acting, right._acting
+    (mine, my_arrays), (its, its_arrays) = left._indexed, right._indexed
     return mine == its and tree.shapes(my_arrays) == tree.shapes(its_arrays)
 
 
@@ -346,8 +373,8 @@ def act_together(
     policies: Sequence[Policy],
 ) -> Callable[[Key[Array, "R B"], Float[Array | np.ndarray, "R B S"]], jax.Array]:
     """`act` of R policies that are `alike`, as one jitted call with R in front."""
-    params = tree.stack([policy._acting[1] for policy in policies])
-    return Partial(_act_together, policies[0]._acting[0], params)
+    params = tree.stack([policy._indexed[1] for policy in policies])
+    return Partial(_act_together, policies[0]._indexed[0], params)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -441,9 +468,12 @@ def load_skills(
     root: str | Path, names: Sequence[str]
 ) -> tuple[Policy, Params, Array, list[dict[str, Any]]]:
     """The base's policy, the named skills as one library, their strengths and cards."""
-    library = SkillLibrary.open(root)
-    loaded = [library.load_skill(name) for name in names]
+    loaded = SkillLibrary.open(root).load_skills(names)
     cards = [card for _, card in loaded]
+    forms = {card["adapter"]: name for name, card in zip(names, cards, strict=True)}
+    if len(forms) > 1:
+        named = " and ".join(f"{name!r} ({form})" for form, name in forms.items())
+        raise InputError(f"skills {named}: cannot compose lora and mlp adapters")
     strength = jnp.asarray([card["alpha"] for card in cards], jnp.float32)
     stacked = stack_skills([skill for skill, _ in loaded])
     return load_base(root), stacked, strength, cards

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from psec_jax import policy
+from psec_jax import policy, tree
 from psec_jax.composition import PolicyConfig, PolicyParams
 from psec_jax.gating import GateConfig, init_gate
 from psec_jax.lora import ADAPTERS, layers_of
@@ -87,12 +87,12 @@ def test_weights_of_each_layer_are_merged():
     np.testing.assert_array_equal(acting.alpha(obs[0]), alpha)
 
 
-def of_many(head, count, adapter="lora", **fields):
+def of_many(head, count, adapter="lora", searched=None, **fields):
     """A policy of several skills under a gate that sees the state."""
     gate = GateConfig(head=head, widths=(8,), **fields)
     config = PolicyConfig(tiny.NETWORK, tiny.PROCESS, tiny.ACTION_DIM, gate=gate)
     strength = jnp.ones(count)
-    made = init_gate(gate, jax.random.key(1), tiny.OBS_DIM, strength)
+    made = init_gate(gate, jax.random.key(1), tiny.OBS_DIM, strength, searched)
     params = PolicyParams(
         tiny.base(), NORMALISER, tiny.library(count, adapter), strength, made
     )
@@ -112,6 +112,30 @@ def test_of_many_skills_the_active_ones_are_computed(top_k, adapter):
         np.testing.assert_allclose(acting.act(key, one), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("near", [True, False])
+def test_of_many_supported_skills_the_active_ones_are_computed(near):
+    """Few have weight, or all: then all are computed."""
+    count = policy.GATHER_FROM * policy.SUPPORTED
+    states = np.asarray(tiny.normal(count, 5, tiny.OBS_DIM))
+    apart = 9 * near * np.arange(count)[:, None, None]
+    support = {
+        "demos": jnp.asarray(states + apart, jnp.float32),
+        "valid": jnp.ones((count, 5), bool),
+        "tau": jnp.full(count, 2.0),
+        "scale": jnp.ones((count, tiny.OBS_DIM)),
+    }
+    acting = of_many(
+        "linear", count, searched=support, support="neighbour", priority=False
+    )
+    assert acting._acting_one[0].gathered == policy.SUPPORTED
+    obs, keys = np.asarray(support["demos"][:4, 0]), tiny.keys(4)
+    active = (np.asarray(acting.alpha(obs)) != 0).sum(1)
+    assert (active <= policy.SUPPORTED).all() if near else (active == count).all()
+    every = acting.act(keys, obs)
+    for key, one, expected in zip(keys, obs, every, strict=True):
+        np.testing.assert_allclose(acting.act(key, one), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("head", "count", "fields"),
     [
@@ -123,7 +147,38 @@ def test_of_many_skills_the_active_ones_are_computed(top_k, adapter):
 )
 def test_elsewhere_all_skills_are_computed(head, count, fields):
     acting = of_many(head, count, **fields)
-    assert acting._acting_one == (acting.config, acting.params)
+    config, params = acting._acting_one
+    laid_out = any(path.endswith("/down") for path in tree.flatten(params.library))
+    assert config == acting.config and laid_out == ("layers" not in fields)
+    obs, key = np.asarray(tiny.normal(1, tiny.OBS_DIM)), tiny.keys(1)
+    np.testing.assert_allclose(
+        acting.act(key[0], obs[0]), acting.act(key, obs)[0], atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("count", [policy.INDEX_FROM - 1, policy.INDEX_FROM])
+def test_a_support_of_many_skills_has_an_index(count):
+    """The actions are those of a search of every skill, which exported files make."""
+    states = 4 * np.arange(count)[:, None, None] + np.asarray(
+        tiny.normal(count, 9, tiny.OBS_DIM)
+    )
+    searched = {
+        "demos": jnp.asarray(states, jnp.float32),
+        "valid": jnp.ones((count, 9), bool),
+        "tau": jnp.full(count, 2.0),
+        "scale": jnp.ones((count, tiny.OBS_DIM)),
+    }
+    acting = of_many("linear", count, searched=searched, support="neighbour")
+    indexed = "low" in acting._indexed[1].gate["support"]
+    assert indexed == (count == policy.INDEX_FROM) and "low" not in searched
+    obs, keys = states[:, 0].astype(np.float32), tiny.keys(count)
+    every = acting.act(keys, obs)
+    np.testing.assert_allclose(acting.batched()(keys, obs), every, atol=1e-5)
+    np.testing.assert_allclose(
+        acting.from_noise()(acting.noise(keys), obs), every, atol=1e-5
+    )
+    np.testing.assert_allclose(acting.act(keys[1], obs[1]), every[1], atol=1e-5)
+    assert policy.alike(acting, acting)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from psec_jax.agents.cloning import AdapterConfig, CloningConfig
 from psec_jax.agents.common import (
     Demonstrations,
     OptimiserConfig,
+    batch_noise,
     descend,
     init_state,
 )
@@ -363,6 +364,73 @@ def test_an_update_by_hand(config):
     tiny.assert_trees_close(got.params, params, atol=1e-6, rtol=0)
     (name,) = [name for name in metrics if name.startswith("loss/")]
     np.testing.assert_allclose(metrics[name], expected, rtol=1e-6)
+
+
+def test_an_anchor_pulls_and_fixes():
+    """Finite weights by hand; infinite ones fix the parameter and its average."""
+    anchor = cloning.Anchor(
+        {"x": jnp.array([1.0, 2, 3]), "y": jnp.array([5.0])},
+        {"x": jnp.array([2.0, 0, np.inf]), "y": jnp.array([0.5])},
+    )
+    now = {"x": jnp.array([4.0, 9, 3]), "y": jnp.array([3.0])}
+    term, grads = jax.value_and_grad(functools.partial(cloning.anchor_term, anchor))(
+        now
+    )
+    assert term == 2 * 9 + 0.5 * 4
+    np.testing.assert_array_equal(grads["x"], [2 * 2 * 3, 0, 0])
+    np.testing.assert_array_equal(grads["y"], [-2 * 0.5 * 2])
+
+    config = dataclasses.replace(BASE, optimiser=OptimiserConfig(ema=0.3))
+    state = cloning.init(config, jax.random.key(0), 2, 2)
+    start = jax.tree.map(jnp.copy, state.params)
+    moved = state._replace(params=jax.tree.map(lambda x: x + 1 / 64, start))
+    batch = jax.tree.map(lambda x: x[:8], demonstrations([SIDE, 0]))
+    step = jax.jit(functools.partial(cloning.update, config))
+    free = jax.tree.map(jnp.zeros_like, start)
+    plain, _ = step(moved, batch, None, jax.random.key(5))
+    same, metrics = step(moved, batch, cloning.Anchor(start, free), jax.random.key(5))
+    tiny.assert_trees_close(same.params, plain.params, atol=1e-6)
+    assert metrics["loss/anchor"] == 0
+    strong = jax.tree.map(lambda x: x + 1e6, free)
+    back, metrics = step(moved, batch, cloning.Anchor(start, strong), jax.random.key(5))
+    np.testing.assert_allclose(
+        metrics["loss/anchor"], 1e6 * tree.size(start) / 64**2, rtol=1e-3
+    )
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_less(x, y), back.params, moved.params
+    )
+
+    def alternating(x):
+        """Every second parameter is fixed."""
+        return jnp.where(jnp.arange(x.size) % 2, np.inf, 0).reshape(x.shape)
+
+    half = jax.tree.map(alternating, start)
+    for seed in range(5):
+        state, _ = step(state, batch, cloning.Anchor(start, half), jax.random.key(seed))
+
+    def check(now, before, weight):
+        still = np.isinf(weight)
+        np.testing.assert_array_equal(now[still], before[still])
+        assert not np.any(now[~still] == before[~still])
+
+    for kind in (state.params, state.ema):
+        jax.tree.map(check, kind, start, half)
+
+
+def test_fisher_of_the_last_bias_by_hand():
+    """There the gradient of ||prediction - eps||^2 is twice the error."""
+    params, key = init_base().params, jax.random.key(2)
+    batch = jax.tree.map(lambda x: x[:5], demonstrations([SIDE, 0]))
+    got = jax.jit(cloning.fisher, static_argnums=0)(BASE, params, batch, key)
+    noise = batch_noise(PROCESS, key, 5, 2)
+    denoise = make_denoise(make_network(NETWORK, 2), params)
+    errors = []
+    for obs, action, t, eps in zip(*batch, noise.t, noise.eps, strict=True):
+        a_t = q_sample(make_schedule(PROCESS), action, t, eps)
+        errors.append(denoise(obs, a_t, t.astype(jnp.float32)) - eps)
+    expected = np.mean((2 * np.array(errors)) ** 2, axis=0)
+    np.testing.assert_allclose(got["output"]["bias"], expected, rtol=1e-4)
+    assert tree.shapes(got) == tree.shapes(params)
 
 
 def test_vmap_over_seeds_is_the_single_runs():

@@ -491,7 +491,10 @@ NUMBERS = [
     ((*EVALUATE, "--alpha=3"), "alpha: got 1 weights for no skills"),
     ((*EVALUATE, "--gate=gate", "--alpha=3"), "alpha and gate 'gate' were both given"),
     ((*EVALUATE, "--gate=gate", "--skills=thin"), "gate 'gate' weighs the skills"),
-    ((*EVALUATE, "--skills=walk,mlp", "--alpha=1,1"), "cannot compose lora and mlp"),
+    (
+        (*EVALUATE, "--skills=walk,mlp", "--alpha=1,1"),
+        "skills 'walk' (lora) and 'mlp' (mlp): cannot compose lora and mlp",
+    ),
     (
         ("experiments.table2", "--seeds=a", "--results=r", "--workdir=w"),
         "--seeds: got 'a'",

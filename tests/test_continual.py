@@ -1,5 +1,6 @@
 """Tasks in sequence: what is learned, kept and reported, and what is refused."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -10,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import continual, grid, results, tasks
+from experiments import continual, grid, packnet, results, tasks
 from experiments.configs.continual import job
+from psec_jax import tree
 from psec_jax.data import d4rl
 from psec_jax.errors import InputError
+from psec_jax.policy import load_base
+from psec_jax.workflows import base
 from psec_jax.workflows.collection import collect
 
 ROOT, TESTS = Path(__file__).parents[1], Path(__file__).parent
@@ -91,6 +95,39 @@ def test_a_sequence_is_learned_and_kept(tmp_path):
         measured(tmp_path, sequence, **chosen, **{"skill.steps": 3})
 
 
+def test_ewc_pulls_and_packnet_keeps(tmp_path):
+    """Bits, costs by hand, and a start after a stop that learns nothing again."""
+    sequence = tasks.read(sequence_file(tmp_path))
+    chosen = {"table.methods": ("EWC", "PackNet")}
+    table, raws = measured(tmp_path, sequence, **chosen)
+    params = load_base(tmp_path / "runs/seed0/library").params.base
+    kernels = sum(mask.size for mask in packnet.used(params).values())
+    # A Fisher weight for every parameter; a bit for every kernel weight of two tasks.
+    expected = {"EWC": (tree.size(params), 4 * tree.size(params), 0)}
+    expected["PackNet"] = (2 * kernels, 2 * kernels // 8, 1)
+    for method, (numbers, size, unchanged) in expected.items():
+        raw = raws[method]
+        assert (raw["parameters"], raw["bytes"]) == (numbers / 3, size / 3)
+        assert continual._unchanged(raw) == unchanged
+    shares = [
+        np.mean(np.concatenate([mask.ravel() for mask in masks.values()]))
+        for i in range(3)
+        if (masks := packnet.used(_packed(tmp_path, i)))
+    ]
+    np.testing.assert_allclose(shares, [1 / 3, 2 / 3, 1], atol=0.02)
+    lines = table.path(tmp_path).read_text().splitlines()
+    before = {
+        m: json.loads(line)["matrix"] for m, line in zip(raws, lines, strict=True)
+    }
+    table.path(tmp_path).unlink()
+    _, again = measured(tmp_path, sequence, **chosen)
+    assert {m: raw["matrix"] for m, raw in again.items()} == before
+
+
+def _packed(folder, i):
+    return load_base(folder / f"runs/seed0/packed-{i}").params.base
+
+
 @pytest.mark.slow
 def test_every_method(tmp_path):
     sequence = tasks.read(sequence_file(tmp_path))
@@ -107,6 +144,7 @@ def test_every_method(tmp_path):
         assert not continual.score(raws[method])["F"].any()
     kept = {method: raw["parameters"] for method, raw in raws.items()}
     assert kept["Joint"] == kept["Fine-tuning"] == 0
+    assert kept["EWC"] > 0 and kept["PackNet"] > 0
     assert kept["LoRA"] < kept["PSEC"] and kept["LoRA"] < kept["Scratch"]
     demonstrations = raws["LoRA"]["demonstrations"]
     assert demonstrations.keys() == {"a", "b"} and min(demonstrations.values()) > 0
@@ -115,6 +153,51 @@ def test_every_method(tmp_path):
     assert "| PSEC one gate |" in text and "numbers / task" in text
     for name in ("mine_matrix.png", "mine_curve.svg"):
         assert (tmp_path / "figures" / name).stat().st_size > 1000
+
+
+def test_packnet_masks_by_hand():
+    """A dense layer of six weights and a norm: two shares, then what moves."""
+    kernel = np.float32([[1, -4, 0.5], [3, 2, -6]])
+    norm = {"scale": np.float32([7])}
+    params = {"dense": {"kernel": kernel, "bias": np.float32([1] * 3)}, "norm": norm}
+    first = packnet.pruned(params, None, 1 / 3)
+    np.testing.assert_array_equal(first["dense"]["kernel"], [[0, -4, 0], [0, 0, -6]])
+    assert first["norm"] == norm and (first["dense"]["bias"] == 1).all()
+    owned = packnet.used(first)
+    np.testing.assert_array_equal(
+        owned["dense/kernel"], [[False, True, False], [False, False, True]]
+    )
+    # Of the four that are free the two largest stay, whatever the owned ones are.
+    second = packnet.pruned(params, owned, 1 / 2)
+    np.testing.assert_array_equal(second["dense"]["kernel"], [[0, -4, 0], [3, 2, -6]])
+    last = packnet.pruned(params, owned, 1.0)
+    np.testing.assert_array_equal(last["dense"]["kernel"], kernel)
+    anchor = packnet.fixed(params, owned, rest=True)
+    np.testing.assert_array_equal(
+        anchor["dense"]["kernel"], [[np.inf, 0, np.inf], [np.inf, np.inf, 0]]
+    )
+    assert np.isinf(anchor["norm"]["scale"]) and np.isinf(anchor["dense"]["bias"]).all()
+    assert not packnet.fixed(params, owned, rest=False)["norm"]["scale"]
+    seen = packnet.masked(second, owned)
+    np.testing.assert_array_equal(seen["dense"]["kernel"], first["dense"]["kernel"])
+
+
+def test_an_anchor_that_does_not_fit(tmp_path):
+    sequence = tasks.read(sequence_file(tmp_path))
+    small = job("quick").changed(SMALL)
+    data = tasks.prepare(sequence, small, tmp_path).base
+    make = functools.partial(base.Request, tmp_path / "run", data=data, evaluate=False)
+    base.run(small, make(tmp_path / "one"))
+    start, layer = tmp_path / "one", np.zeros((2, 8), np.float32)
+    for message, changes in (
+        (
+            "objective bc and no start, expected bc and a start",
+            {"anchor": {"x": layer}},
+        ),
+        ("anchor: .* has the shape None", {"anchor": {"x": layer}, "start": start}),
+    ):
+        with pytest.raises(InputError, match=message):
+            base.run(small, make(tmp_path / "two", **changes))
 
 
 def raw_of(before, matrix):
@@ -219,6 +302,9 @@ def test_packaged_sequences():
     unseen = tasks.read("unseen12")
     assert (len(unseen.base), len(unseen.tasks)) == (18, 12)
     assert tasks.read("walker").full_return == 1000
+    walking, mixed = tasks.read("walker12"), tasks.read("walker12_mixed")
+    assert len(walking.until(11)) == 12 and walking.tasks != mixed.tasks
+    assert set(walking.tasks) == set(mixed.tasks) and walking.base == mixed.base
 
 
 @pytest.mark.slow
@@ -232,10 +318,13 @@ def test_two_steps_in_meta_world(tmp_path):
     entries = [{"name": n, "env": f"metaworld:{n}-v3{end}"} for n in names]
     fields = {"policy": "scripted", "action_noise": 0.1}
     path = sequence_file(tmp_path, base=entries[2:], tasks=entries[:2], **fields)
-    changes = {"table.methods": ("LoRA", "Support"), "evaluation.episodes": 2}
+    methods = ("EWC", "PackNet", "LoRA", "Support")
+    changes = {"table.methods": methods, "evaluation.episodes": 2}
     changes |= {"base.episodes": 2, "skill.episodes": 2}
     _, raws = measured(tmp_path, tasks.read(path), **changes)
-    assert raws.keys() == {"LoRA", "Support"}
+    assert raws.keys() == set(methods)
+    for method, expected in (("EWC", 0), ("PackNet", 1), ("LoRA", 1)):
+        assert continual._unchanged(raws[method]) == expected
     assert np.shape(raws["Support"]["matrix"][1]) == (2, 2)
     assert raws["LoRA"]["demonstrations"] == dict.fromkeys(names[:2], 1.0)
 

@@ -12,11 +12,13 @@ import pytest
 from tiny_env import LIMIT, SPEC
 
 from psec_jax import envs
+from psec_jax.data import d4rl
 from psec_jax.data.actions import ActionBox
 from psec_jax.envs import experts
 from psec_jax.envs.vector import RESTARTS, VectorEnv
 from psec_jax.envs.workers import Worker, default_workers
 from psec_jax.errors import InputError
+from psec_jax.workflows.collection import collect
 
 WALKER = "dm_control:walker-walk"
 
@@ -79,6 +81,55 @@ def test_dm_control_agrees_with_the_suite():
     np.testing.assert_array_equal(step.obs, expected.astype(np.float32))
     assert step.reward == result.reward
     assert (step.cost, step.terminal, step.timeout) == (0.0, False, False)
+
+
+@pytest.mark.parametrize(
+    ("speed", "moving", "met"),
+    [
+        (3.0, 3.2, 1.0),  # within a tenth
+        (3.0, 4.8, 0.5),  # the band ends at 3.3, and 1.5 beyond it half is left
+        (3.0, 0.0, 0.1),
+        (-2.0, -2.1, 1.0),
+        (-2.0, 2.0, 0.0),
+        (0.5, 0.1, 0.7),  # 0.1 and 0.5 m/s at least
+    ],
+)
+def test_a_target_speed_by_hand(speed, moving, met):
+    env = envs.make(f"{WALKER}?speed={speed}")
+    assert env.spec == f"{WALKER}?speed={speed}" and env.max_steps == 1000
+    env.reset(0)
+    physics = env._env.physics
+
+    class Moving:
+        def __getattr__(self, name):
+            return getattr(physics, name)
+
+        def horizontal_velocity(self):
+            return moving
+
+    standing = envs.make("dm_control:walker-stand")
+    standing.reset(0)
+    upright = standing._env.task.get_reward(physics)
+    got = env._env.task.get_reward(Moving())
+    np.testing.assert_allclose(got, upright * (5 * met + 1) / 6, rtol=1e-6)
+
+
+def test_demonstrators_keep_a_target_speed(monkeypatch, tmp_path):
+    monkeypatch.setenv("PSEC_DATA_DIR", str(tmp_path))
+    path = collect(f"{WALKER}?speed=3&time_limit=5", "scripted", 1, 0)
+    ds, attrs = d4rl.load(path)
+    assert len(ds.obs) == 200 and attrs["returns"] > 120
+    faster, _ = d4rl.load(collect(f"{WALKER}?speed=6&time_limit=5", "scripted", 1, 0))
+    index = 14 + 1 + 1  # orientations, height, then the torso's velocity up and ahead
+    assert 2 < ds.obs[80:, index].mean() < 4 < faster.obs[80:, index].mean() < 7
+    for speed, message in (
+        ("'fast'", "speed: got 'fast', expected a number"),
+        ("11", "speed: got 11, expected -10 to 10 m/s"),
+    ):
+        with pytest.raises(InputError, match=message):
+            envs.make(f"{WALKER}?speed={speed}")
+    with pytest.raises(InputError, match="unknown policy 'scripted'"):
+        collect(f"{WALKER}?speed=-2", "scripted", 1, 0)
 
 
 def test_dm_control_episode_is_cut_at_the_limit():

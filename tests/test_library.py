@@ -1,5 +1,6 @@
 """The library on disk: round trips, refusals by name, nothing half-written."""
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -17,6 +18,9 @@ import tiny
 from psec_jax import files, tree
 from psec_jax.errors import InputError
 from psec_jax.library import SkillLibrary, base_fingerprint, table
+from psec_jax.lora import init_skill
+from psec_jax.networks.denoiser import init_base
+from psec_jax.policy import compose
 from psec_jax.types import Normaliser
 
 NORMALISER = Normaliser(np.zeros(tiny.OBS_DIM), np.ones(tiny.OBS_DIM))
@@ -80,6 +84,28 @@ def other_base(tmp_path, size=tiny.OBS_DIM):
     normaliser = Normaliser(np.ones(size), np.ones(size))
     made.add_base(tiny.base(), normaliser, BASE_CARD | {"obs_dim": size})
     return made
+
+
+def test_skills_of_other_ranks_compose_and_of_other_chunks_are_refused(tmp_path):
+    """The chunks are the base's: a skill of another base's does not fit."""
+    library = SkillLibrary.create(tmp_path)
+    forms = {"network": tiny.NETWORK, "process": tiny.PROCESS}
+    card = BASE_CARD | {name: dataclasses.asdict(form) for name, form in forms.items()}
+    library.add_base(tiny.base(), NORMALISER, card)
+    for name, skill in (("thin", tiny.skill(0, 1)), ("thick", tiny.skill(1, 4))):
+        library.add_skill(name, skill, SKILL_CARD)
+    obs, keys = np.asarray(tiny.normal(5, tiny.OBS_DIM)), tiny.keys(5)
+    for k, name in enumerate(("thin", "thick")):
+        both = compose(tmp_path, ["thin", "thick"], alpha=np.eye(2)[k])
+        alone = compose(tmp_path, name, alpha=1.0)
+        np.testing.assert_allclose(both.act(keys, obs), alone.act(keys, obs), atol=1e-5)
+    chunks = init_base(tiny.NETWORK, tiny.keys(1)[0], tiny.OBS_DIM, 4, horizon=2)
+    other = init_skill(tiny.keys(1)[0], chunks, 2)
+    with pytest.raises(InputError, match="skill 'far': layer .* maps .* the base's"):
+        library.add_skill("far", other, SKILL_CARD)
+    named = SKILL_CARD | {"base_fingerprint": base_fingerprint(chunks, NORMALISER)}
+    with pytest.raises(InputError, match="skill 'far': .*base"):
+        library.add_skill("far", tiny.skill(0), named)
 
 
 def test_round_trip(library):

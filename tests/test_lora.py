@@ -79,6 +79,16 @@ def test_equal_weights_of_all_layers_are_one_vector(adapter, kind):
 
 
 @FORMS
+def test_another_layout_is_the_same_library(adapter, kind):
+    library = tiny.library(adapter=adapter, kind=kind)
+    moved = jax.jit(lora.inputs_first)(library)
+    names = {path.rpartition("/")[2] for path in tree.flatten(moved)}
+    assert "down" in names and "a" not in names
+    got, expected = eps(moved, ALPHA, kind), eps(library, ALPHA, kind)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@FORMS
 def test_a_layer_of_weight_zero_has_no_skill(adapter, kind):
     library = tiny.library(adapter=adapter, kind=kind)
     for row, layer in enumerate(lora.layers_of(library)):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from psec_jax.errors import InputError
-from psec_jax.gating import SUPPORTS
+from psec_jax.gating import NO_SUPPORT, SUPPORTS, index_boxes
 from psec_jax.support import (
     FITS,
     SupportConfig,
@@ -97,6 +97,33 @@ def test_neighbour_support_is_brute_force():
         distance = brute_distance(BACKGROUND / scale, demos / scale)
         expected = np.exp(-((distance / fit["tau"][k]) ** 4))
         np.testing.assert_allclose(got[:, k], expected, atol=1e-3)
+
+
+def test_boxes_leave_the_weights_as_they_are():
+    """Nine skills along a line, two of them at one place, states all along it."""
+    centres = [0, 7, 14, 14, 21, 28, 35, 42, 49]
+    skills = [cloud([c, 0], k) for k, c in enumerate(centres)]
+    fit = fit_neighbour(SMALL, skills, BACKGROUND)
+    indexed = jax.jit(index_boxes)(fit)
+    assert indexed.keys() - fit.keys() == {"low", "high"}
+    generator = np.random.default_rng(3)
+    states = generator.uniform((-9, -9), (58, 9), (400, 2)).astype(np.float32)
+    support = jax.jit(jax.vmap(SUPPORTS["neighbour"], (None, 0)))
+    expected, got = (
+        np.asarray(support(fit, states)),
+        np.asarray(support(indexed, states)),
+    )
+    assert 0.5 < (expected > 0).sum(1).mean() < 2  # most skills are out of reach
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    one = jax.jit(SUPPORTS["neighbour"])
+    for state, row in zip(states[:20], got, strict=False):
+        np.testing.assert_allclose(one(indexed, state), row, atol=1e-5)
+    # Where a box is too far nothing would be left in float32, and nearer something is.
+    x, tau = states[:, None] / fit["scale"], fit["tau"]
+    outside = np.maximum(np.maximum(indexed["low"] - x, x - indexed["high"]), 0)
+    far = np.linalg.norm(outside, axis=-1) >= NO_SUPPORT * tau
+    assert 0.7 < far.mean() < 0.95 and not expected[far].any() and not got[far].any()
+    assert np.exp(np.float32(-(NO_SUPPORT**4))) == 0 < np.exp(np.float32(-(3**4)))
 
 
 @pytest.mark.parametrize("name", FITS)

@@ -5,7 +5,8 @@
 
 Measures start-up and memory, the rate of matrix products, training steps of every
 stage, where a step's time goes, several seeds as one program, data in a file, several
-steps as one call, the cost of composing skills, of which few are active, the latency of
+steps as one call, the cost of composing skills, of which few are active, libraries of
+many skills and the search of their supports, the latency of
 an action, also of exported policies and of a server, evaluation (also with simulators
 on the device), and bfloat16; prints a table and saves it as JSON.
 A full run takes minutes, in which nothing else should run on the machine. --quick
@@ -24,6 +25,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import resource
@@ -48,33 +50,46 @@ from psec_jax.agents.common import batch_noise
 from psec_jax.agents.critics import CriticConfig
 from psec_jax.cli import no_arguments, run, values_of
 from psec_jax.composition import PolicyConfig, PolicyParams, act
-from psec_jax.data import d4rl
+from psec_jax.data import d4rl, dataset
+from psec_jax.data.normalise import standard
 from psec_jax.envs import make_on_device
 from psec_jax.envs.vector import VectorEnv
 from psec_jax.errors import lookup
 from psec_jax.evaluation import MAX_WIDTH, evaluate
 from psec_jax.files import make_room, write_json
-from psec_jax.gating import GateConfig, init_gate
+from psec_jax.gating import SUPPORTS, GateConfig, index_boxes, init_gate
 from psec_jax.library import SkillLibrary
 from psec_jax.lora import dense_layers, init_skill
 from psec_jax.networks.critics import init_q
 from psec_jax.networks.denoiser import NetworkConfig, init_base, make_network
-from psec_jax.policy import Policy
+from psec_jax.policy import Policy, compose, load_skills
 from psec_jax.process import ProcessConfig
 from psec_jax.runtime import batches, loop, platform, streaming
 from psec_jax.runtime.loop import LoopConfig
 from psec_jax.runtime.run import versions
 from psec_jax.runtime.runs import Training
+from psec_jax.support import SupportConfig, fit_neighbour
 from psec_jax.types import Dataset, Normaliser, Params
 from psec_jax.workflows import Job, base, gate, skill
-from psec_jax.workflows.collection import simulator_versions
+from psec_jax.workflows.collection import collect, simulator_versions
 from psec_jax.workflows.demonstrations import Demos
 from psec_jax.workflows.multirun import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = "results/benchmark.json"
-OBS_DIM, ACTION_DIM = 24, 6  # of the walker
 RANK, STRENGTH = 8, 16.0
+PERCENTILE_TURNS = 3
+
+
+class Robot(NamedTuple):
+    """Numbers of an observation and of an action."""
+
+    obs: int
+    action: int
+
+
+WALKER, META_WORLD = Robot(24, 6), Robot(39, 4)
+OBS_DIM, ACTION_DIM = WALKER
 PAPERS_GATE = GateConfig()
 DTYPES = ("float32", "bfloat16")
 _SHORT = {"float32": "f32", "bfloat16": "bf16"}
@@ -97,6 +112,11 @@ class Sizes:
       skills: numbers K of skills composed.
       active: numbers of skills that are active under a "topk" head.
       acting: numbers of observations that it acts on at once.
+      libraries: numbers K of skills in a library.
+      tasks: of Meta-World, whose demonstrations are searched; of more skills than tasks
+        each task has several.
+      demonstrations: of each task.
+      library_batch: transitions of a step of a gate over them.
       transitions: in the file that the start-up is measured with.
       start_steps: gradient steps of that run.
       rows: transitions the other stages draw from.
@@ -123,6 +143,10 @@ class Sizes:
     skills: tuple[int, ...] = (1, 4, 16, 64)
     active: tuple[int, ...] = (1, 2)
     acting: tuple[int, ...] = (1, 32, 256)
+    libraries: tuple[int, ...] = (1, 10, 50, 200)
+    tasks: int = 50
+    demonstrations: int = 20
+    library_batch: int = 256
     transitions: int = 1_000_000
     start_steps: int = 20
     rows: int = 100_000
@@ -149,6 +173,9 @@ QUICK = Sizes(
     evaluation_repeats=1,
     device_episodes=(10,),
     replies=64,
+    libraries=(1, 10),
+    tasks=2,
+    demonstrations=2,
 )
 
 
@@ -420,21 +447,21 @@ def make_job(sizes: Sizes, batch: int) -> Job:
     return Job().changed(network | {f"{s}.batch_size": batch for s in sections})
 
 
-def _load(count: int, *_: Any) -> Demos:
+def _load(count: int, *_: Any, robot: Robot = WALKER) -> Demos:
     """Random data, whatever trajectories a workflow requests."""
-    return Demos(random_data(count), "random")
+    return Demos(random_data(count, robot), "random")
 
 
 @functools.cache
-def random_data(count: int) -> Dataset:
-    """Random transitions in the walker's shape, at least two episodes."""
+def random_data(count: int, robot: Robot = WALKER) -> Dataset:
+    """Random transitions, at least two episodes."""
     generator = np.random.default_rng(0)
-    states = generator.standard_normal((count + 1, OBS_DIM), np.float32)
+    states = generator.standard_normal((count + 1, robot.obs), np.float32)
     ends = np.arange(1, count + 1) % min(1000, count // 2) == 0
     ends[-1] = True
     return Dataset(
         obs=states[:-1],
-        action=generator.random((count, ACTION_DIM), np.float32) * 2 - 1,
+        action=generator.random((count, robot.action), np.float32) * 2 - 1,
         reward=generator.standard_normal(count, np.float32),
         cost=(generator.random(count) < 0.1).astype(np.float32),
         next_obs=states[1:],
@@ -443,16 +470,19 @@ def random_data(count: int) -> Dataset:
     )
 
 
-def write_library(sizes: Sizes, folder: str) -> None:
-    """Make a directory the library of a random base and skill."""
-    policy = make_policy(sizes, skills=1)
+def write_library(
+    sizes: Sizes, folder: str, skills: int = 1, robot: Robot = WALKER
+) -> None:
+    """Make a directory the library of a random base and skills."""
+    policy = make_policy(sizes, skills, obs_dim=robot.obs, action_dim=robot.action)
     library = SkillLibrary.create(folder)
-    card = {"name": "random", "obs_dim": OBS_DIM, "action_dim": ACTION_DIM}
+    card = {"name": "random", "obs_dim": robot.obs, "action_dim": robot.action}
     card |= {"network": dataclasses.asdict(sizes.network), "env": None}
     card |= {"process": dataclasses.asdict(policy.config.process)}
     library.add_base(policy.params.base, policy.params.normaliser, card)
-    only = jax.tree.map(lambda leaf: leaf[0], policy.params.library)
-    library.add_skill("skill0", only, {"alpha": STRENGTH, "env": "random"})
+    for k in range(skills):
+        one = jax.tree.map(lambda leaf, k=k: leaf[k], policy.params.library)
+        library.add_skill(f"skill{k}", one, {"alpha": STRENGTH, "env": "random"})
 
 
 def flop_per_example(plan: Plan, batch: int) -> float:
@@ -897,6 +927,158 @@ def sparse(sizes: Sizes) -> list[Row]:
     return rows
 
 
+def libraries(sizes: Sizes) -> list[Row]:
+    """Libraries of K random skills in Meta-World's sizes: read, composed, in use, and
+    how an action's cost grows beside its FLOP, 1 + K M / N of the base's."""
+    rows, robot = [], META_WORLD
+    load = functools.partial(_load, sizes.rows, robot=robot)
+    job = make_job(sizes, sizes.library_batch)
+    policies, steps = {}, {}
+    policies[0] = make_policy(sizes, obs_dim=robot.obs, action_dim=robot.action)
+    with contextlib.ExitStack() as stack:
+        for count in sizes.libraries:
+            folder = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="psec_benchmark_")
+            )
+            write_library(sizes, folder, count, robot)
+            names = [f"skill{k}" for k in range(count)]
+            form = GateConfig()
+            head = init_gate(form, jax.random.key(0), robot.obs, jnp.ones(count))
+            card = {"skills": names, "level": "parameter"}
+            card |= {"gate": dataclasses.asdict(form)}
+            SkillLibrary.open(folder).add_gate("gate", head, card)
+            read = functools.partial(load_skills, folder, names)
+            made = functools.partial(compose, folder, gate="gate")
+            times = calls_in_turns({"load": read, "compose": made}, sizes.repeats, 0)
+            for name, seconds in times.items():
+                rows.append(make_row("library", f"K = {count}: {name}", seconds, "s"))
+            policies[count] = made()
+            size = megabytes(policies[count].params)
+            rows.append(make_row("library", f"K = {count}: memory", [size], "MB"))
+            request = gate.Request("", folder, "new", names, evaluate=False)
+            steps[str(count)] = Trainer([gate.plan(job, request, load)], sizes.seconds)
+    times = in_turns(steps, sizes.repeats)
+    for count in sizes.libraries:
+        label = f"K = {count}: a step of the gate, batch {sizes.library_batch}"
+        milliseconds = [1e3 * t for t in times[str(count)]]
+        rows.append(make_row("library", label, milliseconds, "ms"))
+    calls = {str(count): _acting(policy, 1) for count, policy in policies.items()}
+    shares = _percentiles(calls, sizes)
+    n = weights_of(policies[0].params.base)
+    for count, policy in policies.items():
+        who = f"K = {count}" if count else "base"
+        for share, seconds in shares[str(count)].items():
+            label = f"{who}: an action, p{share}"
+            rows.append(make_row("library", label, [1e3 * t for t in seconds], "ms"))
+        if count:
+            cost = ratios(shares[str(count)][50], shares["0"][50])
+            bound = 1 + tree.size(policy.params.library) / n
+            rows += [
+                make_row("library", f"{who}: an action over the base's", cost, "x"),
+                make_row("library", f"{who}: its FLOP over the base's", [bound], "x"),
+            ]
+    return rows
+
+
+def _percentiles(
+    calls: Mapping[str, Callable[[], Any]], sizes: Sizes
+) -> dict[str, dict[int, list[float]]]:
+    """p50 and p99 of the seconds of single calls, in each of a few turns."""
+    shares: dict[str, dict[int, list[float]]] = {n: {50: [], 99: []} for n in calls}
+    measures = {name: timed(call, 0) for name, call in calls.items()}
+    for _ in range(min(sizes.repeats, PERCENTILE_TURNS)):
+        for name, measure in measures.items():
+            seconds = [measure() for _ in range(sizes.latency_repeats)]
+            for share, values in shares[name].items():
+                values.append(float(np.percentile(seconds, share)))
+    return shares
+
+
+def supports(sizes: Sizes) -> list[Row]:
+    """The search of a neighbour support over K skills in one state, of all skills and
+    of those alone whose demonstrations may be near; none where Meta-World is not
+    installed. The demonstrations are the scripted experts', collected where they are
+    not there yet (minutes); states are every 40th of them, in random order."""
+    if importlib.util.find_spec("metaworld") is None:
+        return []
+    skills = _demonstrated(sizes)
+    states = np.concatenate([np.concatenate(s)[::40] for s in skills])
+    states = jnp.asarray(np.random.default_rng(0).permutation(states), jnp.float32)
+    rows, row = [], functools.partial(make_row, "support")
+    search = jax.jit(SUPPORTS["neighbour"])
+    several = jax.jit(jax.vmap(SUPPORTS["neighbour"], (None, 0)))
+    for count in sizes.libraries:
+        some = skills[:count]
+        fit = fit_neighbour(SupportConfig(), some, np.zeros(0))
+        whole = tree.take(fit, [k % len(some) for k in range(count)])
+        forms = {"all": whole, "near": jax.jit(index_boxes)(whole)}
+        calls = {}
+        for name, form in forms.items():
+            inputs = itertools.cycle(list(states))
+            calls[name] = lambda form=form, inputs=inputs: search(form, next(inputs))
+        shares = _percentiles(calls, sizes)
+        label = f"K = {count}"
+        for name, values in shares.items():
+            for share, seconds in values.items():
+                title = f"{label}: {name} searched, p{share}"
+                rows.append(row(title, [1e3 * t for t in seconds], "ms"))
+        batch = {
+            name: waiting(several, form, states[: sizes.episodes])
+            for name, form in forms.items()
+        }
+        times = calls_in_turns(batch, sizes.repeats, sizes.seconds / 2)
+        for name, seconds in times.items():
+            title = f"{label}: {name} searched, {sizes.episodes} states"
+            rows.append(row(title, [1e3 * t for t in seconds], "ms"))
+        form = GateConfig(head="constant", support="neighbour")
+        policy = make_policy(
+            sizes, count, obs_dim=META_WORLD.obs, action_dim=META_WORLD.action
+        )
+        head = {"alpha": jnp.full(count, STRENGTH)}
+        policy = dataclasses.replace(
+            policy,
+            config=dataclasses.replace(policy.config, gate=form),
+            params=policy.params._replace(gate={"head": head, "support": whole}),
+        )
+        for share, seconds in _percentiles({"": _at(policy, states)}, sizes)[
+            ""
+        ].items():
+            title = f"{label}: an action under the support, p{share}"
+            rows.append(row(title, [1e3 * t for t in seconds], "ms"))
+        some = states[:: max(1, len(states) // 500)]
+        exact, got = (np.stack([search(f, s) for s in some]) for f in forms.values())
+        rows += [
+            row(f"{label}: states", [float(np.sum(whole["valid"]))], ""),
+            row(f"{label}: memory of the support", [megabytes(whole)], "MB"),
+            row(f"{label}: largest difference", [float(np.abs(got - exact).max())], ""),
+        ]
+    return rows
+
+
+def _at(policy: Policy, states: jax.Array) -> Callable[[], np.ndarray]:
+    """An action in one state after the other."""
+    inputs, key = itertools.cycle(np.asarray(states)), jax.random.key(0)
+    return lambda: np.asarray(policy.act(key, next(inputs)))
+
+
+def megabytes(params: Params) -> float:
+    """Of the arrays."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e6
+
+
+def _demonstrated(sizes: Sizes) -> list[list[np.ndarray]]:
+    """Normalised states of the demonstrations of Meta-World's tasks, by task."""
+    tasks = sorted(importlib.import_module("metaworld").ALL_V3_ENVIRONMENTS)
+    skills = []
+    for seed, name in enumerate(tasks[: sizes.tasks], 100):
+        spec = f"metaworld:{name}?terminate_on_success=True"
+        path = collect(spec, "scripted", sizes.demonstrations, seed, 0.1)
+        ds, _ = d4rl.load(path)
+        skills.append([ds.obs[rows] for rows in dataset.episode_slices(ds)])
+    normaliser = standard(np.concatenate([np.concatenate(s) for s in skills]), 0.1)
+    return [[normaliser(obs) for obs in trajectories] for trajectories in skills]
+
+
 def _acting(policy: Policy, batch: int) -> Callable[[], np.ndarray]:
     """One call of the policy, host to host; batch 1 is one unbatched observation."""
     obs = np.asarray(normal(0, batch, policy.params.normaliser.mean.shape[0]))
@@ -1228,6 +1410,8 @@ GROUPS = {
     "steps_per_call": loops,
     "skills": skills,
     "sparse": sparse,
+    "library": libraries,
+    "support": supports,
     "latency": latency,
     "export": exported,
     "serve": served,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +82,19 @@ class CloningConfig:
             raise InputError(f"dropout: got {self.dropout}, expected 0 <= rate < 1")
 
 
+class Anchor(NamedTuple):
+    """What ties a base that is trained on to the parameters it starts from.
+
+    Attributes:
+      params: those.
+      weight: of the same shapes: the loss has the sum of weight * change^2 as a term.
+        Where it is infinite the parameter stays as it is, bit for bit.
+    """
+
+    params: Params
+    weight: Params
+
+
 def init(
     config: CloningConfig,
     key: Key[Array, ""],
@@ -122,7 +136,7 @@ def update(
     config: CloningConfig,
     state: TrainState,
     batch: Demonstrations,
-    frozen: Params | None,
+    frozen: Params | Anchor | None,
     key: Key[Array, ""],
 ) -> tuple[TrainState, Metrics]:
     """One step on the process's loss (PAPER: 1 M for a base, 50 k for a skill).
@@ -131,24 +145,74 @@ def update(
       config: what is trained.
       state: its training state.
       batch: B demonstrations.
-      frozen: the base under a skill; None for a base.
+      frozen: the base under a skill; of a base its anchor, or None.
       key: of noise and dropout.
     """
     obs, action = batch.obs, batch.action
     noise = batch_noise(config.process, key, len(obs), action.shape[-1])
     name = "base" if config.skill is None else "skill"
+    anchor = frozen if config.skill is None else None
 
     def loss_fn(params: Params) -> tuple[Array, Metrics]:
         loss = jnp.mean(errors(config, params, frozen, obs, action, noise))
-        return loss, {f"loss/{name}": loss}
+        if anchor is None:
+            return loss, {f"loss/{name}": loss}
+        pull = anchor_term(anchor, params)
+        return loss + pull, {f"loss/{name}": loss, "loss/anchor": pull}
 
-    return descend(config.optimiser, state, loss_fn)
+    state, metrics = descend(config.optimiser, state, loss_fn)
+    if anchor is not None:
+        # The average too: of equal numbers it may differ in the last bit.
+        kept = partial(_kept, anchor)
+        state = state._replace(params=kept(state.params), ema=kept(state.ema))
+    return state, metrics
+
+
+def anchor_term(anchor: Anchor, params: Params) -> Float[Array, ""]:
+    """The sum of weight * change^2 over the parameters of finite weight."""
+
+    def one(start: Array, weight: Array, now: Array) -> Array:
+        return jnp.sum(jnp.where(jnp.isinf(weight), 0, weight) * (now - start) ** 2)
+
+    return jax.tree.reduce(jnp.add, jax.tree.map(one, *anchor, params))
+
+
+def _kept(anchor: Anchor, params: Params) -> Params:
+    """The parameters, with the anchor's where its weight is infinite."""
+
+    def one(start: Array, weight: Array, now: Array) -> Array:
+        return jnp.where(jnp.isinf(weight), start, now)
+
+    return jax.tree.map(one, *anchor, params)
+
+
+def fisher(
+    config: CloningConfig, params: Params, batch: Demonstrations, key: Key[Array, ""]
+) -> Params:
+    """The mean over examples of the squared gradient of each one's loss.
+
+    The diagonal of the empirical Fisher information of a base, at one time and noise of
+    the process for each example.
+    """
+    noise = batch_noise(config.process, key, len(batch.obs), batch.action.shape[-1])
+
+    def loss_fn(params: Params, *example: Any) -> Array:
+        rows = jax.tree.map(lambda x: x[None], example)
+        return errors(config, params, None, *rows)[0]
+
+    def add(total: Params, example: tuple) -> tuple[Params, None]:
+        grads = jax.grad(loss_fn)(params, *example)
+        return jax.tree.map(lambda s, g: s + g**2, total, grads), None
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    total, _ = jax.lax.scan(add, zeros, (*batch, noise))
+    return jax.tree.map(lambda s: s / len(batch.obs), total)
 
 
 def errors(
     config: CloningConfig,
     params: Params,
-    frozen: Params | None,
+    frozen: Params | Anchor | None,
     obs: Float[Array, "B S"],
     action: Float[Array, "B A"],
     noise: Noise,
@@ -169,7 +233,7 @@ def errors(
 def denoiser(
     config: CloningConfig,
     params: Params,
-    frozen: Params | None,
+    frozen: Params | Anchor | None,
     action_dim: int,
     dropout_key: Key[Array, ""] | None = None,
 ) -> Denoise:

@@ -113,7 +113,7 @@ class AdaptedDense(nn.Module):
         x = x.astype(dtype)
         adapter = {
             leaf: self.get_variable("skills", leaf)
-            for leaf in ("a", "b", "c", "alpha")
+            for leaf in ("a", "down", "b", "c", "alpha")
             if alpha is not None and self.has_variable("skills", leaf)
         }
         alpha = adapter.pop("alpha", alpha)

@@ -5,13 +5,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from psec_jax import tree
 from psec_jax.agents import cloning, offline
-from psec_jax.agents.cloning import CloningConfig
+from psec_jax.agents.cloning import Anchor, CloningConfig
 from psec_jax.agents.critic_file import Finished
 from psec_jax.agents.critics import CriticConfig
 from psec_jax.agents.offline import Frozen, OfflineConfig
+from psec_jax.errors import InputError
 from psec_jax.losses import OBJECTIVES
 from psec_jax.runtime.batches import Drawn
 from psec_jax.types import Normaliser, Params
@@ -59,6 +61,7 @@ def make(
     finished: Finished | None = None,
     base: Params | None = None,
     start: Params | None = None,
+    anchor: Params | None = None,
 ) -> Actor:
     """A base, or a skill for each objective, ready to be trained.
 
@@ -72,12 +75,17 @@ def make(
       finished: critics to use as they are; None trains those that are needed.
       base: under the skills.
       start: of a base that is trained on; None starts afresh.
+      anchor: weights that tie it to the start, see `cloning.Anchor`.
 
     Raises:
-      InputError: objectives that do not go together, or data that critics cannot use.
+      InputError: objectives that do not go together, data that critics cannot use, or
+        an anchor that does not fit.
     """
     init_key, train_key = jax.random.split(jax.random.key(seed))
     record: dict[str, Any] = {}
+    if anchor is not None:
+        _check_anchor(anchor, start, objectives)
+        record["anchor"] = tree.fingerprint(anchor)
     if any(OBJECTIVES[name].guided for name in objectives):
         agent, stage = offline, " ".join(objectives)
         mine = None
@@ -96,6 +104,8 @@ def make(
     else:
         agent, stage = cloning, "base" if base is None else "skill"
         full, frozen = config, base
+        if anchor is not None:
+            frozen = Anchor(start, anchor)
         rows = demonstrations(demos, normaliser, config.process.horizon)
 
     def fresh() -> tuple[Any, Any]:
@@ -115,6 +125,24 @@ def make(
         demos=demos,
         finished=finished,
     )
+
+
+def _check_anchor(
+    anchor: Params, start: Params | None, objectives: Sequence[str]
+) -> None:
+    if start is None or any(OBJECTIVES[name].guided for name in objectives):
+        raise InputError(
+            f"anchor: got one with the objective {', '.join(objectives)} and "
+            f"{'no' if start is None else 'a'} start, expected bc and a start"
+        )
+    got, expected = tree.flatten(anchor), tree.flatten(start)
+    for path in sorted(got.keys() | expected.keys()):
+        shapes = [np.shape(x[path]) if path in x else None for x in (got, expected)]
+        if shapes[0] != shapes[1] or not np.all(got[path] >= 0):
+            raise InputError(
+                f"anchor: {path} has the shape {shapes[0]}, expected {shapes[1]} and "
+                "numbers of 0 or more"
+            )
 
 
 def trained_params(trained: Trained, actor: Actor) -> tuple[Params, Finished | None]:

@@ -19,7 +19,7 @@ from psec_jax.policy import (
 )
 from psec_jax.runtime import processes
 from psec_jax.runtime.run import versions
-from psec_jax.types import Normaliser
+from psec_jax.types import Normaliser, Params
 from psec_jax.workflows import actor, critics, multirun
 from psec_jax.workflows.config import Job
 from psec_jax.workflows.demonstrations import (
@@ -55,6 +55,8 @@ class Request:
         are used; None trains critics in the same program where they are needed.
       start: directory of a library whose base is trained on, with its scaling of
         observations: fine-tuning of all parameters; None starts afresh.
+      anchor: weights that tie the parameters to the start's, or fix them there; see
+        `agents.cloning.Anchor`.
       evaluate: roll the base out and record its returns on the card.
       label: put before messages, such as "seed 3".
     """
@@ -70,6 +72,7 @@ class Request:
     objective: str = "bc"
     critics: str | Path | None = None
     start: str | Path | None = None
+    anchor: Params | None = None
     evaluate: bool = True
     label: str = ""
 
@@ -131,6 +134,7 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
         request.seed,
         finished,
         start=start,
+        anchor=request.anchor,
     )
     record |= learner.record
     if request.objective != "bc":

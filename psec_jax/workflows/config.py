@@ -345,6 +345,8 @@ class TableSection:
       fisor_candidates: actions sampled by the FISOR baseline.
       transitions: of a target set of the dynamics shift.
       gaussian: of BC and IQL.
+      ewc_strength: a factor of EWC's weights.
+      packnet_retraining: steps after pruning, as a share of the steps before.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -356,9 +358,12 @@ class TableSection:
     fisor_candidates: int = 16
     transitions: int = 10_000
     gaussian: GaussianSection = field(default_factory=GaussianSection)
+    ewc_strength: float = 1e4
+    packnet_retraining: float = 0.1
 
     def __post_init__(self) -> None:
         at_least(self, 1, "tuning_episodes", "fisor_candidates", "transitions")
+        at_least(self, 0, "ewc_strength", "packnet_retraining")
 
 
 @dataclass(frozen=True)

@@ -158,15 +158,18 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
     older = None
     if request.start is not None:
         older = _older(request, form, section.level)
-    alphas = candidate_weights(strength, form.base_member, section.alphas)
     if section.head == "select" and request.alpha is not None:
         raise InputError(
             "alpha: the head 'select' has several candidates, config.gate.alphas"
         )
-    start = (
-        alphas
-        if section.head == "select"
-        else start_weights(
+    alphas = None  # of many skills there are none by default
+    if section.guided or section.alphas:
+        alphas = candidate_weights(strength, form.base_member, section.alphas)
+    if section.head == "select":
+        assert alphas is not None
+        start = alphas
+    else:
+        start = start_weights(
             section.start,
             section.head,
             strength,
@@ -174,7 +177,6 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
             request.alpha,
             form.layers,
         )
-    )
     base_card = SkillLibrary.open(request.library).card("base", "base")
     box = box_of_card(base_card.get("actions"))
     compare = request.evaluate or request.env is not None
@@ -233,7 +235,7 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
         if older is not None:
             states = normaliser(demos.dataset.obs)
             gate["head"] = grow_head(form, older.params["head"], start, states)
-        if guide is None:
+        if guide is None or alphas is None:
             return Fresh(gate, params._replace(gate=gate))
         twins: Critics = twins_of(guide.source, guide.finished, form.rule)
         critics, told = twins, {}
