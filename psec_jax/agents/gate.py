@@ -40,6 +40,8 @@ from psec_jax.networks.denoiser import COMPATS
 from psec_jax.runtime import platform
 from psec_jax.types import Params, TrainState
 
+MERGED = 4  # skills at most: merged ones are unrolled, which compilation grows with
+
 
 class GateLoss(NamedTuple):
     """What a gate's head is trained on.
@@ -209,6 +211,8 @@ def _merges(config: GateTrainConfig, frozen: PolicyParams, batch_size: int) -> b
     policy = config.policy
     return (
         policy.level != "parameter"
+        and frozen.strength is not None
+        and len(frozen.strength) <= MERGED
         and policy.network.matmul_dtype == "float32"
         and adapter_of(frozen.library) == "lora"
         and platform.current().merges(batch_size)
