@@ -122,6 +122,8 @@ def test_demonstrators_keep_a_target_speed(monkeypatch, tmp_path):
     faster, _ = d4rl.load(collect(f"{WALKER}?speed=6&time_limit=5", "scripted", 1, 0))
     index = 14 + 1 + 1  # orientations, height, then the torso's velocity up and ahead
     assert 2 < ds.obs[80:, index].mean() < 4 < faster.obs[80:, index].mean() < 7
+    still, _ = d4rl.load(collect(f"{WALKER}?speed=0&time_limit=5", "scripted", 1, 0))
+    assert np.abs(still.obs[80:, index].mean()) < 0.3
     for speed, message in (
         ("'fast'", "speed: got 'fast', expected a number"),
         ("11", "speed: got 11, expected -10 to 10 m/s"),

@@ -173,18 +173,26 @@ class TargetSpeedEnv(DmControlEnv):
             return standing.get_reward(physics) * (5 * met + 1) / 6
 
         self._env.task.get_reward = reward
-        if SPEEDS[0] <= speed <= SPEEDS[-1]:
+        if speed == 0:
+            self.drivers = {"scripted": _mixed({"stand": 1.0}, self.action_dim)}
+        elif SPEEDS[0] <= speed <= SPEEDS[-1]:
             share = float(np.interp(speed, SPEEDS, SHARES))
-            self.drivers = {"scripted": _mixed(share, self.action_dim)}
+            shares = {"walk": 1 - share, "run": share}
+            self.drivers = {"scripted": _mixed(shares, self.action_dim)}
 
 
-def _mixed(share: float, action_dim: int) -> Policy:
-    """The actions of both packaged experts, `share` of the runner's."""
-    walk, run = (
-        load_expert(expert_path(f"dm_control:walker-{name}"), action_dim)
-        for name in ("walk", "run")
-    )
-    return lambda obs, generator: (1 - share) * walk(obs) + share * run(obs)
+def _mixed(shares: Mapping[str, float], action_dim: int) -> Policy:
+    """The actions of the walker's packaged experts, in these shares."""
+    experts = [
+        (load_expert(expert_path(f"dm_control:walker-{name}"), action_dim), share)
+        for name, share in shares.items()
+    ]
+
+    def act(obs: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        action = sum(np.float32(share) * expert(obs) for expert, share in experts)
+        return np.asarray(action, np.float32)
+
+    return act
 
 
 @contextlib.contextmanager
