@@ -235,6 +235,21 @@ def test_estimates_of_policies_whose_cost_is_known():
     np.testing.assert_allclose(reward, [10, 0, 5], atol=0.5)
 
 
+def test_no_estimate_is_beyond_what_any_policy_can_have():
+    assert fitted_q.bounds(np.array([0.0, 2.0]), 0.75) == (0, 8)
+    assert fitted_q.bounds(np.array([-1.0, -0.5]), 0.75) == (-4, 0)
+    # Targets from a Q far below 0, as one that is extrapolated may be, are costs alone.
+    config = FittedQConfig(batch_size=8, learning_rate=1e-2, target_rate=1.0)
+    q = init_q((4,), jax.random.key(0), 1, 1)
+    q["output"]["bias"] = q["output"]["bias"] - 100
+    state = fitted_q.init(config, q, 1)
+    zero = jnp.zeros((8, 1))
+    batch = fitted_q.Steps(zero, zero, jnp.ones(8), zero, zero[:, None], jnp.ones(8))
+    now = q_value(q, zero[0], zero[0])
+    _, metrics = fitted_q.update(config, 0.9, state, batch, (0.0, 10.0))
+    np.testing.assert_allclose(metrics["loss/fitted_q"], (now - 1) ** 2, rtol=1e-5)
+
+
 def test_each_weight_is_judged_by_its_own_q():
     make = functools.partial(init_q, (8,), obs_dim=S, action_dim=A)
     each = jax.vmap(jax.vmap(make))(tiny.keys(3)[:, None])

@@ -1,15 +1,17 @@
 """Fitted Q evaluation: what fixed policies will earn or cost, from logged data alone.
 
 Q of a policy pi is drawn to c + gamma mask Q(s', pi(s')) on the transitions of the data
-(Le et al. 2019); P policies train in one program, leaves [P, ...].
+(Le et al. 2019), with Q(s', pi(s')) kept within what any policy can have, `bounds`; P
+policies train in one program, leaves [P, ...].
 """
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 from psec_jax.agents.common import (
@@ -84,6 +86,16 @@ class Steps(NamedTuple):
     mask: Float[Rows, " N"]
 
 
+def bounds(signal: Float[np.ndarray, " N"], discount: float) -> tuple[float, float]:
+    """The least and the largest discounted sum of a signal, of its values in the data.
+
+    A policy that ends at once has 0. Costs are never below it, but a Q that is
+    extrapolated to actions of another policy soon is, and its errors add up.
+    """
+    low, high = min(float(signal.min()), 0.0), max(float(signal.max()), 0.0)
+    return low / (1 - discount), high / (1 - discount)
+
+
 def init(config: FittedQConfig, q: Params, policies: int) -> TrainState:
     """Every policy's Q starts from that of finished critics, leaves [...]."""
     copies = jax.tree.map(
@@ -100,10 +112,15 @@ def values(
 
 
 def update(
-    config: FittedQConfig, discount: float, state: TrainState, batch: Steps
+    config: FittedQConfig,
+    discount: float,
+    state: TrainState,
+    batch: Steps,
+    limits: tuple[Any, Any],
 ) -> tuple[TrainState, Metrics]:
-    """One step of every Q towards its target."""
+    """One step of every Q towards its target, from values within the limits."""
     next_q = values(state.ema, batch.next_obs, batch.next_action)
+    next_q = jnp.clip(next_q, *limits)
     of_rows = jax.vmap(td_target, (0, 0, 0, None))
     of_policies = jax.vmap(of_rows, (None, None, 0, None))
     target = of_policies(batch.signal, batch.mask, next_q, discount)
@@ -123,6 +140,7 @@ def updates(
     count: int,
     state: TrainState,
     rows: Steps,
+    limits: tuple[Any, Any],
     key: Key[Array, ""],
 ) -> TrainState:
     """`count` updates on batches drawn with replacement."""
@@ -132,6 +150,6 @@ def updates(
         size = (config.batch_size,)
         batch = jax.random.randint(draw, size, 0, len(rows.obs))
         chosen = jax.tree.map(lambda column: column[batch], rows)
-        return update(config, discount, state, chosen)[0]
+        return update(config, discount, state, chosen, limits)[0]
 
     return jax.lax.fori_loop(0, count, body, state)

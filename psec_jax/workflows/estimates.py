@@ -127,15 +127,19 @@ def discounted(
         next_action=actions,
         mask=data.rows.mask,
     )
+    limits = fitted_q.bounds(np.asarray(rows.signal), discount)
     rows = jax.device_put(rows)
     first = jax.tree.map(lambda leaf: leaf[0], q)
     state = fitted_q.init(config, first, actions.shape[1])
     while (done := int(state.step)) < config.steps:
         count = min(UPDATES, config.steps - done)
-        state = fitted_q.updates(config, discount, count, state, rows, train_key)
+        state = fitted_q.updates(
+            config, discount, count, state, rows, limits, train_key
+        )
     starts = jnp.asarray(data.starts)
     at_start = jnp.asarray(_act(draw, start_key, data.starts))
-    means = np.asarray(jnp.mean(fitted_q.values(state.ema, starts, at_start), axis=1))
+    said = jnp.clip(fitted_q.values(state.ema, starts, at_start), *limits)
+    means = np.asarray(jnp.mean(said, axis=1))
     if not np.isfinite(means).all():
         raise TrainingError(
             f"fitted Q evaluation of {kind}: the estimates are not finite"
