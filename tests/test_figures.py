@@ -104,7 +104,7 @@ def test_each_change_of_the_walker_alone(place, quick_starts, monkeypatch):
     monkeypatch.setattr(demonstrations, "collect", collect_two)
     job = tiny_config().changed({"skill.episodes": 2})
     root, folder = place
-    names = ("as it is", "no noise", "rank 64", "chunks of 4")
+    names = ("as it is", "no noise", "rank 64")
     chosen = {"settings": ["S->W"], "methods": names}
     grid.run(walker_changes.TABLE, job, root, folder, print, **chosen)
     raws = results.by_key(folder / "walker_changes.jsonl")
@@ -114,14 +114,10 @@ def test_each_change_of_the_walker_alone(place, quick_starts, monkeypatch):
     assert len({tuple(raw["returns"]) for raw in raws.values()}) == len(names)
     libraries = {
         place: SkillLibrary.open(root / place / "library")
-        for place in ("seed0", "seed0/rank-64", "chunks-of-4/seed0")
+        for place in ("seed0", "seed0/rank-64")
     }
     ranks = [one.card("skill", "walk")["rank"] for one in libraries.values()]
-    assert ranks == [job.skill.rank, 64, job.skill.rank]
-    horizons = [
-        one.card("base", "base")["process"]["horizon"] for one in libraries.values()
-    ]
-    assert horizons == [1, 1, 4]
+    assert ranks == [job.skill.rank, 64]
     text = walker_changes.write_table(folder)
     assert "return: no noise > as it is" in text
 
