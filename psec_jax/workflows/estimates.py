@@ -312,7 +312,8 @@ def value_fixed(
         means[kind] = found[kind].means
         allowed = its_budget if kind == "cost" else allowed
     within = np.ones(len(alphas), bool) if allowed is None else means["cost"] <= allowed
-    ranks = np.where(within, means["reward"], -np.inf)
+    worth = means["reward"] if "reward" in means else -means["cost"]
+    ranks = np.where(within, worth, -np.inf)
     best = int(np.argmax(ranks if within.any() else -means["cost"]))
     card: dict[str, Any] = {"alpha": np.asarray(alphas[best]).tolist()}
     if allowed is not None:

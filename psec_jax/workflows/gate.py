@@ -183,9 +183,8 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
     guide = _guide(section, request, policy)
     estimated = guide is not None and _estimated(section)
     signals = RULES[section.rule].critics if estimated else ()
-    wanted = Wanted(
-        compare=compare, box=box, costs="cost" in signals, rewards="reward" in signals
-    )
+    valued = section.values == "own" and "reward" in signals
+    wanted = Wanted(compare=compare, box=box, costs="cost" in signals, rewards=valued)
     demos = load(env, job.skill.episodes, request.data, request.selection, wanted)
     check_fit(demos, policy)
     if compare and env is not None:
