@@ -260,7 +260,9 @@ def _fisher(cell: Cell, seed: int, i: int) -> Params:
             data_of(cell).files[task.name],
         )
         rows = demonstrations(demos, policy.params.normaliser, process.horizon)
-        draw_key, noise_key = jax.random.split(jax.random.key(seed))
+        # Beside the keys of the training, which are split(key(seed)), fold_in 0 and 1.
+        own_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2), i)
+        draw_key, noise_key = jax.random.split(own_key)
         index = jax.random.randint(draw_key, (FISHER_ROWS,), 0, len(rows.obs))
         measured = jax.jit(cloning.fisher, static_argnums=0)(
             cloning.CloningConfig(network, process),

@@ -271,7 +271,8 @@ def index_boxes(support: Params) -> Params:
 
     A state's distance to the box of a skill's demonstrations is at most its distance to
     the nearest of them. Where that is too far for any support the skill is left out:
-    the weights are those of the whole search. Not to be differentiated.
+    the weights are those of the whole search, apart from rounding. Not to be
+    differentiated.
     """
     demos, valid = support["demos"], support["valid"][..., None]
     low = jnp.min(jnp.where(valid, demos, jnp.inf), axis=1)

@@ -33,19 +33,19 @@ class Playing:
 
 
 @dataclass
-class _Asked:
+class _Message:
     """A message to a worker, and its answer once it is there.
 
     Attributes:
       worker: its number.
       rows: of the call's arguments.
-      message: command, the worker's own environments, values.
+      content: command, the worker's own environments, values.
       answer: observations or a `Step`.
     """
 
     worker: int
     rows: np.ndarray
-    message: tuple[str, np.ndarray, np.ndarray]
+    content: tuple[str, np.ndarray, np.ndarray]
     answer: np.ndarray | Step | None = None
 
 
@@ -75,7 +75,7 @@ class VectorEnv:
           num_envs: B.
           workers: processes, at most one for each environment; by default one for
             every core. Where a process can hold one environment only, there is one
-            process for each whatever is asked for.
+            process for each whatever is requested.
 
         Raises:
           InputError: a spec that cannot be made, or numbers below 1.
@@ -90,7 +90,7 @@ class VectorEnv:
         self.spec, self.num_envs = spec, num_envs
         self._playing: list[Playing | None] = [None] * num_envs
         self._restarts = [0] * count
-        self._waiting: list[deque[_Asked]] = [deque() for _ in range(count)]
+        self._waiting: list[deque[_Message]] = [deque() for _ in range(count)]
         self._workers: list[Worker] = []
         try:
             for i in range(count):
@@ -132,8 +132,8 @@ class VectorEnv:
         """
         seeds = np.asarray(seeds, dtype=np.int64)
         obs = np.empty((len(indices), self.obs_dim), np.float32)
-        for asked in self._ask("reset", indices, seeds):
-            obs[asked.rows] = self._answer(asked)
+        for sent in self._send("reset", indices, seeds):
+            obs[sent.rows] = self._answer(sent)
         return obs
 
     def step(self, indices: Sequence[int] | np.ndarray, actions: np.ndarray) -> Step:
@@ -160,7 +160,7 @@ class VectorEnv:
             raise ValueError(
                 f"actions have shape {actions.shape}, expected {(n, self.action_dim)}"
             )
-        every = self._ask("step", indices, actions)
+        every = self._send("step", indices, actions)
 
         def result() -> Step:
             made = Step(
@@ -171,16 +171,16 @@ class VectorEnv:
                 np.empty(n, bool),
                 np.empty(n),
             )
-            for asked in every:
-                for target, values in zip(made, self._answer(asked), strict=True):
-                    target[asked.rows] = values
+            for sent in every:
+                for target, values in zip(made, self._answer(sent), strict=True):
+                    target[sent.rows] = values
             return made
 
         return result
 
-    def _ask(
+    def _send(
         self, command: str, indices: Sequence[int] | np.ndarray, values: np.ndarray
-    ) -> list["_Asked"]:
+    ) -> list["_Message"]:
         """Send every worker its share."""
         if not self._workers:
             raise RuntimeError(f"the environments of {self.spec} are closed")
@@ -193,21 +193,21 @@ class VectorEnv:
             rows = np.flatnonzero(indices % count == i)
             if len(rows):
                 message = (command, indices[rows] // count, values[rows])
-                every.append(_Asked(i, rows, message))
+                every.append(_Message(i, rows, message))
                 self._waiting[i].append(every[-1])
                 with contextlib.suppress(WorkerDied):  # noticed when it should answer
                     worker.send(message)
         return every
 
-    def _answer(self, asked: "_Asked") -> np.ndarray | Step:
+    def _answer(self, sent: "_Message") -> np.ndarray | Step:
         """The answer to a message; a worker answers in the order of its messages."""
-        waiting = self._waiting[asked.worker]
-        while asked.answer is None:
-            answer = self._receive(asked.worker)
+        waiting = self._waiting[sent.worker]
+        while sent.answer is None:
+            answer = self._receive(sent.worker)
             first = waiting.popleft()
             first.answer = answer
             self._note(first)
-        return asked.answer
+        return sent.answer
 
     def _receive(self, i: int) -> np.ndarray | Step:
         """Worker i's next answer, from a new worker if need be."""
@@ -216,8 +216,8 @@ class VectorEnv:
             try:
                 if replaced:
                     self._play_again(i)
-                    for asked in self._waiting[i]:
-                        self._workers[i].send(asked.message)
+                    for sent in self._waiting[i]:
+                        self._workers[i].send(sent.content)
                 return self._workers[i].recv()
             except WorkerDied as error:
                 if self._restarts[i] == RESTARTS:
@@ -231,10 +231,10 @@ class VectorEnv:
                 self._workers[i] = self._start(i)
                 replaced = True
 
-    def _note(self, asked: "_Asked") -> None:
+    def _note(self, sent: "_Message") -> None:
         """Keep what is needed to play the episodes again."""
-        command, members, values = asked.message
-        indices, answer = members * len(self._workers) + asked.worker, asked.answer
+        command, own, values = sent.content
+        indices, answer = own * len(self._workers) + sent.worker, sent.answer
         if isinstance(answer, Step):
             ended = answer.terminal | answer.timeout
             for row, index in enumerate(indices):

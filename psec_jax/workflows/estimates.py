@@ -303,13 +303,13 @@ def value_fixed(
       key: of actions and batches.
     """
     draw = fixed_weights(config, params, alphas)
-    found, means, allowed = {}, {}, None
+    values, means, allowed = {}, {}, None
     for i, kind in enumerate(sorted(twins)):
         its_key = jax.random.fold_in(key, i)
-        found[kind], its_budget = _estimates(
+        values[kind], its_budget = _estimates(
             job, params.normaliser, twins, demos, draw, its_key, kind
         )
-        means[kind] = found[kind].means
+        means[kind] = values[kind].means
         allowed = its_budget if kind == "cost" else allowed
     within = np.ones(len(alphas), bool) if allowed is None else means["cost"] <= allowed
     worth = means["reward"] if "reward" in means else -means["cost"]
@@ -325,7 +325,7 @@ def value_fixed(
     ]
     return Fixed(
         card,
-        {k: jax.tree.map(lambda leaf: leaf[:, None], v.q) for k, v in found.items()},
+        {k: jax.tree.map(lambda leaf: leaf[:, None], v.q) for k, v in values.items()},
     )
 
 
@@ -343,5 +343,5 @@ def _estimates(
     rows = transitions(job.critics, demos, normaliser, (kind,))
     data = logged(job.fitted_q, rows, demos.dataset, normaliser, 0)
     q = twins[kind]
-    found = discounted(job.fitted_q, data, draw, kind, q, discount, key)
-    return found, budget(job.cost_limit, data.steps, discount)
+    evaluated = discounted(job.fitted_q, data, draw, kind, q, discount, key)
+    return evaluated, budget(job.cost_limit, data.steps, discount)

@@ -237,12 +237,12 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
         if guide is None or alphas is None:
             return Fresh(gate, params._replace(gate=gate))
         twins: Critics = twins_of(guide.source, guide.finished, form.rule)
-        critics, told = twins, {}
+        critics, fitted_card = twins, {}
         if form.values == "own":
             fixed = estimates.value_fixed(
                 job, config.policy, params, alphas, twins, demos, fixed_key
             )
-            critics, told = fixed.critics, {"fixed": fixed.card}
+            critics, fitted_card = fixed.critics, {"fixed": fixed.card}
         guided = params._replace(gate=gate | {"alphas": alphas}, critics=critics)
         chosen = estimates.choose_cost_weight(
             job, *agent.selecting(config.policy, guided), twins, demos, estimate_key
@@ -251,7 +251,7 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
         if section.head == "select":
             gate = gate | {"critics": critics, "cost_weight": weight}
         guided = guided._replace(cost_weight=weight)
-        return Fresh(gate, guided, chosen.card | told)
+        return Fresh(gate, guided, chosen.card | fitted_card)
 
     def start_training() -> tuple[Any, Any]:
         made = fresh()
