@@ -842,20 +842,9 @@ def main(argv: Sequence[str]) -> None:
     folder, root = Path(FLAGS["results"].value), grid.run_root(FLAGS, RUNS)
     root = root / sequence.name
     table = make_table(sequence, root)
-    job = grid.set_seeds(continual.job(FLAGS["preset"].value), FLAGS)
-    methods = grid.known_names(FLAGS["methods"].value, METHODS, "method")
-    if not FLAGS["tables_only"].value:
-        measured = grid.run(
-            table,
-            job,
-            root,
-            folder,
-            methods=methods or job.table.methods,
-            **grid.options(FLAGS),
-        )
-        if not measured:
-            return
-    print(write_table(table, folder))
+    job = continual.job(FLAGS["preset"].value)
+    if grid.measure(FLAGS, table, job, root, folder, methods=job.table.methods):
+        print(write_table(table, folder))
 
 
 if __name__ == "__main__":

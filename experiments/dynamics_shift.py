@@ -461,25 +461,12 @@ def main(argv: Sequence[str]) -> None:
     """Measure what is missing, then write the table."""
     no_arguments(argv)
     folder = Path(FLAGS["results"].value)
-    if not FLAGS["tables_only"].value:
-        job = grid.set_seeds(config.job(FLAGS["preset"].value), FLAGS)
-        if FLAGS["transitions"].value is not None:
-            cut = {"table.transitions": FLAGS["transitions"].value}
-            job = job.changed(cut)
-        methods = grid.known_names(FLAGS["methods"].value, METHODS, "method")
-        targets = FLAGS["targets"].value
-        measured = grid.run(
-            TABLE,
-            job,
-            grid.run_root(FLAGS, RUNS),
-            folder,
-            settings=grid.known_names(targets, TABLE.settings, "target"),
-            methods=methods,
-            **grid.options(FLAGS),
-        )
-        if not measured:
-            return
-    print(write_table(folder))
+    job, root = config.job(FLAGS["preset"].value), grid.run_root(FLAGS, RUNS)
+    if FLAGS["transitions"].value is not None:
+        job = job.changed({"table.transitions": FLAGS["transitions"].value})
+    targets = grid.known_names(FLAGS["targets"].value, TABLE.settings, "target")
+    if grid.measure(FLAGS, TABLE, job, root, folder, settings=targets):
+        print(write_table(folder))
 
 
 if __name__ == "__main__":

@@ -584,6 +584,41 @@ def options(given: Mapping[str, flags.FlagHolder]) -> dict[str, Any]:
     return {name: given[name].value for name in ("together", "plan", "minutes")}
 
 
+def measure(
+    given: Mapping[str, flags.FlagHolder],
+    table: Table,
+    job: Job,
+    root: Path,
+    folder: Path,
+    *,
+    methods: Sequence[str] = (),
+    settings: Sequence[str] = (),
+) -> bool:
+    """`run` by the flags of a table's command, unless --tables_only was given.
+
+    Args:
+      given: flags that `define_flags` made, with those of rows.
+      table: the grid.
+      job: of the preset; --seeds replaces its seeds.
+      root: directory of runs.
+      folder: of results.
+      methods: where --methods names none; none are all.
+      settings: of the table; none are all.
+
+    Returns:
+      Whether tables are to be written now: they are not after a plan.
+
+    Raises:
+      InputError: an unknown method, or as `run`.
+    """
+    named = known_names(given["methods"].value, table.methods, "method")
+    if given["tables_only"].value:
+        return True
+    job = set_seeds(job, given)
+    chosen = {"settings": settings, "methods": named or methods}
+    return run(table, job, root, folder, **chosen, **options(given))
+
+
 def run_root(given: Mapping[str, flags.FlagHolder], runs: str) -> Path:
     """The directory of runs that the flags name."""
     return Path(given["workdir"].value or f"{runs}/{given['preset'].value}")

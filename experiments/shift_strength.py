@@ -92,21 +92,14 @@ def main(argv: Sequence[str]) -> None:
     """Measure what is missing, then draw."""
     no_arguments(argv)
     folder = Path(FLAGS["results"].value)
-    if not (FLAGS["figures_only"].value or FLAGS["tables_only"].value):
-        known = dict.fromkeys(TARGETS)
-        targets = grid.known_names(FLAGS["targets"].value, known, "target")
-        measured = grid.run(
-            table(targets, floats("factors", FLAGS["factors"].value) or FACTORS),
-            grid.set_seeds(d4rl.job(FLAGS["preset"].value), FLAGS),
-            grid.run_root(FLAGS, RUNS),
-            folder,
-            methods=grid.known_names(FLAGS["methods"].value, STYLES, "method"),
-            **grid.options(FLAGS),
-        )
-        if not measured:
-            return
-    for path in draw(folder):
-        print(path)
+    known = dict.fromkeys(TARGETS)
+    targets = grid.known_names(FLAGS["targets"].value, known, "target")
+    factors = floats("factors", FLAGS["factors"].value) or FACTORS
+    job, root = d4rl.job(FLAGS["preset"].value), grid.run_root(FLAGS, RUNS)
+    rows = table(targets, factors)
+    if FLAGS["figures_only"].value or grid.measure(FLAGS, rows, job, root, folder):
+        for path in draw(folder):
+            print(path)
 
 
 if __name__ == "__main__":

@@ -511,28 +511,17 @@ def main(argv: Sequence[str]) -> None:
     suite, folder = FLAGS["suite"].value, Path(FLAGS["results"].value)
     names = lookup(SUITES, suite, "suite")
     limit = FLAGS["cost_limit"].value
-    if not FLAGS["tables_only"].value:
-        job = grid.set_seeds(config.job(FLAGS["preset"].value), FLAGS)
-        if limit is not None:
-            job = job.changed({"cost_limit": limit})
-            dsrl.normalised_cost(np.zeros(1), limit)  # refuses a bad one
-        methods = grid.known_names(FLAGS["methods"].value, METHODS, "method")
-        what = f"task of the suite {suite}"
-        tasks = grid.known_names(FLAGS["tasks"].value, dict.fromkeys(names), what)
-        offline = functools.partial(known, offline=FLAGS["offline"].value)
-        measured = grid.run(
-            dataclasses.replace(TABLE, known=offline),
-            job,
-            grid.run_root(FLAGS, RUNS),
-            folder,
-            settings=tasks or names,
-            methods=methods,
-            **grid.options(FLAGS),
-        )
-        if not measured:
-            return
-        limit = None
-    print(write_table(folder, suite, limit))
+    job, root = config.job(FLAGS["preset"].value), grid.run_root(FLAGS, RUNS)
+    if limit is not None and not FLAGS["tables_only"].value:
+        job = job.changed({"cost_limit": limit})
+        dsrl.normalised_cost(np.zeros(1), limit)  # refuses a bad one
+        limit = None  # the results have it
+    what = f"task of the suite {suite}"
+    chosen = grid.known_names(FLAGS["tasks"].value, dict.fromkeys(names), what)
+    offline = functools.partial(known, offline=FLAGS["offline"].value)
+    table = dataclasses.replace(TABLE, known=offline)
+    if grid.measure(FLAGS, table, job, root, folder, settings=chosen or names):
+        print(write_table(folder, suite, limit))
 
 
 if __name__ == "__main__":

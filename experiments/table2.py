@@ -275,20 +275,10 @@ def main(argv: Sequence[str]) -> None:
     """Measure what is missing, then write the tables."""
     no_arguments(argv)
     folder = Path(FLAGS["results"].value)
-    if not FLAGS["tables_only"].value:
-        job = grid.set_seeds(dmc_walker.job(FLAGS["preset"].value), FLAGS)
-        methods = grid.known_names(FLAGS["methods"].value, METHODS, "method")
-        measured = grid.run(
-            TABLE,
-            job,
-            grid.run_root(FLAGS, RUNS),
-            folder,
-            methods=methods or job.table.methods,
-            **grid.options(FLAGS),
-        )
-        if not measured:
-            return
-    print(write_table(folder))
+    job, root = dmc_walker.job(FLAGS["preset"].value), grid.run_root(FLAGS, RUNS)
+    methods = job.table.methods
+    if grid.measure(FLAGS, TABLE, job, root, folder, methods=methods):
+        print(write_table(folder))
 
 
 if __name__ == "__main__":

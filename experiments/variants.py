@@ -20,6 +20,8 @@ from experiments.configs import dmc_walker
 from psec_jax.cli import no_arguments
 from psec_jax.errors import lookup
 
+RUNS = "runs/variants"
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -50,34 +52,25 @@ def main(argv: Sequence[str]) -> None:
     name = FLAGS["variant"].value
     variant = lookup(VARIANTS, name, "variant")
     folder = Path(FLAGS["results"].value or f"results/{name}")
-    if not FLAGS["tables_only"].value:
-        job = grid.set_seeds(dmc_walker.job(FLAGS["preset"].value), FLAGS)
-        methods = grid.known_names(
-            FLAGS["methods"].value, dict.fromkeys(variant.methods), "method"
-        )
-        settings = {
+    table = dataclasses.replace(
+        table2.TABLE,
+        settings={
             key: dataclasses.replace(
                 table2.SETTINGS[key], changes=variant.changes, folder=name
             )
             for key in variant.settings
-        }
-        measured = grid.run(
-            dataclasses.replace(table2.TABLE, settings=settings),
-            job,
-            grid.run_root(FLAGS, "runs/variants"),
-            folder,
-            methods=methods or variant.methods,
-            **grid.options(FLAGS),
-        )
-        if not measured:
-            return
-    print(table2.write_table(folder))
+        },
+        methods={row: table2.METHODS[row] for row in variant.methods},
+    )
+    job, root = dmc_walker.job(FLAGS["preset"].value), grid.run_root(FLAGS, RUNS)
+    if grid.measure(FLAGS, table, job, root, folder):
+        print(table2.write_table(folder))
 
 
 if __name__ == "__main__":
     from psec_jax.cli import run
 
-    FLAGS: Mapping[str, Any] = grid.define_flags(None, "runs/variants") | {
+    FLAGS: Mapping[str, Any] = grid.define_flags(None, RUNS) | {
         "variant": flags.DEFINE_string(
             "variant", "unscaled", f"One of {', '.join(VARIANTS)}."
         ),

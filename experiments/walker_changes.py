@@ -106,14 +106,9 @@ def main(argv: Sequence[str]) -> None:
     """Measure what is missing, then write the table."""
     no_arguments(argv)
     folder = Path(FLAGS["results"].value)
-    if not FLAGS["tables_only"].value:
-        job = grid.set_seeds(dmc_walker.job(FLAGS["preset"].value), FLAGS)
-        root = grid.run_root(FLAGS, table2.RUNS)
-        methods = grid.known_names(FLAGS["methods"].value, TABLE.methods, "method")
-        options = grid.options(FLAGS)
-        if not grid.run(TABLE, job, root, folder, methods=methods, **options):
-            return
-    print(write_table(folder))
+    job, root = dmc_walker.job(FLAGS["preset"].value), grid.run_root(FLAGS, table2.RUNS)
+    if grid.measure(FLAGS, TABLE, job, root, folder):
+        print(write_table(folder))
 
 
 if __name__ == "__main__":
