@@ -135,9 +135,14 @@ def _bars(
     styles: Styles,
     paper: Mapping[str, float],
 ) -> None:
+    ends = [*(cell["high"] for cell in cells.values()), *paper.values()]
+    label = 0.18 * max(ends, default=0)  # about the width of a number
     for y, method in enumerate(rows):
         if method in cells:
             cell = cells[method]
+            # The number stands at its bar; behind the paper's mark only where the mark
+            # would cover it, or it would read as the paper's.
+            end, mark = cell["high"], paper.get(method, 0)
             colour, hatch = COLOURS[styles[method].colour], styles[method].hatch
             face: dict[str, Any] = (
                 {"color": colour} if not hatch else {"fc": "white", "ec": colour}
@@ -148,7 +153,7 @@ def _bars(
             )
             _seeds(axes, y, cell, flat=True)
             axes.text(
-                max(cell["high"], paper.get(method, 0)),
+                mark if end < mark < end + label else end,
                 y,
                 f"  {cell['mean']:.0f}",
                 va="center",
