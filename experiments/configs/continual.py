@@ -44,9 +44,9 @@ PRESETS = {
     },
     "standard": SMALL
     | {
-        "base.steps": 12_000,
-        "skill.steps": 6000,
-        "gate.steps": 500,
+        "base.steps": 6000,
+        "skill.steps": 3000,
+        "gate.steps": 300,
         "table.seeds": (0, 1, 2),
     },
     "paper": {"base.episodes": 100, "skill.episodes": 50},
