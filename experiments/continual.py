@@ -41,6 +41,7 @@ from psec_jax.envs.vector import VectorEnv
 from psec_jax.errors import InputError
 from psec_jax.evaluation import environments, episode_fields
 from psec_jax.files import read_bytes, write_atomic
+from psec_jax.gating import SEARCHED
 from psec_jax.library import SkillLibrary, read_arrays
 from psec_jax.policy import Policy, compose, load_base
 from psec_jax.types import Params
@@ -407,8 +408,9 @@ def make_one_gate(form: str, cell: Cell) -> list[Learned]:
     """One gate over all skills so far, for tasks that are not known.
 
     Args:
-      form: "support", weights by where the skills' demonstrations reach, or "linear",
-        the paper's head, trained on the demonstrations of all tasks so far.
+      form: a support, "neighbour" or "nearest", weights by where the skills'
+        demonstrations are, or "linear", the paper's head, trained on the demonstrations
+        of all tasks so far.
       cell: of the table.
     """
     learner = Learner(cell)
@@ -418,8 +420,8 @@ def make_one_gate(form: str, cell: Cell) -> list[Learned]:
         so_far = learner.sequence.until(i)
         names.append(f"{form}-{len(so_far)}")
         request: dict[str, Any] = {"env": so_far[0].env}
-        if form == "support":
-            changes = {"gate.head": "constant", "gate.support": "neighbour"}
+        if form in SEARCHED:
+            changes = {"gate.head": "constant", "gate.support": form}
             files = [learner.data.files[task.name] for task in so_far]
             request |= {
                 "data": files[0],
@@ -531,7 +533,8 @@ METHODS = {
     "NSEC": Method(_gates("noise"), CLONED, Style("sky", "^")),
     "PSEC": Method(_gates("parameter"), GATE, Style("blue", "o")),
     "PSEC one gate": Method(_one_gate("linear"), GATE, Style("blue", "o", FIXED)),
-    "Support": Method(_one_gate("support"), BASE, Style("green", "D")),
+    "Support": Method(_one_gate("neighbour"), BASE, Style("green", "D", FIXED)),
+    "Nearest": Method(_one_gate("nearest"), BASE, Style("green", "D")),
     "Expand or compose": Method(make_expand_or_compose, GATE, Style("vermilion", "p")),
 }
 
@@ -740,10 +743,11 @@ def make_table(sequence: TaskSequence, root: Path = Path()) -> Table:
         },
         orders=[
             Order("Support", "LoRA", "P"),
+            Order("Nearest", "LoRA", "P"),
             Order("PSEC", "LoRA", "P"),
             Order("PSEC", "Scratch", "P"),
             Order("PSEC", "Fine-tuning", "P"),
-            Order("Support", "Fine-tuning", "P"),
+            Order("Nearest", "Fine-tuning", "P"),
         ],
         paper=grid.paper("continual"),
         known=lambda job, name, setting: known(job, name, setting, root),

@@ -31,7 +31,8 @@ class GateForm:
       head: a key of `HEADS`; "linear" is the paper's.
       support: a key of `SUPPORTS`; "none" is the paper's.
       priority: with a support, a skill gets only what the skills before it left over
-        (stick-breaking in the order of the skills), so that strengths never add up.
+        (stick-breaking in the order of the skills), so that strengths never add up;
+        the shares of "nearest" add up to 1 by themselves.
       widths: hidden widths of learned heads.
       top_k: skills kept by the "topk" head.
       top_p: of the "topp" head, which keeps the fewest skills whose shares add up to
@@ -240,37 +241,65 @@ def learned_distance(net: Params, x: Float[Array, " S"]) -> Float[Array, ""]:
     return jax.nn.softplus(apply(_DISTANCE_NET, net, x)[0])
 
 
-def _falloff(distance: Array, tau: Array) -> Array:
+def _falloff(distance: Array) -> Array:
     """exp(-(d / tau)^4): flat inside the demonstrations, steep at their edge."""
-    return jnp.exp(-((distance / tau) ** 4))
+    return jnp.exp(-(distance**4))
 
 
 NO_SUPPORT = 3.2  # in units of tau: from here on `_falloff` is 0 in float32
+NO_SHARE = 17.0  # exp(-17) is less than the rounding of 1
+
+
+def _distances(
+    params: Params, obs: Float[Array, " S"], enough: Callable[[Array], Any]
+) -> Float[Array, " K"]:
+    """Distance to the demonstrations of each skill, in units of its tau.
+
+    Args:
+      params: of the support; with an index skills are searched from the nearest box on.
+      obs: one normalised observation.
+      enough: the distances found so far, others infinite -> the distance from which on
+        a skill is not searched and stays infinite.
+    """
+    x, demos, valid = obs / params["scale"], params["demos"], params["valid"]
+    tau = params["tau"]
+    if "low" not in params:
+        return jax.vmap(neighbour_distance)(demos, valid, x) / tau
+    least = _to_box(params, x) / tau
+
+    def unsearched(found: Array) -> Array:
+        return jnp.where(jnp.isinf(found), least, jnp.inf)
+
+    def search(found: Array) -> Array:
+        k = jnp.argmin(unsearched(found))
+        distance = neighbour_distance(demos[k], valid[k], x[k])
+        return found.at[k].set(distance / tau[k])
+
+    def more(found: Array) -> Array:
+        return jnp.min(unsearched(found)) < enough(found)
+
+    return jax.lax.while_loop(more, search, jnp.full_like(tau, jnp.inf))
 
 
 def _neighbour(params: Params, obs: Float[Array, " S"]) -> Float[Array, " K"]:
-    x, demos, valid = obs / params["scale"], params["demos"], params["valid"]
-    if "low" not in params:
-        distance = jax.vmap(neighbour_distance)(demos, valid, x)
-        return _falloff(distance, params["tau"])
+    return _falloff(_distances(params, obs, lambda found: NO_SUPPORT))
 
-    def search(left: tuple[Array, Array]) -> tuple[Array, Array]:
-        near, share = left
-        k = jnp.argmax(near)  # the first one
-        distance = neighbour_distance(demos[k], valid[k], x[k])
-        mine = _falloff(distance, params["tau"][k])
-        return near.at[k].set(False), share.at[k].set(mine)
 
-    near = _to_box(params, x) < NO_SUPPORT * params["tau"]
-    start = near, jnp.zeros_like(params["tau"])
-    return jax.lax.while_loop(lambda left: jnp.any(left[0]), search, start)[1]
+def _nearest(params: Params, obs: Float[Array, " S"]) -> Float[Array, " K"]:
+    """softmax(-(d / tau)^2): the skills of the nearest demonstrations share 1."""
+
+    def enough(found: Array) -> Array:
+        return jnp.sqrt(jnp.min(found) ** 2 + NO_SHARE)
+
+    distance = _distances(params, obs, enough)
+    return jax.nn.softmax(-(distance**2))
 
 
 def index_boxes(support: Params) -> Params:
-    """A neighbour support that searches only skills whose demonstrations may be near.
+    """A support by search that leaves out skills whose demonstrations are too far.
 
     A state's distance to the box of a skill's demonstrations is at most its distance to
-    the nearest of them. Where that is too far for any support the skill is left out:
+    the nearest of them. Where that is too far for any weight the skill is left out:
     the weights are those of the whole search, apart from rounding. Not to be
     differentiated.
     """
@@ -292,14 +321,16 @@ def _learned(params: Params, obs: Float[Array, " S"]) -> Float[Array, " K"]:
     # How far x lies outside the box of the demonstrations bounds its distance from
     # below, however far from its data the network is evaluated.
     bound = _to_box(params, x) / params["reach"]
-    return _falloff(jnp.maximum(distance, bound), params["tau"])
+    return _falloff(jnp.maximum(distance, bound) / params["tau"])
 
 
 SUPPORTS: dict[str, Callable[[Params, Array], Array] | None] = {
     "none": None,
     "neighbour": _neighbour,
+    "nearest": _nearest,
     "learned": _learned,
 }
+SEARCHED = ("neighbour", "nearest")  # which `index_boxes` makes faster
 
 
 def init_gate(
@@ -404,7 +435,7 @@ def gate_alpha(
     if support is None:
         return alpha
     share = support(params["support"], obs)
-    if config.priority:
+    if config.priority and config.support != "nearest":
         left = jnp.cumprod(1 - share)
         share = share * jnp.concatenate([jnp.ones(1), left[:-1]])
     if not config.base_member:
@@ -456,7 +487,7 @@ def check_gate(
         for path, shape in mlp_shapes(config.widths, obs_dim, flat).items():
             expected[f"{mlp[config.head]}{path}"] = (shape, "f")
     sizes = {"K": skills, "S": obs_dim}
-    if config.support == "neighbour":
+    if config.support in SEARCHED:
         shape = got.get("support/valid", ((skills, 1), "b"))[0]
         sizes["M"] = shape[1] if len(shape) == 2 else 1
     for leaf, axes in _SUPPORT_LEAVES[config.support].items():
@@ -494,8 +525,10 @@ def _kind(leaf: Any) -> tuple[tuple[int, ...], str]:
 
 
 # The arrays of a support; K skills, S numbers of a state, M demonstration states.
+_SEARCHED_LEAVES = {"demos": "KMS", "valid": "KM", "tau": "K", "scale": "KS"}
 _SUPPORT_LEAVES: dict[str, dict[str, str]] = {
     "none": {},
-    "neighbour": {"demos": "KMS", "valid": "KM", "tau": "K", "scale": "KS"},
+    "neighbour": _SEARCHED_LEAVES,
+    "nearest": _SEARCHED_LEAVES,
     "learned": {"tau": "K", "scale": "KS", "low": "KS", "high": "KS", "reach": "K"},
 }

@@ -33,7 +33,7 @@ from psec_jax.composition import (
 from psec_jax.data.actions import ActionBox
 from psec_jax.data.recording import box_of_card
 from psec_jax.errors import InputError, lookup
-from psec_jax.gating import GateConfig, index_boxes
+from psec_jax.gating import SEARCHED, GateConfig, index_boxes
 from psec_jax.library import SkillLibrary
 from psec_jax.lora import adapter_of, inputs_first, layers_of, merge, stack_skills
 from psec_jax.networks.denoiser import NetworkConfig, init_base
@@ -42,7 +42,7 @@ from psec_jax.runtime import platform
 from psec_jax.types import Normaliser, Params
 
 GATHER_FROM = 4  # skills for each that is active, see results/sparse.json
-INDEX_FROM = 8  # skills under a neighbour support, see results/library.json
+INDEX_FROM = 8  # skills under a support by search, see results/library.json
 SUPPORTED = 8  # skills at most that a support keeps active in a state, as a rule
 HUGE = 1e6  # observations beyond may be too much for float32 somewhere in a network
 
@@ -128,12 +128,12 @@ class Policy:
 
     @functools.cached_property
     def _indexed(self) -> tuple[PolicyConfig, PolicyParams]:
-        """`_acting`, with an index of a neighbour support over many skills. Exported
+        """`_acting`, with an index of a support by search over many skills. Exported
         files do without: they have no loops."""
         config, params = self._acting
         if (
             config.gate is None
-            or config.gate.support != "neighbour"
+            or config.gate.support not in SEARCHED
             or len(self.skills) < INDEX_FROM
             or any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(params))
         ):

@@ -276,4 +276,4 @@ def append(kept: Params, new: Params) -> Params:
     return tree.unflatten({p: jnp.concatenate([left[p], right[p]]) for p in left})
 
 
-FITS = {"neighbour": fit_neighbour, "learned": fit_learned}
+FITS = {"neighbour": fit_neighbour, "nearest": fit_neighbour, "learned": fit_learned}

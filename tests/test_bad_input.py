@@ -340,7 +340,7 @@ UNKNOWN = {
     ),
     "support": (
         (*COMPOSE, WALKER, "--skills=walk", "--config.gate.support=moral"),
-        "unknown support 'moral'; choose from learned, neighbour, none",
+        "unknown support 'moral'; choose from learned, nearest, neighbour, none",
     ),
     "gate loss": (
         (*COMPOSE, WALKER, "--skills=walk", "--config.gate.loss=total"),

@@ -72,7 +72,7 @@ def measured(folder, sequence, **changes):
     return table, {raw["method"]: raw for raw in raws}
 
 
-FAST = ("Fine-tuning", "LoRA", "PSEC", "Support", "Expand or compose")
+FAST = ("Fine-tuning", "LoRA", "PSEC", "Nearest", "Expand or compose")
 
 
 def test_a_sequence_is_learned_and_kept(tmp_path):
@@ -86,8 +86,8 @@ def test_a_sequence_is_learned_and_kept(tmp_path):
     # A gate of another visit is another gate; the second task's stays.
     assert raws["PSEC"]["unchanged"] == [[True], [True, True], [False, True, True]]
     # The second visit adds no skill, and so no other support.
-    assert raws["Support"]["unchanged"][2] == [False, True, True]
-    assert "| Support |" in continual.write_table(table, tmp_path)
+    assert raws["Nearest"]["unchanged"][2] == [False, True, True]
+    assert "| Nearest |" in continual.write_table(table, tmp_path)
     episodes = (tmp_path / "runs" / "episodes.jsonl").read_bytes()
     measured(tmp_path, sequence, **chosen)
     assert (tmp_path / "runs" / "episodes.jsonl").read_bytes() == episodes

@@ -343,6 +343,11 @@ def test_bad_input_of_gates_that_critics_guide():
             "gate.loss: got 'critic' with",
         ),
         (None, {"gate.fallback": "gate_b"}, "gate.fallback: got 'gate_b', expected"),
+        (
+            None,
+            {"gate.fallback": "gate_b", "gate.support": "nearest"},
+            "gate.fallback: got .*, and the support neighbour or learned",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             guided("bad", critics, **changes)

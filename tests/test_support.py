@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from psec_jax.errors import InputError
-from psec_jax.gating import NO_SUPPORT, SUPPORTS, index_boxes
+from psec_jax.gating import (
+    NO_SUPPORT,
+    SEARCHED,
+    SUPPORTS,
+    GateConfig,
+    gate_alpha,
+    index_boxes,
+)
 from psec_jax.support import (
     FITS,
     SupportConfig,
@@ -99,7 +106,33 @@ def test_neighbour_support_is_brute_force():
         np.testing.assert_allclose(got[:, k], expected, atol=1e-3)
 
 
-def test_boxes_leave_the_weights_as_they_are():
+def test_nearest_support_shares_one_by_distance():
+    fit = fitted("nearest")
+    states = np.concatenate([BACKGROUND, [[30, 30], [-50, 0], [3, 40], [1e4, -1e4]]])
+    got = shares("nearest", states)
+    scaled = [
+        brute_distance(states / fit["scale"][k], np.concatenate(t) / fit["scale"][k])
+        for k, t in enumerate(SKILLS)
+    ]
+    logits = -((np.stack(scaled, axis=1) / fit["tau"]) ** 2)
+    weights = np.exp(logits - logits.max(1, keepdims=True))
+    expected = weights / weights.sum(1, keepdims=True)
+    assert 0.05 < expected[:, 0].mean() < 0.95
+    np.testing.assert_allclose(got, expected, atol=3e-3)
+    np.testing.assert_allclose(got.sum(1), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("priority", [True, False])
+def test_nearest_support_leaves_the_base_nothing(priority):
+    form = GateConfig(head="constant", support="nearest", priority=priority)
+    params = {"head": {"alpha": jnp.full(2, 16.0)}, "support": fitted("nearest")}
+    got = jax.vmap(lambda state: gate_alpha(form, params, state))(BACKGROUND)
+    np.testing.assert_allclose(got, 16 * shares("nearest", BACKGROUND), atol=1e-5)
+    np.testing.assert_allclose(got.sum(1), 16, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+def test_boxes_leave_the_weights_as_they_are(name):
     """Nine skills along a line, two of them at one place, states all along it."""
     centres = [0, 7, 14, 14, 21, 28, 35, 42, 49]
     skills = [cloud([c, 0], k) for k, c in enumerate(centres)]
@@ -108,16 +141,19 @@ def test_boxes_leave_the_weights_as_they_are():
     assert indexed.keys() - fit.keys() == {"low", "high"}
     generator = np.random.default_rng(3)
     states = generator.uniform((-9, -9), (58, 9), (400, 2)).astype(np.float32)
-    support = jax.jit(jax.vmap(SUPPORTS["neighbour"], (None, 0)))
+    support = jax.jit(jax.vmap(SUPPORTS[name], (None, 0)))
     expected, got = (
         np.asarray(support(fit, states)),
         np.asarray(support(indexed, states)),
     )
-    assert 0.5 < (expected > 0).sum(1).mean() < 2  # most skills are out of reach
+    assert 0.05 < (expected > 0).mean() < 0.35  # most skills are out of reach
     np.testing.assert_allclose(got, expected, atol=1e-5)
-    one = jax.jit(SUPPORTS["neighbour"])
+    one = jax.jit(SUPPORTS[name])
     for state, row in zip(states[:20], got, strict=False):
         np.testing.assert_allclose(one(indexed, state), row, atol=1e-5)
+    if name == "nearest":
+        np.testing.assert_allclose(got.sum(1), 1, rtol=1e-6)
+        return
     # Where a box is too far nothing would be left in float32, and nearer something is.
     x, tau = states[:, None] / fit["scale"], fit["tau"]
     outside = np.maximum(np.maximum(indexed["low"] - x, x - indexed["high"]), 0)
@@ -126,7 +162,7 @@ def test_boxes_leave_the_weights_as_they_are():
     assert np.exp(np.float32(-(NO_SUPPORT**4))) == 0 < np.exp(np.float32(-(3**4)))
 
 
-@pytest.mark.parametrize("name", FITS)
+@pytest.mark.parametrize("name", ["neighbour", "learned"])
 def test_one_on_the_demonstrations_and_zero_far_from_them(name):
     for k, trajectories in enumerate(SKILLS):
         own = shares(name, np.concatenate(trajectories))

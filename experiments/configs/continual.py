@@ -40,7 +40,7 @@ PRESETS = {
         "base.episodes": 10,
         "evaluation.episodes": 10,
         "table.seeds": (0,),
-        "table.methods": ("Scratch", "Fine-tuning", "LoRA", "PSEC", "Support"),
+        "table.methods": ("Scratch", "Fine-tuning", "LoRA", "PSEC", "Nearest"),
     },
     "standard": SMALL
     | {

@@ -25,6 +25,7 @@ from psec_jax.data.recording import box_of_card, check_box
 from psec_jax.errors import InputError, lookup
 from psec_jax.gating import (
     BOUNDED_HEADS,
+    SEARCHED,
     SPARSE_HEADS,
     UNTRAINED_HEADS,
     GateConfig,
@@ -177,6 +178,13 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
             request.alpha,
             form.layers,
         )
+    if section.fallback and (
+        section.support in ("none", "nearest") or section.fallback != request.skills[-1]
+    ):
+        raise InputError(
+            f"gate.fallback: got {section.fallback!r}, expected the last of the skills "
+            f"{', '.join(request.skills)}, and the support neighbour or learned"
+        )
     base_card = SkillLibrary.open(request.library).card("base", "base")
     box = box_of_card(base_card.get("actions"))
     compare = request.evaluate or request.env is not None
@@ -194,20 +202,13 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
     if section.support != "none":
         paths, named = request.support_data, request.env
         known = 0
-        if older is not None and section.support == "neighbour":
+        if older is not None and section.support in SEARCHED:
             known = len(older.card["skills"])  # their states are in the gate
         skill_demos = _skill_demos(load, box, cards[known:], paths, named)
     if section.support == "learned":
         path, named = request.base_data, request.env
         background = _card_demos(load, box, "base", base_card, path, "base_data", named)
         check_fit(background, policy)
-    if section.fallback and (
-        section.support == "none" or section.fallback != request.skills[-1]
-    ):
-        raise InputError(
-            f"gate.fallback: got {section.fallback!r}, expected the last of the skills "
-            f"{', '.join(request.skills)}, and a support"
-        )
     normaliser = policy.params.normaliser
     init_key, train_key = jax.random.split(jax.random.key(request.seed))
     estimate_key = jax.random.fold_in(init_key, 1)
