@@ -251,7 +251,7 @@ def make_composition(form: Composition, cell: Cell) -> list[Made]:
 
 
 # How critics choose among weights; they know what keeping each of them is worth.
-SELECT = {"gate.head": "select", "gate.values": "own"}
+SELECT = {"gate.head": "select", "gate.values": "own", "gate.budget_share": 0.3}
 
 
 def make_guided(changes: Mapping[str, Any], cell: Cell) -> list[Made]:

@@ -225,13 +225,13 @@ def two_skills():
 
 def test_a_gate_whose_critics_choose():
     two_skills()
-    guided("select", **{"gate.head": "select"})
+    guided("select", **{"gate.head": "select", "gate.budget_share": 0.5})
     card = SkillLibrary.open("lib").card("gate", "select")
     chosen = card["chosen"]
     assert [weight for weight, _ in chosen["estimated_costs"]] == [0, 1, 100]
-    # Ten costs over eight steps, each discounted by 0.99.
+    # Half of ten costs over eight steps, each discounted by 0.99.
     assert chosen["cost_budget"] == pytest.approx(
-        10 / 8 * sum(0.99**t for t in range(8))
+        0.5 * 10 / 8 * sum(0.99**t for t in range(8))
     )
     assert card["critics"]["kinds"] == ["reward", "safety", "cost"]
     policy = compose("lib", gate="select")
@@ -328,6 +328,7 @@ def test_bad_input_of_gates_that_critics_guide():
         ("nowhere", select, "holds no finished critics"),
         ("critics", select | {"gate.cost_weights": (-1.0,)}, "cost_weights: got"),
         ("critics", select | {"gate.alphas": ((1.0,),)}, "expected 2 weights"),
+        ("critics", select | {"gate.budget_share": 0.0}, "budget_share: got 0.0, exp"),
         ("critics", select | {"gate.rule": "luck"}, "unknown rule 'luck'"),
         ("critics", select | {"gate.candidates": 0}, "candidates: got 0"),
         ("critics", select | {"gate.values": "hers"}, "unknown values 'hers'"),

@@ -143,6 +143,7 @@ class GateSection(GateForm, Budget):
         none is the base.
       cost_weights: lambda of the rule "reward_cost". Of several the smallest whose
         estimated cost is within the limit's budget, see `workflows.estimates`.
+      budget_share: of that budget, which an estimate may use, as it errs.
       learning_rate: of Adam, constant.
     """
 
@@ -154,6 +155,7 @@ class GateSection(GateForm, Budget):
     fallback: str = ""
     alphas: tuple[tuple[float, ...], ...] = ()
     cost_weights: tuple[float, ...] = (0.3, 0.6, 1.0, 1.5, 2.5, 4.0, 6.0, 10.0)
+    budget_share: float = 1.0
     learning_rate: float = 3e-4
 
     def __post_init__(self) -> None:
@@ -177,6 +179,10 @@ class GateSection(GateForm, Budget):
             raise InputError(
                 f"cost_weights: got {self.cost_weights}, expected one or more of 0 or "
                 "more"
+            )
+        if not 0 < self.budget_share <= 1:
+            raise InputError(
+                f"budget_share: got {self.budget_share}, expected in (0, 1]"
             )
         if self.values == "own" and self.head != "select" and self.loss != "selected":
             raise InputError(

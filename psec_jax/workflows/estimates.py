@@ -244,7 +244,7 @@ def choose_cost_weight(
 
     Args:
       job: `gate.cost_weights` are tried; one alone is taken as it is. The budget is
-        that of `cost_limit`.
+        `gate.budget_share` of that of `cost_limit`.
       config: the policy's.
       params: with the critics that choose.
       twins: finished critics, from which the evaluation starts.
@@ -293,7 +293,7 @@ def value_fixed(
     """The values of fixed weights.
 
     Args:
-      job: its `fitted_q`, `cost_limit` and discount are read.
+      job: its `fitted_q`, `cost_limit`, `gate.budget_share` and discount are read.
       config: of the composed policy.
       params: the policy's.
       alphas: the weights.
@@ -338,10 +338,11 @@ def _estimates(
     key: Key[Array, ""],
     kind: str = "cost",
 ) -> tuple[Evaluated, float]:
-    """Estimates of a signal, and the budget of the cost limit."""
+    """Estimates of a signal, and the part of the limit's budget that they may use."""
     discount = job.critics.discount
     rows = transitions(job.critics, demos, normaliser, (kind,))
     data = logged(job.fitted_q, rows, demos.dataset, normaliser, 0)
     q = twins[kind]
     evaluated = discounted(job.fitted_q, data, draw, kind, q, discount, key)
-    return evaluated, budget(job.cost_limit, data.steps, discount)
+    whole = budget(job.cost_limit, data.steps, discount)
+    return evaluated, job.gate.budget_share * whole
