@@ -1,8 +1,9 @@
 """Three levels at which skills are composed, and the policy they make.
 
-Each level is `(net, process, base, library, strength, alpha, noise, obs) -> action` for
-one example with normalised observation; the caller vmaps. With one-hot alpha and
-strength 1 all three give the same action from the same noise.
+Each level is `(net, base, library, strength, alpha, draw) -> action` for one example,
+`draw(denoise) -> action` being the sampler on its noise and its normalised observation;
+the caller vmaps. With one-hot alpha and strength 1 all three give the same action from
+the same noise.
 """
 
 import functools
@@ -26,8 +27,15 @@ from psec_jax.networks.denoiser import (
     make_denoise,
     make_network,
 )
-from psec_jax.process import ProcessConfig, draw_noise, sample_from
+from psec_jax.process import (
+    ProcessConfig,
+    Scan,
+    draw_noise,
+    sample_from,
+)
 from psec_jax.types import Normaliser, Params
+
+Draw = Callable[[Denoise], Array]
 
 
 def parameter_denoise(
@@ -90,51 +98,39 @@ DENOISERS = {"parameter": parameter_denoise, "noise": noise_denoise}
 
 def parameter_level(
     net: Denoiser,
-    process: ProcessConfig,
     base: Params,
     library: Params,
     strength: Float[Array, " K"],
     alpha: Float[Array, "*L K"],
-    noise: Float[Array, "Z A"],
-    obs: Float[Array, " S"],
+    draw: Draw,
 ) -> Float[Array, " A"]:
     """One chain of the network with composed weights (`parameter_denoise`)."""
-    denoise = parameter_denoise(net, base, library, strength, alpha)
-    return sample_from(denoise, process, noise, obs)
+    return draw(parameter_denoise(net, base, library, strength, alpha))
 
 
 def noise_level(
     net: Denoiser,
-    process: ProcessConfig,
     base: Params,
     library: Params,
     strength: Float[Array, " K"],
     alpha: Float[Array, " K"],
-    noise: Float[Array, "Z A"],
-    obs: Float[Array, " S"],
+    draw: Draw,
 ) -> Float[Array, " A"]:
     """One chain on the mixed noise (`noise_denoise`)."""
-    denoise = noise_denoise(net, base, library, strength, alpha)
-    return sample_from(denoise, process, noise, obs)
+    return draw(noise_denoise(net, base, library, strength, alpha))
 
 
 def action_level(
     net: Denoiser,
-    process: ProcessConfig,
     base: Params,
     library: Params,
     strength: Float[Array, " K"],
     alpha: Float[Array, " K"],
-    noise: Float[Array, "Z A"],
-    obs: Float[Array, " S"],
+    draw: Draw,
 ) -> Float[Array, " A"]:
     """ASEC: a = sum_k alpha_k(s) a_k, each a_k from its own chain on the same noise."""
     check_weights(alpha, strength.shape[0])
-
-    def sampled(denoise: Denoise) -> Array:
-        return sample_from(denoise, process, noise, obs)
-
-    actions = _alone(net, base, library, strength, sampled)
+    actions = _alone(net, base, library, strength, draw)
     return jnp.einsum("k,ka->a", alpha, actions)
 
 
@@ -404,21 +400,26 @@ def _alphas(
 
 
 def sampler(
-    config: PolicyConfig, params: PolicyParams, obs: Float[Array, " S"]
+    config: PolicyConfig,
+    params: PolicyParams,
+    obs: Float[Array, " S"],
+    scan: Scan = jax.lax.scan,
 ) -> Callable[[Float[Array, "Z HA"], Float[Array, "*L K"]], Array]:
-    """(noise, alpha) -> action, or chunk, [H * A] of one normalised observation."""
+    """(noise, alpha) -> action, or chunk, [H * A] of one normalised observation; see
+    `process.sample_from` for `scan`."""
     net = network_of(config)
+
+    def drawing(noise: Array) -> Draw:
+        return lambda denoise: sample_from(denoise, config.process, noise, obs, scan)
+
     if config.gate is None:
-        denoise = make_denoise(net, params.base)
-        return lambda noise, alpha: sample_from(denoise, config.process, noise, obs)
+        return lambda noise, alpha: drawing(noise)(make_denoise(net, params.base))
     library, strength = members(config, params)
     level = LEVELS[config.level]
 
     def draw(noise: Array, alpha: Array) -> Array:
         def of(skills: Params, strengths: Array, shares: Array) -> Array:
-            return level(
-                net, config.process, params.base, skills, strengths, shares, noise, obs
-            )
+            return level(net, params.base, skills, strengths, shares, drawing(noise))
 
         every = library, strength, alpha
         if not config.gathered:

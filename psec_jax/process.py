@@ -121,12 +121,31 @@ def q_sample(
     return jnp.sqrt(alpha_bar) * action + jnp.sqrt(1 - alpha_bar) * eps
 
 
+Scan = Callable[..., tuple[Array, Any]]
+
+
+def scan_after_first(
+    step: Callable[[Array, Any], tuple[Array, Any]], start: Array, inputs: Any
+) -> tuple[Array, Any]:
+    """`lax.scan` with the first step before the loop.
+
+    In the loop a gradient goes through the input of every step, even of the first one,
+    which is noise. Before it that is left out, for one more copy of the step in the
+    program.
+    """
+    carry, first = step(start, jax.tree.map(lambda x: jnp.asarray(x[0]), inputs))
+    carry, rest = jax.lax.scan(step, carry, jax.tree.map(lambda x: x[1:], inputs))
+    joined = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), first, rest)
+    return carry, joined
+
+
 def ddpm_reverse(
     denoise: Denoise,
     config: ProcessConfig,
     obs: Float[Array, " S"],
     a_T: Float[Array, " A"],
     z: Float[Array, "T A"],
+    scan: Scan = jax.lax.scan,
 ) -> tuple[Float[Array, " A"], Float[Array, "T A"]]:
     """The DDPM reverse process (Ho et al. 2020, algorithm 2) from given noise.
 
@@ -136,6 +155,7 @@ def ddpm_reverse(
       obs: normalised observation.
       a_T: starting noise.
       z: z[t] is added at step t; z[0] never is.
+      scan: `lax.scan`, or `scan_after_first`.
 
     Returns:
       The action, clipped to [-1, 1], and the trace of a_t after each of the T steps
@@ -154,7 +174,7 @@ def ddpm_reverse(
         return a_t, a_t
 
     inputs = (t, schedule.beta[t], schedule.alpha_bar[t], z[::-1])
-    a_0, trace = jax.lax.scan(step, a_T, inputs)
+    a_0, trace = scan(step, a_T, inputs)
     return jnp.clip(a_0, -1, 1), trace
 
 
@@ -163,10 +183,11 @@ def ddpm_sample(
     config: ProcessConfig,
     noise: Float[Array, "Z A"],
     obs: Float[Array, " S"],
+    scan: Scan = jax.lax.scan,
 ) -> Float[Array, " A"]:
     """One action by DDPM, all T steps."""
     a_T = config.start_scale * noise[0]
-    return ddpm_reverse(denoise, config, obs, a_T, noise[1:])[0]
+    return ddpm_reverse(denoise, config, obs, a_T, noise[1:], scan)[0]
 
 
 def ddim_sample(
@@ -174,6 +195,7 @@ def ddim_sample(
     config: ProcessConfig,
     noise: Float[Array, "Z A"],
     obs: Float[Array, " S"],
+    scan: Scan = jax.lax.scan,
 ) -> Float[Array, " A"]:
     """One action by deterministic DDIM (Song et al. 2021, eq. 12 with eta = 0)."""
     schedule = make_schedule(config)
@@ -192,7 +214,7 @@ def ddim_sample(
             eps = (a_t - jnp.sqrt(alpha_bar) * a_0) / jnp.sqrt(1 - alpha_bar)
         return jnp.sqrt(next_alpha_bar) * a_0 + jnp.sqrt(1 - next_alpha_bar) * eps, None
 
-    a_0, _ = jax.lax.scan(step, a_T, (t, alpha_bar, next_alpha_bar))
+    a_0, _ = scan(step, a_T, (t, alpha_bar, next_alpha_bar))
     return jnp.clip(a_0, -1, 1)
 
 
@@ -258,6 +280,7 @@ def _integrate(
     config: ProcessConfig,
     noise: Float[Array, "Z A"],
     obs: Float[Array, " S"],
+    scan: Scan,
     midpoint: bool,
 ) -> Float[Array, " A"]:
     """The flow from noise at time T to the action at time 0, in equal steps."""
@@ -277,7 +300,7 @@ def _integrate(
         return a_t - v / count, None
 
     shares = np.arange(count, 0, -1, dtype=np.float32) / count
-    return jnp.clip(jax.lax.scan(step, a_T, shares)[0], -1, 1)
+    return jnp.clip(scan(step, a_T, shares)[0], -1, 1)
 
 
 def euler_sample(
@@ -285,9 +308,10 @@ def euler_sample(
     config: ProcessConfig,
     noise: Float[Array, "Z A"],
     obs: Float[Array, " S"],
+    scan: Scan = jax.lax.scan,
 ) -> Float[Array, " A"]:
     """One action of a flow by Euler steps, one call of the network each."""
-    return _integrate(denoise, config, noise, obs, midpoint=False)
+    return _integrate(denoise, config, noise, obs, scan, midpoint=False)
 
 
 def midpoint_sample(
@@ -295,12 +319,13 @@ def midpoint_sample(
     config: ProcessConfig,
     noise: Float[Array, "Z A"],
     obs: Float[Array, " S"],
+    scan: Scan = jax.lax.scan,
 ) -> Float[Array, " A"]:
     """One action of a flow by midpoint steps, two calls of the network each."""
-    return _integrate(denoise, config, noise, obs, midpoint=True)
+    return _integrate(denoise, config, noise, obs, scan, midpoint=True)
 
 
-Sampler = Callable[[Denoise, ProcessConfig, Array, Array], Array]
+Sampler = Callable[[Denoise, ProcessConfig, Array, Array, Scan], Array]
 
 
 class Process(NamedTuple):
@@ -310,7 +335,7 @@ class Process(NamedTuple):
       draw: `(config, key, action_dim) -> (t, eps)`, the random numbers of one loss.
       corrupt: `(config, action, t, eps) -> a_t`, what the network sees.
       target: `(config, action, eps)`, what the network predicts.
-      samplers: name -> `(denoise, config, noise, obs) -> action`, the noise of
+      samplers: name -> `(denoise, config, noise, obs, scan) -> action`, the noise of
         `draw_noise`.
     """
 
@@ -373,10 +398,12 @@ def sample_from(
     config: ProcessConfig,
     noise: Float[Array, "Z A"],
     obs: Float[Array, " S"],
+    scan: Scan = jax.lax.scan,
 ) -> Float[Array, " A"]:
-    """The action (or chunk) that the configured sampler makes of given noise."""
+    """The action (or chunk) that the configured sampler makes of given noise, its steps
+    by `lax.scan` or `scan_after_first`."""
     sampler = PROCESSES[config.kind].samplers[config.sampler]
-    return sampler(denoise, config, noise, obs)
+    return sampler(denoise, config, noise, obs, scan)
 
 
 def sample(

@@ -25,7 +25,7 @@ from psec_jax.errors import InputError
 from psec_jax.gating import GateConfig, init_gate
 from psec_jax.lora import ADAPTERS
 from psec_jax.networks.denoiser import make_denoise
-from psec_jax.process import draw_noise, sample
+from psec_jax.process import draw_noise, sample, sample_from
 from psec_jax.types import Normaliser
 
 B, K = 8, tiny.SKILLS
@@ -53,7 +53,8 @@ def batched(level, sampler="ddpm", kind="mlp"):
         base, library = mild(tiny.base(kind), sampler), mild(library, sampler)
         net = tiny.net(kind)
         noise = draw_noise(process, key, tiny.ACTION_DIM)
-        return LEVELS[level](net, process, base, library, strength, alpha, noise, obs)
+        draw = functools.partial(sample_from, config=process, noise=noise, obs=obs)
+        return LEVELS[level](net, base, library, strength, alpha, draw)
 
     return jax.jit(jax.vmap(one, (None, None, 0, 0, 0)))
 

@@ -22,6 +22,8 @@ from psec_jax.process import (
     make_schedule,
     q_sample,
     sample,
+    sample_from,
+    scan_after_first,
     target,
 )
 
@@ -194,6 +196,39 @@ def test_all_but_ddpm_are_deterministic(sampler, steps):
     point = draw(point_denoise(config), config, tiny.keys(1))[0]
     np.testing.assert_allclose(point, POINT, atol=1e-4)
     assert np.abs(got).max() > 0
+
+
+@pytest.mark.parametrize("sampler", tiny.SAMPLERS)
+def test_no_gradient_goes_through_the_starting_noise(sampler):
+    """With the first step before the loop: of a weight on the prediction, as NSEC's."""
+    config, calls = tiny.SAMPLERS[sampler], []
+
+    @jax.custom_vjp
+    def noted(a_t):
+        return a_t
+
+    def back(_, grad):
+        jax.debug.callback(lambda: calls.append(1))
+        return (grad,)
+
+    noted.defvjp(lambda a_t: (a_t, None), back)
+
+    def action(alpha, scan):
+        def denoise(obs, a_t, t):
+            return alpha * network_denoise(obs, noted(a_t), t)
+
+        noise = tiny.normal(config.steps + 1, 2)
+        return jnp.sum(sample_from(denoise, config, noise, OBS, scan) ** 2)
+
+    grads, counts = [], []
+    for scan in (jax.lax.scan, scan_after_first):
+        both = jax.value_and_grad(functools.partial(action, scan=scan))
+        grads.append(jax.block_until_ready(jax.jit(both)(jnp.float32(0.7))))
+        jax.effects_barrier()
+        counts.append(len(calls))
+    np.testing.assert_allclose(*grads, rtol=1e-5)
+    assert abs(grads[0][1]) > 1e-2
+    assert counts[1] - counts[0] == counts[0] - 1
 
 
 def test_ddpm_noise_scales():

@@ -37,6 +37,7 @@ from psec_jax.gating import GateConfig, gate_alpha
 from psec_jax.lora import adapter_of
 from psec_jax.losses import cloning_loss, diffusion_loss, released_regulariser
 from psec_jax.networks.denoiser import COMPATS
+from psec_jax.process import scan_after_first
 from psec_jax.runtime import platform
 from psec_jax.types import Params, TrainState
 
@@ -65,15 +66,21 @@ def _diffusion(config: PolicyConfig, params: PolicyParams, alpha, key, obs, acti
     return diffusion_loss(denoise, config.process, key, obs, action)
 
 
+def _sampled(config: PolicyConfig, params: PolicyParams, alpha, key, obs) -> Array:
+    """The action that the weights sample, to be differentiated by them."""
+    # At the parameter level the weights are in every layer of every step, and at the
+    # action level no gradient reaches the steps.
+    scan = scan_after_first if config.level == "noise" else jax.lax.scan
+    return sampler(config, params, obs, scan)(action_noise(config, key), alpha)
+
+
 def _cloning(config: PolicyConfig, params: PolicyParams, alpha, key, obs, action):
-    return cloning_loss(
-        sampler(config, params, obs)(action_noise(config, key), alpha), action
-    )
+    return cloning_loss(_sampled(config, params, alpha, key, obs), action)
 
 
 def _critic(config: PolicyConfig, params: PolicyParams, alpha, key, obs, action):
     """-(Q - lambda Q_c) of the action that the weights sample, or another rule's."""
-    sampled = sampler(config, params, obs)(action_noise(config, key), alpha)
+    sampled = _sampled(config, params, alpha, key, obs)
     values = judge(params.critics or {}, obs, sampled[None])
     return -score(config, params, values)[0]
 
