@@ -134,6 +134,16 @@ def test_a_gate_over_many_skills_is_planned(head, tmp_path):
         gate.plan(job.changed({"gate.alphas": ((1.0,),)}), request, load)
 
 
+def test_flop_of_the_gates_by_hand():
+    """Of base and one skill: products of 5 steps, and of 4 input gradients in NSEC."""
+    plans = benchmark.make_plans(TINY, 4)
+    state, frozen = plans["NSEC"].start()
+    n = benchmark.weights_of(frozen.base)
+    head = 6 * benchmark.weights_of(state.params)
+    assert benchmark.flop_per_example(plans["NSEC"], 4) == 2 * 9 * 2 * n + head
+    assert benchmark.flop_per_example(plans["ASEC"], 4) == 2 * 5 * 2 * n + head
+
+
 def test_measurements_are_made_in_turns():
     order = []
     calls = {name: (lambda name=name: order.append(name)) for name in "AB"}

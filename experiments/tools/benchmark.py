@@ -4,11 +4,12 @@
     python -m experiments.tools.benchmark --quick --only=matmul,train
 
 Measures start-up and memory, the rate of matrix products, training steps of every
-stage, where a step's time goes, several seeds as one program, data in a file, several
-steps as one call, the cost of composing skills, of which few are active, libraries of
-many skills and the search of their supports, the latency of
-an action, also of exported policies and of a server, evaluation (also with simulators
-on the device), and bfloat16; prints a table and saves it as JSON.
+stage, where a step's time goes, several seeds as one program, also by the number of
+steps in one call, data in a file, several steps as one call, the cost of composing
+skills, of which few are active, libraries of many skills and the search of their
+supports, the latency of an action, also of exported policies and of a server,
+evaluation (also with simulators on the device), and bfloat16; prints a table and saves
+it as JSON.
 A full run takes minutes, in which nothing else should run on the machine. --quick
 repeats less and starts with fewer transitions: it checks the benchmark, its figures are
 not to be quoted. Evaluation by several processes needs `make setup-safe`, that on the
@@ -398,6 +399,9 @@ FLOP = {
     "skill": "4 N B + 4 M B + 2 r N: no weight gradients of the frozen base, whose sum "
     "with the skill is formed once",
     "gate": "4 N B + 4 M B + 6 G B: no weight gradients of base and skills",
+    "NSEC": "2 N (2 T - 1) K B + 6 G B: input gradients of every step but the first; "
+    "skills merged into the base",
+    "ASEC": "2 N T K B + 6 G B: no gradients of the steps",
     "both skills and critics": "twice a skill's + (32 Q + 16 V) B: target Q, Q and V "
     "forward and backward, V at the next state",
     "N": "weights of the base's dense layers",
@@ -405,11 +409,14 @@ FLOP = {
     "G": "weights of the gate's dense layers",
     "Q": "weights of one Q of the critics",
     "V": "weights of one V",
+    "T": "denoising steps",
+    "K": "networks that are mixed, the base and one skill",
     "B": "batch size",
 }
 
 
 OFFLINE = "both skills and critics"
+GATES = {"gate": "parameter", "NSEC": "noise", "ASEC": "action"}  # levels
 
 
 def make_plans(sizes: Sizes, batch: int) -> dict[str, Plan]:
@@ -424,9 +431,14 @@ def make_plans(sizes: Sizes, batch: int) -> dict[str, Plan]:
             "base": base_plan(sizes, batch),
             "base (bf16)": base_plan(sizes, batch, dtype="bfloat16"),
             "skill": skill.plan(job, skill.Request(name="skill", **common), load),
-            "gate": gate.plan(
-                job, gate.Request(name="gate", skills=["skill0"], **common), load
-            ),
+            **{
+                name: gate.plan(
+                    job.changed({"gate.level": level}),
+                    gate.Request(name="gate", skills=["skill0"], **common),
+                    load,
+                )
+                for name, level in GATES.items()
+            },
             OFFLINE: skill.plan(
                 job, skill.Request(name=names, objectives=names, **common), load
             ),
@@ -491,8 +503,15 @@ def flop_per_example(plan: Plan, batch: int) -> float:
     if plan.kind == "base":
         return 6.0 * weights_of(state.params)
     if plan.kind == "gate":
+        assert plan.update is not None
+        policy = plan.update.config.policy
         n, m = weights_of(frozen.base), tree.size(frozen.library)
-        return 4.0 * n + 4.0 * m + 6.0 * weights_of(state.params)
+        steps, mixed = policy.process.steps, len(frozen.strength) + 1
+        passes = {"noise": 2 * steps - 1, "action": steps}
+        through = 4.0 * n + 4.0 * m
+        if policy.level in passes:
+            through = 2.0 * n * passes[policy.level] * mixed
+        return through + 6.0 * weights_of(state.params)
     several = len(plan.names)
     n = weights_of(frozen if several == 1 else frozen.base)
     params = state.params if several == 1 else state.actor.params
@@ -654,17 +673,26 @@ def _gradients(config: Any, state: Any, batch: Any, _: Any, key: jax.Array) -> A
 
 
 def seeds(sizes: Sizes) -> list[Row]:
-    """A step of several bases as one program, in turns with a step of one."""
+    """A step of several bases as one program, in turns with a step of one; the largest
+    number of them also by the number of steps in one call."""
     rows = []
     on_cpu = jax.default_backend() == "cpu"
+    own = platform.current().steps_per_call
     for batch in sizes.batches[:1] if on_cpu else sizes.batches:
         plans = [base_plan(sizes, batch, seed) for seed in range(max(sizes.seeds))]
-        trainers = {n: Trainer(plans[:n], sizes.seconds) for n in sizes.seeds}
-        times = in_turns({str(n): t for n, t in trainers.items()}, sizes.repeats)
-        one = times[str(sizes.seeds[0])]
-        for count in sizes.seeds[1:]:
-            label = f"{count} bases, batch {batch}: time over one"
-            rows.append(make_row("seeds", label, ratios(times[str(count)], one), "x"))
+        for length in dict.fromkeys((own, *sizes.loops)):
+            counts = (
+                sizes.seeds if length == own else (sizes.seeds[0], max(sizes.seeds))
+            )
+            trainers = {
+                str(n): Trainer(plans[:n], sizes.seconds, length) for n in counts
+            }
+            times = in_turns(trainers, sizes.repeats)
+            calls = "" if length == own else f", {length} steps in one call"
+            for count in counts[1:]:
+                label = f"{count} bases, batch {batch}{calls}: time over one"
+                over = ratios(times[str(count)], times[str(counts[0])])
+                rows.append(make_row("seeds", label, over, "x"))
     return rows
 
 
