@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Key
 from psec_jax import tree
 from psec_jax.choice import RULES
 from psec_jax.errors import InputError, lookup
-from psec_jax.networks.mlp import MLP, apply, mlp_shapes, mlp_widths
+from psec_jax.networks.mlp import MLP, apply, init_net, mlp_shapes, mlp_widths
 from psec_jax.types import Params
 
 
@@ -132,7 +132,7 @@ def _constant(config, params, obs):
 
 def _init_linear(config, key, obs_dim, start):
     net = MLP(config.widths, start.size)
-    params = net.init(key, jnp.zeros(obs_dim))["params"]
+    params = init_net(net, key, (obs_dim,))
     params["output"]["bias"] = start.ravel()
     return params
 
@@ -230,7 +230,7 @@ DISTANCE_CAP = 4.0  # in units of tau: beyond it every support is zero anyway
 
 def init_distance(key: Key[Array, ""], obs_dim: int) -> Params:
     """Parameters of the network behind `learned_distance`."""
-    return _DISTANCE_NET.init(key, jnp.zeros(obs_dim))["params"]
+    return init_net(_DISTANCE_NET, key, (obs_dim,))
 
 
 def learned_distance(net: Params, x: Float[Array, " S"]) -> Float[Array, ""]:

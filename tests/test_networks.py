@@ -11,7 +11,7 @@ import tiny
 
 from psec_jax import tree
 from psec_jax.errors import InputError
-from psec_jax.lora import init_skill
+from psec_jax.lora import init_skill, lecun_normal
 from psec_jax.networks import layers
 from psec_jax.networks.denoiser import (
     COMPATS,
@@ -30,6 +30,33 @@ INPUTS = (
     tiny.normal(B, tiny.ACTION_DIM, seed=1),
     jnp.arange(B, dtype=jnp.float32),
 )
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (24, 256), (1024, 8), (600, 500)])
+def test_kernels_are_drawn_as_jax_draws_them(shape):
+    """Bit for bit, so that a seed keeps its numbers."""
+    expected = jax.nn.initializers.lecun_normal()
+    keys = jax.random.split(jax.random.key(1))
+    np.testing.assert_array_equal(
+        lecun_normal(keys[0], shape), expected(keys[0], shape)
+    )
+    both = [
+        jax.vmap(lambda k, f=f: f(k, shape))(keys) for f in (lecun_normal, expected)
+    ]
+    np.testing.assert_array_equal(*both)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_base_is_initialised_without_running_it(kind):
+    config, horizon = tiny.network(kind), tiny.HORIZON.get(kind, 1)
+    sizes = tiny.OBS_DIM, tiny.ACTION_DIM, horizon
+    key = jax.random.key(0)
+    chex.assert_trees_all_equal(
+        init_base(config, key, *sizes),
+        tiny.net(kind).init(key, *map(jnp.zeros, (*sizes[:2], ())))["params"],
+    )
+    text = str(jax.make_jaxpr(lambda key: init_base(config, key, *sizes))(key))
+    assert "truncated_normal" in text and "dot_general" not in text
 
 
 @functools.cache

@@ -27,7 +27,7 @@ from psec_jax.agents.common import (
 from psec_jax.agents.critics import CriticConfig, CriticState
 from psec_jax.errors import InputError, lookup
 from psec_jax.losses import OBJECTIVES, WeightConfig
-from psec_jax.networks.mlp import MLP
+from psec_jax.networks.mlp import MLP, init_net
 from psec_jax.types import Params, TrainState
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
@@ -88,7 +88,7 @@ def init(
     actor_key, critic_key = jax.random.split(key)
     net = MLP(config.widths, action_dim)
     params = {
-        "mean": net.init(actor_key, jnp.zeros(obs_dim))["params"],
+        "mean": init_net(net, actor_key, (obs_dim,)),
         "log_std": jnp.zeros(action_dim),
     }
     state = init_state(config.optimiser, params)

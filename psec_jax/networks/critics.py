@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from psec_jax.networks.mlp import MLP
+from psec_jax.networks.mlp import MLP, init_net
 from psec_jax.types import Params
 
 # Of each pair of twins the Q that counts: the smaller reward, the larger harm.
@@ -30,12 +30,12 @@ def init_q(
     widths: Sequence[int], key: Key[Array, ""], obs_dim: int, action_dim: int
 ) -> Params:
     """Parameters of one Q."""
-    return MLP(widths, 1).init(key, jnp.zeros(obs_dim + action_dim))["params"]
+    return init_net(MLP(widths, 1), key, (obs_dim + action_dim,))
 
 
 def init_v(widths: Sequence[int], key: Key[Array, ""], obs_dim: int) -> Params:
     """Parameters of one V."""
-    return ValueNet(widths).init(key, jnp.zeros(obs_dim))["params"]
+    return init_net(ValueNet(widths), key, (obs_dim,))
 
 
 def q_value(

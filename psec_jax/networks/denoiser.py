@@ -3,12 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from psec_jax.errors import InputError
 from psec_jax.lora import weigh_layers
 from psec_jax.networks.config import COMPATS, Denoise, Denoiser, NetworkConfig
+from psec_jax.networks.mlp import init_net
 from psec_jax.networks.residual import ResidualMLP
 from psec_jax.networks.transformer import Transformer
 from psec_jax.types import Params
@@ -66,9 +66,7 @@ def init_base(
 ) -> Params:
     """Fresh parameters of the base; `action_dim` and `horizon` as in `make_network`."""
     net = make_network(config, action_dim, horizon)
-    return net.init(key, jnp.zeros(obs_dim), jnp.zeros(action_dim), jnp.zeros(()))[
-        "params"
-    ]
+    return init_net(net, key, (obs_dim,), (action_dim,), ())
 
 
 def make_denoise(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt16
 
-from psec_jax.lora import adapter_delta, merged_product, side_by_side
+from psec_jax.lora import adapter_delta, lecun_normal, merged_product, side_by_side
 
 # e^2x must stay finite in float32; beyond 20 mish(x) = x to the last bit.
 _MISH_LINEAR_FROM = 20.0
@@ -105,9 +105,7 @@ class AdaptedDense(nn.Module):
     def __call__(
         self, x: Float[Array, "*b d"], alpha: Float[Array, "*c k"] | None = None
     ) -> Float[Array, "*b o"]:
-        kernel = self.param(
-            "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features)
-        )
+        kernel = self.param("kernel", lecun_normal, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         dtype = jnp.dtype(self.matmul_dtype)
         x = x.astype(dtype)

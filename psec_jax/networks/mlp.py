@@ -4,8 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
-from jaxtyping import Array, Float
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
 
+from psec_jax.lora import lecun_normal
 from psec_jax.types import Params
 
 
@@ -18,8 +21,18 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b o"]:
         for i, width in enumerate(self.widths):
-            x = nn.relu(nn.Dense(width, name=f"hidden_{i}")(x))
-        return nn.Dense(self.outputs, name="output")(x)
+            x = nn.relu(_dense(width, f"hidden_{i}")(x))
+        return _dense(self.outputs, "output")(x)
+
+
+def _dense(features: int, name: str) -> nn.Dense:
+    return nn.Dense(features, kernel_init=lecun_normal, name=name)
+
+
+def init_net(net: nn.Module, key: Key[Array, ""], *shapes: tuple[int, ...]) -> Params:
+    """Fresh parameters for inputs of these shapes; the network itself is not run."""
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return net.lazy_init(key, *inputs)["params"]
 
 
 def apply(net: nn.Module, params: Params, *inputs: Any) -> Any:
