@@ -37,7 +37,7 @@ def lecun_normal(
 
 
 @partial(jax.jit, static_argnums=(1, 3))
-def _truncated_normal(key: Key[Array, ""], count: int, std: Array, dtype: Any) -> Array:
+def _truncated_normal(key: Key[Array, ""], count: int, std: Any, dtype: Any) -> Array:
     return jax.random.truncated_normal(key, -2, 2, (count,), dtype) * std
 
 
