@@ -42,6 +42,7 @@ TABLES = {
     "select": "dsrl_select/table1_bullet",
     "shift": "dynamics/dynamics_shift",
     "thousand": "dynamics_1000/dynamics_shift",
+    "cw10": "continual/cw10",
 }
 FIGURES = ("interpolation", "rank", "sample_efficiency", "training_efficiency")
 

@@ -17,6 +17,7 @@ SECTIONS = {
     "docs/safe.md": ("Table 1: reward and cost", "The gate over time"),
     "docs/dynamics.md": ("Results", "Strength of the shift"),
     "docs/sharing.md": ("Speed",),
+    "docs/continual.md": ("Results",),
 }
 
 # Numbers of settings, not of results: by the words before them or after them.
@@ -47,7 +48,7 @@ class Exempt(NamedTuple):
     why: str
 
 
-README, REPRODUCING, SAFE, DYNAMICS, SHARING = SECTIONS
+README, REPRODUCING, SAFE, DYNAMICS, SHARING, CONTINUAL = SECTIONS
 CLOCK = "minutes and memory of one run, which results do not hold"
 TRIAL = "a trial without raw results, called so in the text"
 DEFINITION = "a definition or a fact of the paper, not a result"
