@@ -190,6 +190,7 @@ def _quiet(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
             from psec_jax.runtime import platform
 
             platform.keep_programs()
+            platform.keep_memory()
         main(argv)
 
     return called

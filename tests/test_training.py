@@ -5,6 +5,8 @@ import importlib.util
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -398,6 +400,29 @@ def test_the_backend_chooses_the_length_of_a_loop(data, monkeypatch):
     looped, _ = go(None, data, steps=10, log_every=4, save_every=7, calls=0)
     assert counts == [3, 1, 3, 1, 2]
     assert_same(looped, single)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="an option of glibc")
+def test_memory_of_a_step_is_kept_for_the_next():
+    """The large buffers of a step come back without a page fault."""
+    code = """if True:
+        import resource
+        import jax, jax.numpy as jnp
+        from psec_jax.runtime import platform
+
+        platform.keep_memory()
+        step = jax.jit(lambda x: jnp.sum(jnp.sort(jnp.sin(x))))
+        x = jnp.ones((500_000, 16))
+        for _ in range(4):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            step(x).block_until_ready()
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    first, *_, last = map(int, done.stdout.split())
+    assert last < 100 < first
 
 
 def test_compiled_programs_are_kept_for_later_runs(tmp_path, monkeypatch):

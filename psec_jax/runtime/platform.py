@@ -1,5 +1,7 @@
 """Choices that depend on the backend alone: they change speed, never the maths."""
 
+import ctypes
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,3 +79,23 @@ def keep_programs(folder: str | Path | None = None) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     path = Path(folder).expanduser().absolute()
     jax.config.update("jax_compilation_cache_dir", str(path))
+
+
+# Options of glibc's mallopt: never trim, no mappings of their own for large buffers.
+_MALLOC = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0)}
+
+
+def keep_memory() -> None:
+    """Keep the memory that a step on a CPU frees for the next one; Linux with glibc.
+
+    By default its large buffers go back to the system after every step, which has to
+    clear their pages again for the next. Only the main thread's memory can grow to any
+    size, so that steps run in it; this comes before anything runs on a device.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if mallopt is not None:
+        for option, value in _MALLOC.values():
+            mallopt(option, value)
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
