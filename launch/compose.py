@@ -41,7 +41,8 @@ The weights are head times support, made of config.gate:
            config.gate.per_layer gives every layer weights of its own
   support  none (the paper's), neighbour or learned: 1 where a skill's demonstrations
            reach, and 0, which leaves the state to the base, where they do not; nearest:
-           the skills of the nearest demonstrations share 1 in every state
+           the skills of the nearest demonstrations act in every state, with shares
+           that add up to 1
   loss     auto (the paper's), diffusion or cloning; critic or selected train the head
            by --critics, which are not needed to act
 Skills are in order of priority: with a support, a skill gets what those before it left

@@ -248,6 +248,7 @@ def _falloff(distance: Array) -> Array:
 
 NO_SUPPORT = 3.2  # in units of tau: from here on `_falloff` is 0 in float32
 NO_SHARE = 17.0  # exp(-17) is less than the rounding of 1
+FARTHEST = 1e9  # in units of tau: beyond it all are equally far
 
 
 def _distances(
@@ -258,41 +259,46 @@ def _distances(
     Args:
       params: of the support; with an index skills are searched from the nearest box on.
       obs: one normalised observation.
-      enough: the distances found so far, others infinite -> the distance from which on
-        a skill is not searched and stays infinite.
+      enough: distances [K] so far, infinite where not searched -> the distance from
+        which on a skill is not searched and stays infinite.
     """
     x, demos, valid = obs / params["scale"], params["demos"], params["valid"]
     tau = params["tau"]
     if "low" not in params:
         return jax.vmap(neighbour_distance)(demos, valid, x) / tau
     least = _to_box(params, x) / tau
+    largest = jnp.finfo(least.dtype).max
 
-    def unsearched(found: Array) -> Array:
-        return jnp.where(jnp.isinf(found), least, jnp.inf)
+    def unsearched(so_far: Array) -> Array:
+        return jnp.where(jnp.isinf(so_far), least, jnp.inf)
 
-    def search(found: Array) -> Array:
-        k = jnp.argmin(unsearched(found))
+    def search(so_far: Array) -> Array:
+        k = jnp.argmin(unsearched(so_far))
         distance = neighbour_distance(demos[k], valid[k], x[k])
-        return found.at[k].set(distance / tau[k])
+        # Finite also where a square overflows: the others count as not searched.
+        return so_far.at[k].set(jnp.minimum(distance / tau[k], largest))
 
-    def more(found: Array) -> Array:
-        return jnp.min(unsearched(found)) < enough(found)
+    def more(so_far: Array) -> Array:
+        return jnp.min(unsearched(so_far)) < enough(so_far)
 
     return jax.lax.while_loop(more, search, jnp.full_like(tau, jnp.inf))
 
 
 def _neighbour(params: Params, obs: Float[Array, " S"]) -> Float[Array, " K"]:
-    return _falloff(_distances(params, obs, lambda found: NO_SUPPORT))
+    return _falloff(_distances(params, obs, lambda so_far: NO_SUPPORT))
 
 
 def _nearest(params: Params, obs: Float[Array, " S"]) -> Float[Array, " K"]:
     """softmax(-(d / tau)^2): the skills of the nearest demonstrations share 1."""
 
-    def enough(found: Array) -> Array:
-        return jnp.sqrt(jnp.min(found) ** 2 + NO_SHARE)
+    def enough(so_far: Array) -> Array:
+        return jnp.sqrt(jnp.min(so_far) ** 2 + NO_SHARE)
 
-    distance = _distances(params, obs, enough)
-    return jax.nn.softmax(-(distance**2))
+    distance = jnp.minimum(_distances(params, obs, enough), FARTHEST)
+    # softmax(-d^2) by differences: of large squares nothing but rounding would be left.
+    least = jnp.min(distance)
+    weight = jnp.exp(-(distance - least) * (distance + least))
+    return weight / jnp.sum(weight)
 
 
 def index_boxes(support: Params) -> Params:

@@ -48,7 +48,7 @@ class Exempt(NamedTuple):
     why: str
 
 
-README, REPRODUCING, SAFE, DYNAMICS, SHARING, CONTINUAL = SECTIONS
+README, REPRODUCING, SAFE, DYNAMICS, SHARING, *_ = SECTIONS
 CLOCK = "minutes and memory of one run, which results do not hold"
 TRIAL = "a trial without raw results, called so in the text"
 DEFINITION = "a definition or a fact of the paper, not a result"

@@ -122,6 +122,15 @@ def test_nearest_support_shares_one_by_distance():
     np.testing.assert_allclose(got.sum(1), 1, rtol=1e-6)
 
 
+@pytest.mark.parametrize("distance", [1e3, 1e5, 1e8, 1e18, 1e25])
+def test_nearest_support_is_finite_far_from_everything(distance):
+    states = jnp.asarray([[distance, 0], [-distance, distance]], jnp.float32)
+    got = shares("nearest", states)
+    np.testing.assert_allclose(got.sum(1), 1, rtol=1e-6)
+    boxes = jax.vmap(SUPPORTS["nearest"], (None, 0))
+    np.testing.assert_allclose(boxes(index_boxes(fitted("nearest")), states), got)
+
+
 @pytest.mark.parametrize("priority", [True, False])
 def test_nearest_support_leaves_the_base_nothing(priority):
     form = GateConfig(head="constant", support="nearest", priority=priority)
