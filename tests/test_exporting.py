@@ -36,7 +36,7 @@ def onnx():
 
 def support(kind):
     scale, tau = jnp.ones((K, S)), jnp.ones(K)
-    if kind == "neighbour":
+    if kind in ("neighbour", "nearest"):
         valid = jnp.arange(5) < jnp.asarray([[5], [3], [1]])
         demos = tiny.normal(K, 5, S)
         return {"demos": demos, "valid": valid, "tau": tau, "scale": scale}
@@ -76,6 +76,7 @@ def choosing():
 BOX = ActionBox((-2.0, 3.0), (1.0, 3.0))  # the second number never varies
 RELEASED = {"compat": "released"}
 FORMS = {
+    "nearest support": {"support": "nearest"},
     "support, noise level": {"level": "noise", "support": "neighbour", "box": BOX},
     "ddim, learned support": {"sampler": "ddim", "support": "learned", "head": "topp"},
     "euler, action level": {"sampler": "euler", "level": "action", "head": "softmax"},
