@@ -98,13 +98,27 @@ class Forecast:
         return self._play("evaluation", len(self.programs), act, env, episodes, seed)
 
     def tune(
-        self, policies: Mapping[str, Policy], env: str, episodes: int, seed: int
+        self,
+        policies: Mapping[str, Policy],
+        env: str,
+        episodes: int,
+        seed: int,
+        *,
+        shared: bool,
     ) -> dict[str, dict[str, Any]]:
-        """Count evaluations that choose fixed weights, once for all seeds; returns
-        what `multirun.roll_out` does, of episodes cut short."""
-        fields = {}
+        """Count evaluations that choose fixed weights; returns what
+        `multirun.roll_out` does, of episodes cut short.
+
+        Args:
+          policies: by name.
+          env: see `evaluate`, as what follows.
+          episodes: of each policy.
+          seed: of the first.
+          shared: what is chosen is for all seeds, not for one each.
+        """
+        times, fields = 1 if shared else len(self.programs), {}
         for name, policy in policies.items():
-            played = self._play("tuning", 1, policy.act, env, episodes, seed)
+            played = self._play("tuning", times, policy.act, env, episodes, seed)
             fields[name] = episode_fields(played, env, seed)
         return fields
 

@@ -477,6 +477,8 @@ def tune(
     grid: Sequence[Sequence[float]],
     make: Callable[[Cell, Sequence[float]], Policy],
     value: Callable[[Raw], Any],
+    *,
+    shared: bool = False,
 ) -> dict[str, Any]:
     """The best fixed weights of a grid, by episodes from other start states.
 
@@ -488,6 +490,7 @@ def tune(
       grid: weights; the row of zeros, the base alone, is among them.
       make: policy of a cell with given weights.
       value: of a raw result; the weights of the largest are chosen.
+      shared: they are chosen for all seeds.
 
     Returns:
       Fields of raw results: "alpha", the weights chosen, and "tried", all with their
@@ -515,7 +518,7 @@ def tune(
     if cell.forecast is None:
         played = multirun.roll_out(missing, envs, *size)
     else:
-        played = cell.forecast.tune(missing, cell.setting.env, *size)
+        played = cell.forecast.tune(missing, cell.setting.env, *size, shared=shared)
     raws = []
     for label, weights in labels.items():
         raw = done.get((cell.name, label, cell.seed))

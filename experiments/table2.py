@@ -163,7 +163,8 @@ def tuned_weights(form: Composition, cell: Cell) -> dict[str, Any]:
         library = cell.library(cell.seed)
         return compose(library, skills, alpha=weights, level=form.level)
 
-    return grid.tune(cell, GRIDS[kind, len(skills)], fixed, lambda raw: raw["mean"])
+    weights = GRIDS[kind, len(skills)]
+    return grid.tune(cell, weights, fixed, lambda raw: raw["mean"], shared=True)
 
 
 def level_changes(job: Job, level: str) -> dict[str, Any]:

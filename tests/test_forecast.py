@@ -17,6 +17,7 @@ from experiments.style import Style
 from psec_jax.data import d4rl
 from psec_jax.errors import InputError, Stopped
 from psec_jax.library import SkillLibrary
+from psec_jax.policy import load_base
 from psec_jax.types import Dataset
 
 
@@ -78,6 +79,31 @@ def test_a_plan_counts_what_is_left():
     assert rest.parts == {"base": [1, 12.0]}
     (checkpoints.parent / "result.json").write_text("{}")
     assert plan()["base"][0] == "1"
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_plan_counts_tuned_weights(shared):
+    def tuned(cell):
+        grid.train(cell, "base", "base", data="demos.hdf5", env=tiny_env.SPEC)
+
+        def fixed(cell, weights):
+            return load_base(cell.library(cell.seed))
+
+        def value(raw):
+            return raw["mean"]
+
+        for one in [cell.of(0)] if shared else map(cell.of, cell.seeds):
+            grid.tune(one, [(0.0,), (1.0,)], fixed, value, shared=shared)
+        return grid.bases(cell)
+
+    methods = {"Fixed": Method(tuned, {}, Style("blue", "o"))}
+    table = Table("table", PLAYED.settings, methods)
+    for together in (False, True):
+        lines = []
+        arguments = table, job(), Path("runs"), Path("results"), lines.append
+        assert not grid.run(*arguments, plan=True, together=together)
+        [line] = [one for one in lines[0].splitlines() if one.startswith("tuning")]
+        assert line.split()[1] == ("2" if shared else "4"), "weights, of both seeds"
 
 
 def test_a_plan_of_a_finished_table():
