@@ -4,13 +4,13 @@
 
 For each robot and shift (friction, thigh, gravity) a base is cloned from the mixed set
 of the changed simulator. For each of six target sets of the plain simulator, cut to
-10,000 transitions, one LoRA skill is learned by advantage-weighted regression on it,
-and on the same transitions gates: the paper's (PSEC), one with a support, and one by
-which critics choose base, skill or a mixture. Beside them, on the same data: the base
-as it is, the skill at its training strength, the base fine-tuned in all parameters,
-joint training on the source and the target, and on the target alone Gaussian BC and IQL
-and the diffusion policy from scratch. Every policy is rolled out in the plain
-simulator.
+10,000 transitions that each seed draws for itself, one LoRA skill is learned by
+advantage-weighted regression on it, and on the same transitions gates: the paper's
+(PSEC), one with a support, and one by which critics choose base, skill or a mixture.
+Beside them, on the same data: the base as it is, the skill at its training strength,
+the base fine-tuned in all parameters, joint training on the source and the target, and
+on the target alone Gaussian BC and IQL and the diffusion policy from scratch. Every
+policy is rolled out in the plain simulator.
 
 Raw returns of all episodes are in results/dynamics/dynamics_shift.jsonl; the table and
 the bars are made from those alone (--tables_only). Finished runs and results are kept:
@@ -96,20 +96,23 @@ def data_path(target: str) -> str:
     return str(d4rl_sets.find(f"{target}-v2").path)
 
 
-def transitions(job: Job, target: str) -> Demos:
-    """The target's transitions, the same for every seed and method."""
-    spec, part = d4rl_sets.task(f"{target}-v2").spec, job.table.transitions
-    selection = Selection(transitions=part)
+def drawn(job: Job, seed: int) -> Selection:
+    """The transitions of a seed, the same for every method."""
+    return Selection(transitions=job.table.transitions, draw=seed)
+
+
+def transitions(job: Job, target: str, selection: Selection) -> Demos:
+    """Those of a target set."""
+    spec = d4rl_sets.task(f"{target}-v2").spec
     return load_demos(job.data, spec, 0, data_path(target), selection)
 
 
 def target_request(cell: Cell) -> dict[str, Any]:
     """Data and simulator of what is trained on the target's transitions."""
-    part = Selection(transitions=cell.job.table.transitions)
     return {
         "env": cell.setting.plain,
         "data": data_path(cell.setting.target),
-        "selection": part,
+        "selection": functools.partial(drawn, cell.job),
     }
 
 
@@ -154,16 +157,21 @@ def make_scratch(cell: Cell) -> list[Made]:
 
 def make_joint(shift: str, cell: Cell) -> list[Made]:
     """A base on the source and the target's transitions as one set."""
-    target = transitions(cell.job, cell.setting.target)
     source = source_path(shift, cell)
     whole = load_demos(cell.job.data, None, 0, source)
-    both = dataset.concatenate([whole.dataset, target.dataset])
-    file = f"{cell.setting.target}-{dataset.fingerprint(both)}.hdf5"
-    path = cell.root / "joint" / file
-    if not path.exists():
-        names = {"source": Path(source).name, "target": Path(target.source).name}
-        d4rl.save(path, both, names)
-    request = {"env": cell.setting.plain, "data": str(path), "selection": FIRST}
+
+    def merged(seed: int) -> str:
+        chosen = drawn(cell.job, seed)
+        target = transitions(cell.job, cell.setting.target, chosen)
+        both = dataset.concatenate([whole.dataset, target.dataset])
+        file = f"{cell.setting.target}-{dataset.fingerprint(both)}.hdf5"
+        path = cell.root / "joint" / file
+        if not path.exists():
+            names = {"source": Path(source).name, "target": Path(target.source).name}
+            d4rl.save(path, both, names)
+        return str(path)
+
+    request = {"env": cell.setting.plain, "data": merged, "selection": FIRST}
     return make_whole(f"joint-{cell.setting.target}", cell, **request)
 
 
@@ -256,12 +264,13 @@ def make_gaussian(objective: str, cell: Cell) -> list[Made]:
         weights=WeightConfig(reward_temperature=sizes.reward_temperature),
         batch_size=sizes.batch_size,
     )
-    demos = transitions(cell.job, target)
-    normaliser = normalise.standard(demos.dataset.obs, cell.job.std_floor)
-    rows = critics.transitions(cell.job.critics, demos, normaliser, ("reward",))
-    dims = rows.obs.shape[1], rows.action.shape[1]
-    plans = []
+    plans, normalisers = [], []
     for seed in cell.seeds:
+        demos = transitions(cell.job, target, drawn(cell.job, seed))
+        normaliser = normalise.standard(demos.dataset.obs, cell.job.std_floor)
+        normalisers.append(normaliser)
+        rows = critics.transitions(cell.job.critics, demos, normaliser, ("reward",))
+        dims = rows.obs.shape[1], rows.action.shape[1]
         init_key, train_key = jax.random.split(jax.random.key(seed))
         record = {
             "seed": seed,
@@ -289,14 +298,17 @@ def make_gaussian(objective: str, cell: Cell) -> list[Made]:
         )
     mean = jax.jit(functools.partial(gaussian.mean, agent))
 
-    def act(params: Any, keys: Any, obs: Any) -> Any:
+    def act(normaliser: Any, params: Any, keys: Any, obs: Any) -> Any:
         return mean(params, jnp.asarray(normaliser(obs)))
 
     began = time.perf_counter()
     trained = multirun.train(plans, cell.job.run)
     seconds = time.perf_counter() - began
     grid.count(cell, "gaussian", f"{objective}-{target}", trained[0].summary, seconds)
-    return [Made(functools.partial(act, one.state.actor.params)) for one in trained]
+    return [
+        Made(functools.partial(act, normaliser, one.state.actor.params))
+        for normaliser, one in zip(normalisers, trained, strict=True)
+    ]
 
 
 def _fresh(agent: GaussianConfig, key: Any, dims: tuple[int, int]) -> tuple[Any, None]:
@@ -343,13 +355,14 @@ RIVALS = ("BC", "IQL", "Joint", "Scratch", "Fine-tune")
 
 
 def known(job: Job, target: str, setting: Setting) -> dict[str, Any]:
-    """The transitions that everything of a target set learns from.
+    """The set that everything of a target draws its transitions from.
 
     Raises:
       InputError: the set is not there, or smaller than the cut.
     """
     del setting
-    demos = transitions(job, target)
+    transitions(job, target, drawn(job, 0))
+    demos = transitions(job, target, FIRST)
     source = d4rl_sets.find(f"{target}-v2").source
     returns = dataset.episode_returns(demos.dataset)
     scores = np.asarray(d4rl_sets.normalised_score(robot_of(target), returns))
@@ -358,6 +371,7 @@ def known(job: Job, target: str, setting: Setting) -> dict[str, Any]:
         "data": demos.card() | {"made_or_official": source},
         "data_fingerprint": dataset.fingerprint(demos.dataset),
         "data_scores": scores.tolist(),
+        "drawn": job.table.transitions,
         "d4rl_environment": d4rl_sets.task(f"{target}-v2").d4rl_environment,
     }
 
@@ -421,10 +435,15 @@ def _note(raws: Sequence[results.Raw], summary: Mapping[str, Any]) -> str:
     data = {raw["setting"]: np.mean(results.needed(raw, "data_scores")) for raw in raws}
     learned = ", ".join(f"{name} {data[name]:.1f}" for name in summary)
     sources = sorted({raw["data"]["made_or_official"] for raw in raws})
-    sizes = sorted({raw["data"]["transitions"] for raw in raws})
+    # Results without "drawn" are of one cut, the same for all seeds.
+    sizes = sorted({raw.get("drawn", raw["data"]["transitions"]) for raw in raws})
+    draws = {"drawn" in raw for raw in raws}
+    of_seed = "drawn by each seed from the set" if draws == {True} else ""
+    if draws == {True, False}:
+        of_seed = "of some rows drawn by each seed, of others the same for all seeds"
     return (
-        f"D4RL normalised score. {tables.INTERVALS}; the transitions are the same for "
-        "all seeds. The paper's scores are of D4RL's v2 "
+        f"D4RL normalised score. {tables.INTERVALS}; the transitions are "
+        f"{of_seed or 'the same for all seeds'}. The paper's scores are of D4RL's v2 "
         f"simulators. Mean score of the transitions: {learned}. Target sets: "
         f"{' and '.join(sources)}, {' and '.join(map(str, sizes))} transitions; source "
         f"sets made here; {' and '.join(sorted({raw['env'] for raw in raws}))}. Width "

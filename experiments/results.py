@@ -87,6 +87,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "cost_limit": (is_number, "a number"),
     "scores": (list_of(is_number), "numbers"),
     "data_scores": (list_of(is_number), "numbers"),
+    "drawn": (whole(1, 2**40), "a number of 1 or more"),
     "x": (none_or(is_number), "a number"),
     "tasks": (list_of(is_text), "names"),
     "matrix": (list_of(list_of(list_of(is_number))), "scores by task and episode"),

@@ -125,6 +125,7 @@ def known() -> dict[str, Any]:
             name: read_json(RESULTS / f"bfloat16/bf16_{name}_S-W.json")["mean"]
             for name in ("Support", "PSEC")
         },
+        "hundred": _hundred(),
         "bench": _rows("benchmark.json"),
         "sparse": _rows("sparse.json"),
         "library": _rows("library.json"),
@@ -242,6 +243,21 @@ def _released_gap(cells: Mapping[str, Any]) -> float:
 
 def _figure(name: str) -> dict[str, dict[str, float]]:
     return _means(results.read_all(RESULTS / f"dmc_walker/{name}.jsonl"), "returns")
+
+
+def _hundred() -> dict[str, Stats]:
+    """The demo's PSEC and Scratch on 100 start states of S->W: returns, falls and the
+    paired difference."""
+    returns = {
+        name: np.array(read_json(RESULTS / f"demo/walk_100_{name}.json")["returns"])
+        for name in ("PSEC", "Scratch")
+    }
+    stats = tables.intervals.describe((returns["PSEC"] - returns["Scratch"])[None])
+    found = {"difference": Stats(stats, verdict=tables.verdict(stats))}
+    for name, values in returns.items():
+        found[name] = Stats(mean=float(values.mean()))
+        found[f"{name} falls"] = Stats(mean=float(np.mean(values < table2.FALL)))
+    return found
 
 
 def _data(folder: str) -> dict[str, float]:

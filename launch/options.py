@@ -145,6 +145,12 @@ TRANSITIONS = flags.DEFINE_integer(
     "Of all that is left, draw trajectories at random until there are this many "
     "transitions; the last one is cut.",
 )
+DRAW = flags.DEFINE_integer(
+    "draw",
+    None,
+    "Seed of what --filter, --share and --transitions draw; default 0.",
+    lower_bound=0,
+)
 EVALUATE = flags.DEFINE_bool(
     "evaluate", True, "Roll the result out and record its returns."
 )
@@ -235,6 +241,7 @@ def selection() -> Selection:
         filter=FILTER.value,
         share=SHARE.value,
         transitions=TRANSITIONS.value,
+        draw=DRAW.value,
     )
 
 

@@ -240,3 +240,22 @@ def test_packaged_policies_are_whole():
             assert RECIPES[task.quality](found)
             folders |= {policy.path.parent for policy in found}
     assert folders == set(D4RL_ASSETS.iterdir()) and folders
+
+
+def test_samples_of_the_policies_own_distributions(tmp_path):
+    folder = write_snapshots(tmp_path / "walker")
+    with pytest.raises(InputError, match="expected the expert or a file with a standa"):
+        collect_d4rl(MEDIUM, 50, 0, policies=folder, sampled=True)
+    arrays = dict(np.load(folder / "sac_300.npz"))
+    arrays["head/kernel"] = np.zeros((4, 12), np.float32)
+    # tanh(0.5 z), not the 0.2 + 0.1 z that the noise of the default gives
+    arrays["head/bias"] = np.float32([0] * 6 + [np.log(0.5)] * 6)
+    arrays["log_std_clip"] = np.float32([-20, 2])
+    np.savez(folder / "sac_300.npz", **arrays)
+    path = collect_d4rl(MEDIUM, 500, 0, policies=folder, sampled=True)
+    ds, attrs = data.read(path)
+    assert np.arctanh(ds.action).std() == pytest.approx(0.5, rel=0.05)
+    assert json.loads(attrs["policies"]) == ["sampled:sac_300.npz"]
+    assert attrs["action_noise"] == 0
+    with pytest.raises(InputError, match="holds another collection"):
+        collect_d4rl(MEDIUM, 500, 0, policies=folder)

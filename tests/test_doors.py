@@ -303,6 +303,9 @@ def test_numbers_of_numpy_on_a_card_are_stored_as_numbers(root, number):
         (Selection(split=2.5), 0, "split: got 2.5, expected a whole number"),
         (Selection(share=[1]), 0, r"share: got \[1\], expected a number"),
         (Selection(transitions="9"), 0, "transitions: got '9', expected a whole num"),
+        (Selection(transitions=9, draw=1.5), 0, "draw: got 1.5, expected a whole num"),
+        (Selection(transitions=9, draw=-1), 0, "draw: got -1, expected 0 to"),
+        (Selection(draw=1), 0, "draw: nothing is drawn without filter, share or tr"),
         (Selection(filter="no"), 0, "unknown filter 'no'; choose from"),
     ],
 )

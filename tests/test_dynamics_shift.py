@@ -61,6 +61,16 @@ def test_table_and_study(place, quick_starts):
     assert tuned["config"]["start"] == cards["library"]["fingerprint"]
     skill = json.loads((seed / f"library/skills/{TARGET}/skill.json").read_text())
     assert skill["data"]["transitions"] == 30 and skill["objective"] == "reward"
+    # The next seed learns from transitions of its own.
+    both = job.changed({"table.seeds": (0, 1)})
+    chosen["methods"] = ("Joint (gravity)", "Skill (gravity)")
+    grid.run(table, both, root, folder, print, **chosen)
+    chosen["methods"] = METHODS
+    of_next = Path(f"runs/walker2d-gravity/seed1/library/skills/{TARGET}/skill.json")
+    other = json.loads(of_next.read_text())["data"]
+    assert other["selection"]["draw"] == 1 and other["transitions"] == 30
+    assert other["fingerprint"] != skill["data"]["fingerprint"]
+    assert len(list(Path("runs/walker2d-gravity/joint").iterdir())) == 2
     text = dynamics_shift.write_table(folder)
     assert "| PSEC (gravity) |" in text and "57.1" in text
     assert "Of 1 cells" in text and "gaussian 2 steps of 8" in text

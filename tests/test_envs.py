@@ -369,6 +369,7 @@ def test_expert_follows_its_formula(tmp_path, norm):
             {"head/kernel": np.ones((5, 3)), "head/bias": np.ones(3)},
             "head has 3 outputs, expected 2 or 4",
         ),
+        ({"log_std_clip": [2, -20]}, r"log_std_clip is \[2.0, -20.0\]"),
     ],
 )
 def test_bad_expert_files(tmp_path, replaced, message):
@@ -390,7 +391,17 @@ def test_policies_by_name(tmp_path):
         drawn = np.array([policy(obs, one) for _ in range(200)])
         assert drawn.dtype == np.float32
         assert np.abs(drawn).max() <= 1 and drawn.std() > 0.4
+    with pytest.raises(InputError, match="e.npz': .* deviation for each of the 2"):
+        experts.make_policy(f"sampled:{path}", SPEC, 3, 2)
     walker = np.zeros(24, np.float32)
+    sampled = experts.make_policy("sampled:expert", WALKER, 24, 6)
+    drawn = np.array([sampled(walker, one) for _ in range(1000)])
+    expert = experts.load_expert(experts.expert_path(WALKER), 6)
+    outputs = expert._outputs(walker)
+    std = np.exp(-5 + 3 * (np.tanh(outputs[6:]) + 1))
+    np.testing.assert_allclose(
+        np.arctanh(drawn).std(0), std, rtol=0.1, err_msg="the formula of its card"
+    )
     medium = experts.make_policy("medium", WALKER, 24, 6)
     assert not np.array_equal(medium(walker, one), medium(walker, one))
 
@@ -404,6 +415,8 @@ def test_policies_by_name(tmp_path):
         (("expert", WALKER, 24, 6, -1.0), "action_noise is -1.0"),
         (("expert", WALKER, 24, 6, float("nan")), "action_noise is nan"),
         (("random", WALKER, 24, 6, 0.5), "takes no action noise"),
+        (("sampled:expert", WALKER, 24, 6, 0.5), "takes no action noise"),
+        (("sampled:medium", WALKER, 24, 6), "the expert or a file with a standard dev"),
         (("expert", WALKER, 23, 6), "observations of size 24, .* has 23"),
     ],
 )

@@ -14,8 +14,13 @@ WALKER = "dm_control:walker-stand"
 
 def test_exported_actor_acts_alike(tmp_path):
     generator = np.random.default_rng(0)
-    sizes = {"latent_pi.0": (5, 3), "latent_pi.2": (4, 5), "mu": (2, 4)}
-    state = {"log_std.weight": np.ones((2, 4)), "log_std.bias": np.ones(2)}
+    sizes = {
+        "latent_pi.0": (5, 3),
+        "latent_pi.2": (4, 5),
+        "mu": (2, 4),
+        "log_std": (2, 4),
+    }
+    state = {}
     for name, shape in sizes.items():
         state[f"{name}.weight"] = generator.normal(size=shape)
         state[f"{name}.bias"] = generator.normal(size=shape[0])
@@ -26,8 +31,15 @@ def test_exported_actor_acts_alike(tmp_path):
     for name in ("latent_pi.0", "latent_pi.2"):
         x = np.maximum(x @ state[f"{name}.weight"].T + state[f"{name}.bias"], 0)
     expected = np.tanh(x @ state["mu.weight"].T + state["mu.bias"])
-    got = load_expert(tmp_path / "e.npz", 2)(obs)
-    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    expert = load_expert(tmp_path / "e.npz", 2)
+    np.testing.assert_allclose(expert(obs), expected, rtol=1e-4, atol=1e-5)
+    noise = generator.normal(size=(6, 2))
+    log_std = x @ state["log_std.weight"].T + state["log_std.bias"]
+    mean = x @ state["mu.weight"].T + state["mu.bias"]
+    sampled = np.tanh(mean + np.exp(np.clip(log_std, -20, 2)) * noise)
+    assert (log_std > 2).any()
+    got = expert.sample(obs, noise)
+    np.testing.assert_allclose(got, sampled, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,10 @@ for each shifted one. RECIPES says which of them play:
   random         none; actions are uniform
 
 in the order of their training, each the same number of transitions, with Gaussian noise
-of --action_noise on every action. A policy plays whole episodes until it has its part,
-and its last trajectory is cut there, which is marked as a timeout. The same arguments
-give the same content, whatever the number of processes.
+of --action_noise on every action, or with --sampled by samples of their distributions.
+A policy plays whole episodes until it has its part, and its last trajectory is cut
+there, which is marked as a timeout. The same arguments give the same content, whatever
+the number of processes.
 """
 
 import json
@@ -36,7 +37,7 @@ from absl import flags
 from psec_jax import files
 from psec_jax.data import d4rl_sets, dataset, trajectories
 from psec_jax.data.paths import data_dir
-from psec_jax.envs.experts import D4RL_ASSETS
+from psec_jax.envs.experts import D4RL_ASSETS, SAMPLED, label
 from psec_jax.errors import InputError
 from psec_jax.types import Dataset
 from psec_jax.workflows.collection import (
@@ -157,6 +158,7 @@ def collect_d4rl(
     policies: str | Path | None = None,
     workers: int | None = None,
     overwrite: bool = False,
+    sampled: bool = False,
 ) -> Path:
     """Play until a set has this many transitions, and write its file.
 
@@ -169,6 +171,8 @@ def collect_d4rl(
       policies: directory of expert files and their cards; default the package's.
       workers: processes; default one for every core.
       overwrite: collect again, and replace the file.
+      sampled: actions are samples of the policies' own distributions instead, as those
+        of D4RL are.
 
     Returns:
       The file's path.
@@ -185,7 +189,8 @@ def collect_d4rl(
     else:
         known = snapshots(name, Path(policies) if policies else None)
         chosen = RECIPES[task.quality](known)
-        actors = [Actor(str(policy.path), action_noise) for policy in chosen]
+        form, noise = (SAMPLED, 0.0) if sampled else ("", action_noise)
+        actors = [Actor(f"{form}{policy.path}", noise) for policy in chosen]
         definition = {"expert_score": expert(known).score}
         if task.quality.startswith("medium"):
             definition |= {
@@ -202,7 +207,7 @@ def collect_d4rl(
         "transitions": transitions,
         "seed": seed,
         "action_noise": float(actors[0].action_noise),
-        "policies": json.dumps([Path(actor.policy).name for actor in actors]),
+        "policies": json.dumps([label(actor.policy) for actor in actors]),
         "policies_sha256": json.dumps([policy_hash(a.policy, "") for a in actors]),
     }
     path = data_dir() / d4rl_sets.made_name(name)

@@ -42,6 +42,7 @@ from psec_jax.workflows.collection import rollout
 
 EVAL_SEED = 1_000_003  # far from the seeds data are collected with
 VAR_FLOOR = 1e-4
+LOG_STD_CLIP = (-20.0, 2.0)  # of stable-baselines3
 SETTINGS = {
     "learning_rate": 5e-4,
     "batch_size": 128,
@@ -169,8 +170,7 @@ def export(
     """An actor of stable-baselines3's SAC as the arrays of an expert file.
 
     Args:
-      state: its state dict: latent_pi.{0, 2, ...} and mu, weights [out, in]; the
-        standard deviation is left out, for an expert acts by its mean.
+      state: its state dict: latent_pi.{0, 2, ...}, mu and log_std, weights [out, in].
       mean: [S], of the observations.
       var: [S].
 
@@ -180,10 +180,14 @@ def export(
     indices = sorted({int(name.split(".")[1]) for name in state if "latent_pi" in name})
     names = {f"latent_pi.{j}": f"layer_{i}" for i, j in enumerate(indices)}
     arrays = {}
-    for source, target in (names | {"mu": "head"}).items():
+    for source, target in names.items():
         arrays[f"{target}/kernel"] = state[f"{source}.weight"].T
         arrays[f"{target}/bias"] = state[f"{source}.bias"]
+    for part in ("weight", "bias"):
+        both = np.concatenate([state[f"mu.{part}"], state[f"log_std.{part}"]])
+        arrays["head/kernel" if part == "weight" else "head/bias"] = both.T
     arrays |= {"obs_mean": mean, "obs_std": np.sqrt(var + VAR_FLOOR)}
+    arrays["log_std_clip"] = np.array(LOG_STD_CLIP)
     return {k: np.ascontiguousarray(v, dtype=np.float32) for k, v in arrays.items()}
 
 

@@ -15,6 +15,7 @@ SAFE_ASSETS = ASSETS.parent / "safe"  # snapshots of safe tasks, a folder each
 D4RL_ASSETS = ASSETS.parent / "d4rl"  # of robots, plain and shifted, a folder each
 OBS_CLIP = 10.0
 NORM_EPS = 1e-5
+SAMPLED = "sampled:"  # before a policy's name: it acts by its own distribution
 
 Policy = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
@@ -26,11 +27,12 @@ class Expert(NamedTuple):
       layers: for each hidden layer kernel [d, o], bias [o] and, where the policy has
         layer norms, norm_scale [o] and norm_bias [o].
       head: kernel [o, A or 2A] and bias. The first A outputs are the mean before tanh;
-        the last A, s, give the training policy's log standard deviation
-        -5 + 3 (tanh(s) + 1).
+        the last A, s, give the training policy's log standard deviation.
       obs_mean: [S].
       obs_std: [S].
       action_dim: A.
+      log_std_clip: the log standard deviation is s clipped to these two; without them
+        it is -5 + 3 (tanh(s) + 1).
     """
 
     layers: tuple[dict[str, np.ndarray], ...]
@@ -38,9 +40,26 @@ class Expert(NamedTuple):
     obs_mean: np.ndarray
     obs_std: np.ndarray
     action_dim: int
+    log_std_clip: np.ndarray | None = None
 
     def __call__(self, obs: Any) -> Any:
         """The deterministic action tanh(mean): obs [..., S] -> float32 [..., A]."""
+        xp = obs.__array_namespace__()
+        return xp.tanh(self._outputs(obs)[..., : self.action_dim])
+
+    def sample(self, obs: Any, noise: Any) -> Any:
+        """An action of the training policy: obs [..., S], standard normal noise
+        [..., A] -> [..., A]; the head has 2A outputs."""
+        xp = obs.__array_namespace__()
+        outputs = self._outputs(obs)
+        mean, s = outputs[..., : self.action_dim], outputs[..., self.action_dim :]
+        if self.log_std_clip is None:
+            log_std = -5 + 3 * (xp.tanh(s) + 1)
+        else:
+            log_std = xp.clip(s, *self.log_std_clip)
+        return xp.tanh(mean + xp.exp(log_std) * noise)
+
+    def _outputs(self, obs: Any) -> Any:
         xp = obs.__array_namespace__()  # NumPy's, or JAX's in a compiled roll-out
         x = (obs - self.obs_mean) / self.obs_std
         x = xp.clip(x, -OBS_CLIP, OBS_CLIP).astype(np.float32)
@@ -51,8 +70,7 @@ class Expert(NamedTuple):
                 x = x / xp.sqrt(xp.square(x).mean(-1, keepdims=True) + NORM_EPS)
                 x = x * layer["norm_scale"] + layer["norm_bias"]
             x = xp.maximum(x, 0)
-        out = x @ self.head["kernel"] + self.head["bias"]
-        return xp.tanh(out[..., : self.action_dim])
+        return x @ self.head["kernel"] + self.head["bias"]
 
 
 def cards() -> dict[str, dict[str, Any]]:
@@ -88,7 +106,7 @@ def load_expert(path: str | Path, action_dim: int) -> Expert:
     Args:
       path: .npz with layer_i/kernel, layer_i/bias (i from 0), optionally
         layer_i/norm_scale with layer_i/norm_bias, head/kernel, head/bias, obs_mean and
-        obs_std.
+        obs_std, and optionally log_std_clip.
       action_dim: A, which the head must have once or twice.
 
     Raises:
@@ -136,7 +154,13 @@ def load_expert(path: str | Path, action_dim: int) -> Expert:
             f"{path}: the head has {width} outputs, expected {action_dim} or "
             f"{2 * action_dim} for {action_dim} actions"
         )
-    return Expert(tuple(blocks[:-1]), blocks[-1], mean, std, action_dim)
+    clip = arrays.get("log_std_clip")
+    if clip is not None and (clip.shape != (2,) or not clip[0] < clip[1]):
+        raise InputError(
+            f"{path}: log_std_clip is {clip.tolist()}, expected the least and the "
+            "largest log standard deviation"
+        )
+    return Expert(tuple(blocks[:-1]), blocks[-1], mean, std, action_dim, clip)
 
 
 def make_policy(
@@ -145,42 +169,50 @@ def make_policy(
     """A policy `(obs [S], generator) -> action [A]` in float32, clipped to [-1, 1].
 
     Args:
-      name: "expert", "medium", "random", or the path of an expert file (.npz).
+      name: "expert", "medium", "random", or the path of an expert file (.npz); after
+        "sampled:" an expert's actions are samples of its own distribution.
       env_spec: the environment it acts in.
       obs_dim: S.
       action_dim: A.
       action_noise: standard deviation of Gaussian noise added to every action.
 
     Raises:
-      InputError: an unknown name, no packaged expert for this environment, or an expert
-        file that does not fit it.
+      InputError: an unknown name, no packaged expert for this environment, an expert
+        file that does not fit it or has no distribution, or noise on a policy that is
+        random by itself.
     """
-    expert, std = preset_or_file(name, env_spec, obs_dim, action_dim, action_noise)
-    if expert is None:
+    act = preset_or_file(name, env_spec, obs_dim, action_dim, action_noise)
+    if act is None:
         return lambda obs, generator: generator.uniform(-1, 1, action_dim).astype("f4")
-    return with_noise(lambda obs, generator: expert(obs), std, action_dim)
+
+    def policy(obs: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        action = act(obs, generator.standard_normal(action_dim))
+        return np.clip(action, -1, 1).astype(np.float32)
+
+    return policy
 
 
 def preset_or_file(
     name: str, env_spec: str, obs_dim: int, action_dim: int, action_noise: float
-) -> tuple[Expert | None, float]:
-    """The deterministic policy of `make_policy`, None for a random one, and the
-    standard deviation of its noise; arguments and errors are the same."""
+) -> Callable[[Any, Any], Any] | None:
+    """`make_policy` as (obs [..., S], standard normal noise [..., A]) -> action, not
+    clipped; None for the random one. Arguments and errors are the same."""
     if not action_noise >= 0 or not np.isfinite(action_noise):
         raise InputError(f"action_noise is {action_noise}, expected 0 or more")
+    if action_noise and (name == "random" or name.startswith(SAMPLED)):
+        raise InputError(f"policy {name!r} takes no action noise, it is random already")
     if name == "random":
-        if action_noise:
-            raise InputError("the random policy takes no action noise")
-        return None, 0.0
-    if name in PRESETS:
+        return None
+    plain = name.removeprefix(SAMPLED)
+    if plain in PRESETS:
         path = expert_path(env_spec)
-        extra = PRESETS[name](find_card(env_spec) or {})
-    elif name.endswith(".npz"):
-        path, extra = Path(name), 0.0
+        extra = PRESETS[plain](find_card(env_spec) or {})
+    elif plain.endswith(".npz"):
+        path, extra = Path(plain), 0.0
     else:
         raise InputError(
             f"unknown policy {name!r}; choose from {', '.join(sorted(PRESETS))}, "
-            "random, or a path ending in .npz"
+            f"random, or a path ending in .npz, and {SAMPLED}NAME for samples"
         )
     expert = load_expert(path, action_dim)
     if len(expert.obs_mean) != obs_dim:
@@ -188,8 +220,21 @@ def preset_or_file(
             f"{path}: made for observations of size {len(expert.obs_mean)}, {env_spec} "
             f"has {obs_dim}"
         )
-    # Two independent Gaussians add up to one.
-    return expert, float(np.hypot(action_noise, extra))
+    if name.startswith(SAMPLED):
+        if extra or len(expert.head["bias"]) == action_dim:
+            raise InputError(
+                f"policy {name!r}: expected the expert or a file with a standard "
+                f"deviation for each of the {action_dim} actions"
+            )
+        return expert.sample
+    std = float(np.hypot(action_noise, extra))  # two independent Gaussians add up
+    return lambda obs, noise: expert(obs) + std * noise
+
+
+def label(policy: str) -> str:
+    """A policy's name without folders."""
+    plain = policy.removeprefix(SAMPLED)
+    return f"{SAMPLED if plain != policy else ''}{Path(plain).name}"
 
 
 def with_noise(act: Policy, std: float, action_dim: int) -> Policy:

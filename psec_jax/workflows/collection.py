@@ -22,9 +22,11 @@ from psec_jax.data import d4rl, dataset
 from psec_jax.data.paths import data_dir
 from psec_jax.envs.experts import (
     PRESETS,
+    SAMPLED,
     Policy,
     expert_path,
     find_card,
+    label,
     make_policy,
     preset_or_file,
     with_noise,
@@ -50,7 +52,8 @@ class Actor(NamedTuple):
     """Who plays an episode.
 
     Attributes:
-      policy: "expert", "medium", "random" or the path of an expert file.
+      policy: "expert", "medium", "random" or the path of an expert file, see
+        `make_policy`.
       action_noise: standard deviation of Gaussian noise on every action.
       then: who takes over at a random step, where not empty.
       within: the share of the longest episode in which that step falls.
@@ -93,7 +96,8 @@ def collect(
     Args:
       env: "dm_control:walker-walk", "gymnasium:ID"; it may be shifted.
       policy: "expert", "medium", "random", "scripted" where the simulator has experts
-        of its own (metaworld), or the path of an expert file.
+        of its own (metaworld), or the path of an expert file; after "sampled:" an
+        expert's actions are samples of its own distribution.
       episodes: whole episodes to collect.
       seed: of initial states and noise, with the episode's number.
       action_noise: standard deviation of Gaussian noise on every action.
@@ -111,7 +115,7 @@ def collect(
     check_numbers(seed, workers, episodes=episodes)
     identity = {
         "environment": env,
-        "policy": Path(policy).name,
+        "policy": label(policy),
         "policy_sha256": policy_hash(policy, env),
         "episodes": episodes,
         "seed": seed,
@@ -171,6 +175,7 @@ def check_numbers(seed: int, workers: int | None, **counts: int) -> None:
 def policy_hash(policy: str, env: str) -> str:
     """SHA-256 of the policy's file; empty where there is none, or where a worker
     refuses it."""
+    policy = policy.removeprefix(SAMPLED)
     if policy.endswith(".npz"):
         path = Path(policy)
     elif policy in PRESETS and find_card(env):
@@ -258,10 +263,10 @@ def simulate(
     """
     made = envs.make_on_device(env)
     shape = made.max_steps, made.action_dim
-    expert, std = preset_or_file(policy, env, made.obs_dim, shape[1], action_noise)
+    expert = preset_or_file(policy, env, made.obs_dim, shape[1], action_noise)
 
     def act(noise: Any, obs: Any) -> Any:
-        return noise if expert is None else expert(obs) + std * noise
+        return noise if expert is None else expert(obs, noise)
 
     parts = []
     for numbers in envs.batches_on_device(episodes):

@@ -37,6 +37,7 @@ class Selection(NamedTuple):
       transitions: of all that is left, trajectories drawn at random until there are
         this many; the last one is cut.
       leave_out: how many of the last trajectories of all that is left are dropped.
+      draw: seed of what filter, share and transitions draw; None is 0.
     """
 
     best: bool = False
@@ -49,6 +50,7 @@ class Selection(NamedTuple):
     share: float | None = None
     transitions: int | None = None
     leave_out: int | None = None
+    draw: int | None = None
 
     def of(self, ds: Dataset, episodes: int, source: str) -> Dataset:
         """The trajectories chosen: `episodes` of them, or all with 0.
@@ -59,6 +61,7 @@ class Selection(NamedTuple):
         for name in ("split", "transitions", "leave_out"):
             if (value := getattr(self, name)) is not None:
                 dataset.whole(name, value)
+        seed = self._seed()
         for name in ("min_return", "max_cost", "return_quantile", "cost_quantile"):
             if (value := getattr(self, name)) is not None:
                 dataset.real(name, value)
@@ -67,9 +70,9 @@ class Selection(NamedTuple):
         if self.split is not None:
             ds = split(ds, self.split)
         if self.filter is not None:
-            ds = apply_filter(ds, self.filter)
+            ds = apply_filter(ds, self.filter, seed)
         if self.share is not None:
-            ds = share(ds, self.share)
+            ds = share(ds, self.share, seed)
         ds = dataset.select(
             ds,
             min_return=self.min_return,
@@ -80,11 +83,23 @@ class Selection(NamedTuple):
             **{"best" if self.best else "first": episodes or None},
         )
         if self.transitions is not None:
-            ds = cut(ds, self.transitions)
+            ds = cut(ds, self.transitions, seed)
         if self.leave_out is None:
             return ds
         kept = len(dataset.episode_slices(ds)) - self.leave_out
         return dataset.take(ds, range(kept))
+
+    def _seed(self) -> int:
+        """That of what is drawn."""
+        if self.draw is None:
+            return 0
+        if not 0 <= dataset.whole("draw", self.draw) < 2**32:
+            raise InputError(f"draw: got {self.draw}, expected 0 to {2**32 - 1}")
+        if (self.filter, self.share, self.transitions) == (None, None, None):
+            raise InputError(
+                "draw: nothing is drawn without filter, share or transitions"
+            )
+        return self.draw
 
     @classmethod
     def best_of_safe(cls, job: Job) -> "Selection":
