@@ -46,11 +46,6 @@ def describe(scores: np.ndarray) -> dict[str, float]:
     return {"mean": float(scores.mean()), "low": low, "high": high, "iqm": iqm}
 
 
-def separated(low: float, high: float) -> bool:
-    """Whether the interval of a difference excludes 0."""
-    return low > 0 or high < 0
-
-
 def _ends(means: np.ndarray) -> tuple[float, float]:
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
