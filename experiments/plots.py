@@ -275,7 +275,8 @@ def lines(
                 _level(axes, method, styles[method], curves[method][0][1])
             else:
                 # A few points aside, so that the intervals do not hide one another.
-                aside = 3.5 * (i - (len(drawn) - 1) / 2)
+                step = min(3.5, 28 / len(drawn))
+                aside = step * (i - (len(drawn) - 1) / 2)
                 curve = sorted(curves[method], key=lambda point: point[0])
                 _curve(
                     axes, method, styles[method], curve, paper.get(method, {}), aside
@@ -321,6 +322,7 @@ def _curve(
     aside: float,
 ) -> None:
     colour, marker = COLOURS[style.colour], style.marker
+    hatched = {"ls": "--", "mfc": "white"} if style.hatch else {}
     shift = ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans)
     axes.errorbar(
         [x for x, _ in curve],
@@ -334,6 +336,7 @@ def _curve(
         capsize=2.5,
         label=method,
         transform=axes.transData + shift,
+        **hatched,
     )
     axes.plot(list(paper), list(paper.values()), "d", mfc="white", mec=colour, ms=7)
 

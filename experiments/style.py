@@ -13,7 +13,7 @@ COLOURS = {
     "vermilion": "#D55E00",
     "purple": "#CC79A7",
 }
-FIXED, DOTTED = "////", "...."  # hatches
+FIXED, DOTTED = "////", "...."  # hatches; lines are dashed instead
 
 
 class Style(NamedTuple):
