@@ -43,6 +43,8 @@ TABLES = {
     "shift": "dynamics/dynamics_shift",
     "thousand": "dynamics_1000/dynamics_shift",
     "cw10": "continual/cw10",
+    "cw20": "continual/cw20",
+    "unseen12": "continual/unseen12",
 }
 FIGURES = ("interpolation", "rank", "sample_efficiency", "training_efficiency")
 

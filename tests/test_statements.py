@@ -12,7 +12,12 @@ from experiments.tools import include
 ROOT = Path(__file__).parents[1]
 # Headings of the sections whose numbers are checked; "" is the whole page.
 SECTIONS = {
-    "README.md": ("Results", "Rewards and costs", "A changed simulator"),
+    "README.md": (
+        "Results",
+        "Rewards and costs",
+        "A changed simulator",
+        "Many tasks, one after the other",
+    ),
     "docs/reproducing.md": ("",),
     "docs/safe.md": ("Table 1: reward and cost", "The gate over time"),
     "docs/dynamics.md": ("Results", "Strength of the shift"),
