@@ -437,14 +437,17 @@ def _note(raws: Sequence[results.Raw], summary: Mapping[str, Any]) -> str:
     sources = sorted({raw["data"]["made_or_official"] for raw in raws})
     # Results without "drawn" are of one cut, the same for all seeds.
     sizes = sorted({raw.get("drawn", raw["data"]["transitions"]) for raw in raws})
-    draws = {"drawn" in raw for raw in raws}
-    of_seed = "drawn by each seed from the set" if draws == {True} else ""
-    if draws == {True, False}:
-        of_seed = "of some rows drawn by each seed, of others the same for all seeds"
+    drawn_by = {
+        "drawn by each seed from the set"
+        if "drawn" in raw
+        else "the same for all seeds"
+        for raw in raws
+    }
     return (
         f"D4RL normalised score. {tables.INTERVALS}; the transitions are "
-        f"{of_seed or 'the same for all seeds'}. The paper's scores are of D4RL's v2 "
-        f"simulators. Mean score of the transitions: {learned}. Target sets: "
+        f"{' in some results, in others '.join(sorted(drawn_by))}. The paper's scores "
+        f"are of D4RL's v2 simulators. Mean score of the trajectories: {learned}. "
+        "Target sets: "
         f"{' and '.join(sources)}, {' and '.join(map(str, sizes))} transitions; source "
         f"sets made here; {' and '.join(sorted({raw['env'] for raw in raws}))}. Width "
         "of the diffusion policies "

@@ -259,3 +259,7 @@ def test_samples_of_the_policies_own_distributions(tmp_path):
     assert attrs["action_noise"] == 0
     with pytest.raises(InputError, match="holds another collection"):
         collect_d4rl(MEDIUM, 500, 0, policies=folder)
+    with pytest.raises(
+        InputError, match="walker2d-random-v2 has no policies to sample"
+    ):
+        collect_d4rl("walker2d-random-v2", 50, 0, sampled=True)

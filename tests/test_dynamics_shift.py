@@ -75,6 +75,7 @@ def test_table_and_study(place, quick_starts):
     assert "| PSEC (gravity) |" in text and "57.1" in text
     assert "Of 1 cells" in text and "gaussian 2 steps of 8" in text
     assert "10 transitions" not in text and "30 transitions" in text
+    assert "the transitions are drawn by each seed from the set. " in text
     summary = json.loads(Path("results/dynamics_shift.json").read_text())["cells"]
     raw = results.by_key(table.path(folder))[TARGET, "BC", 0]
     scores = 100 * (np.array(raw["returns"]) - 1.629008) / (4592.3 - 1.629008)

@@ -184,6 +184,8 @@ def collect_d4rl(
     task = d4rl_sets.task(name)
     check_numbers(seed, workers, transitions=transitions)
     if task.quality == "random":
+        if sampled:
+            raise InputError(f"sampled: {name} has no policies to sample from")
         actors, chosen = [Actor("random")], []
         definition = {}
     else:
