@@ -13,7 +13,10 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
 
 from experiments import grid, results, table2, tables
 from experiments.configs import dmc_walker
@@ -21,6 +24,9 @@ from experiments.grid import Cell, Made, Method, Order
 from experiments.style import Style
 from experiments.table2 import SKILL, Composition
 from psec_jax.cli import no_arguments
+from psec_jax.composition import act, weights
+from psec_jax.gating import GateConfig
+from psec_jax.policy import Policy
 from psec_jax.workflows import Job
 
 STARTS = {"evaluation.seed": Job().evaluation.seed + 1}
@@ -33,11 +39,13 @@ class Change(NamedTuple):
       sampling: of the composed policy, see `policy.compose`.
       job: of what is made, by dotted name.
       anew: what is trained anew for it: "" (only the gate), "skills", or "base".
+      hold: steps for which a skill keeps acting once the support has chosen it.
     """
 
     sampling: Mapping[str, Any] = {}
     job: Mapping[str, Any] = {}
     anew: str = ""
+    hold: int = 1
 
 
 CHANGES = {
@@ -47,6 +55,8 @@ CHANGES = {
     "no noise": Change({"temperature": 0.0, "start_scale": 0.0}),
     "narrower support": Change(job={"support.quantile": 0.9}),
     "wider support": Change(job={"support.quantile": 1.0}),
+    "skills held 5 steps": Change(hold=5),
+    "skills held 25 steps": Change(hold=25),
     "rank 64": Change(job={"skill.rank": 64}, anew="skills"),
     "twice the steps": Change(job={"skill.steps": 24_000}, anew="skills"),
     "chunks of 4": Change(
@@ -54,6 +64,47 @@ CHANGES = {
     ),
     "base of 1000": Change(job={"base.episodes": 1000}, anew="base"),
 }
+
+
+class Held:
+    """A policy whose weights, where they are not all zero, stay as they are for some
+    steps, with the memory that `Policy.act` does not have: every row of the batch plays
+    one episode, and all of them begin with the first call."""
+
+    def __init__(self, policy: Policy, steps: int) -> None:
+        self.policy, self.steps = policy, steps
+        self.alpha: Any = None
+        self.left: Any = None
+
+    def __call__(self, keys: Any, obs: Any) -> jax.Array:
+        """Actions [B, A]."""
+        if self.left is None:
+            self.left = jnp.zeros(len(obs), jnp.int32)
+            self.alpha = jnp.zeros((len(obs), len(self.policy.skills)))
+        action, self.alpha, self.left = _act_held(
+            self.policy.config,
+            self.policy.params,
+            keys,
+            jnp.asarray(obs),
+            self.alpha,
+            self.left,
+            self.steps,
+        )
+        return action
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _act_held(config, params, keys, obs, alpha, left, steps):
+    fixed = dataclasses.replace(config, gate=GateConfig(head="constant"))
+
+    def one(key, obs, alpha, left):
+        alpha = jnp.where(left > 0, alpha, weights(config, params, obs))
+        started = jnp.where(jnp.any(alpha != 0), steps, 1)
+        held = params._replace(gate={"head": {"alpha": alpha}})
+        left = jnp.where(left > 0, left, started) - 1
+        return act(fixed, held, key, obs), alpha, left
+
+    return jax.vmap(one)(keys, obs, alpha, left)
 
 
 def make(change: Change, cell: Cell) -> list[Made]:
@@ -65,7 +116,11 @@ def make(change: Change, cell: Cell) -> list[Made]:
     elif change.anew == "skills":
         cell = dataclasses.replace(cell, variant=place)
     form = Composition(head="constant", support="neighbour", sampling=change.sampling)
-    return table2.make_composition(form, cell)
+    made = table2.make_composition(form, cell)
+    if change.hold == 1:
+        return made
+    policies = [cast(Any, one.act).__self__ for one in made]
+    return [Made(Held(policy, change.hold)) for policy in policies]
 
 
 TABLE = dataclasses.replace(

@@ -3,14 +3,21 @@
 import dataclasses
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import shell
+import tiny
 
 from experiments import figures, grid, results, table2, walker_changes
 from experiments.configs import dmc_walker
+from psec_jax.composition import PolicyConfig, PolicyParams
 from psec_jax.errors import InputError
+from psec_jax.gating import GateConfig
 from psec_jax.library import SkillLibrary
+from psec_jax.policy import Policy
+from psec_jax.types import Normaliser
 from psec_jax.workflows import demonstrations
 from psec_jax.workflows.collection import collect
 
@@ -104,7 +111,7 @@ def test_each_change_of_the_walker_alone(place, quick_starts, monkeypatch):
     monkeypatch.setattr(demonstrations, "collect", collect_two)
     job = tiny_config().changed({"skill.episodes": 2})
     root, folder = place
-    names = ("as it is", "no noise", "rank 64")
+    names = ("as it is", "no noise", "skills held 5 steps", "rank 64")
     chosen = {"settings": ["S->W"], "methods": names}
     grid.run(walker_changes.TABLE, job, root, folder, print, **chosen)
     raws = results.by_key(folder / "walker_changes.jsonl")
@@ -112,14 +119,55 @@ def test_each_change_of_the_walker_alone(place, quick_starts, monkeypatch):
     starts = {raw["evaluation_seed"] for raw in raws.values()}
     assert starts == {job.evaluation.seed + 1}
     assert len({tuple(raw["returns"]) for raw in raws.values()}) == len(names)
+    text = walker_changes.write_table(folder)
+    assert "return: no noise > as it is" in text
     libraries = {
         place: SkillLibrary.open(root / place / "library")
         for place in ("seed0", "seed0/rank-64")
     }
     ranks = [one.card("skill", "walk")["rank"] for one in libraries.values()]
     assert ranks == [job.skill.rank, 64]
-    text = walker_changes.write_table(folder)
-    assert "return: no noise > as it is" in text
+
+
+def test_a_skill_keeps_acting():
+    # Two skills and the base under a support: skill a is at 0, skill b at 10.
+    gate = GateConfig(head="constant", support="neighbour")
+    support = {
+        "demos": jnp.asarray([[[0.0] * tiny.OBS_DIM], [[10.0] * tiny.OBS_DIM]]),
+        "valid": jnp.ones((2, 1), bool),
+        "tau": jnp.ones(2),
+        "scale": jnp.ones((2, tiny.OBS_DIM)),
+    }
+    config = PolicyConfig(tiny.NETWORK, tiny.PROCESS, tiny.ACTION_DIM, gate=gate)
+    params = PolicyParams(
+        tiny.base(),
+        Normaliser(jnp.zeros(tiny.OBS_DIM), jnp.ones(tiny.OBS_DIM)),
+        tiny.library(2),
+        jnp.ones(2),
+        {"head": {"alpha": jnp.asarray([2.0, 3.0])}, "support": support},
+    )
+    switching = Policy(config, params, ("a", "b"))
+    a, b, base = ([x] * tiny.OBS_DIM for x in (0.0, 10.0, 5.0))
+    np.testing.assert_array_equal(
+        switching.alpha(np.array([a, b, base])), [[2, 0], [0, 3], [0, 0]]
+    )
+    held = walker_changes.Held(switching, 3)
+    # Each column is an episode: who would act, and who does.
+    seen = np.array([[base, a], [a, base], [b, b], [base, b], [base, a]])
+    does = np.array([[base, a], [a, a], [a, a], [a, b], [base, b]])
+    for step in range(len(seen)):
+        keys = jax.random.split(jax.random.key(step), 2)
+        got = held(keys, seen[step])
+        alpha = switching.alpha(does[step])
+        np.testing.assert_array_equal(held.alpha, alpha)
+        for episode in range(2):
+            alone = dataclasses.replace(
+                switching,
+                config=dataclasses.replace(config, gate=GateConfig(head="constant")),
+                params=params._replace(gate={"head": {"alpha": alpha[episode]}}),
+            )
+            expected = alone.act(keys[episode], seen[step][episode])
+            np.testing.assert_allclose(got[episode], expected, atol=1e-5)
 
 
 def raw_line(table, setting, method, seed=0, **fields):
