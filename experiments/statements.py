@@ -57,7 +57,7 @@ class Stats(dict[str, Any]):
             return f"{100 * self['mean']:.0f} %"
         if spec.endswith("i"):
             return tables.spread(self, int(spec[:-1]))
-        return f"{self['mean']:.{int(spec)}f}"
+        return f"{self['mean']:z.{int(spec)}f}"
 
 
 class Names(list[str]):

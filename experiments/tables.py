@@ -173,7 +173,7 @@ def verdict(difference: Mapping[str, float]) -> str:
 
 def spread(stats: Mapping[str, float], digits: int = 0) -> str:
     """Mean and interval as text."""
-    return "{mean:.{d}f} [{low:.{d}f}, {high:.{d}f}]".format(d=digits, **stats)
+    return "{mean:z.{d}f} [{low:z.{d}f}, {high:z.{d}f}]".format(d=digits, **stats)
 
 
 def number(metric: str, digits: int = 0) -> Callable[[Entries, str], str]:
@@ -185,7 +185,7 @@ def number(metric: str, digits: int = 0) -> Callable[[Entries, str], str]:
 
 def middle(metric: str, digits: int = 0) -> Callable[[Entries, str], str]:
     """A column: interquartile mean of a metric."""
-    return lambda entries, method: f"{entries[method][metric]['iqm']:.{digits}f}"
+    return lambda entries, method: f"{entries[method][metric]['iqm']:z.{digits}f}"
 
 
 def share(metric: str) -> Callable[[Entries, str], str]:
@@ -279,7 +279,7 @@ def _csv(table: Table, summary: Mapping[str, Entries]) -> str:
     for setting, cells in summary.items():
         for method, entry in cells.items():
             reported = _paper(table.paper.get(setting, {}).get(method), "")
-            numbers = [f"{entry[metric][stat]:.4f}" for metric, stat in columns]
+            numbers = [f"{entry[metric][stat]:z.4f}" for metric, stat in columns]
             known = (len(entry["seeds"]), entry["episodes"])
             writer.writerow([setting, method, *known, *numbers, reported])
     return buffer.getvalue()
