@@ -183,6 +183,10 @@ def test_random_set_needs_no_policy():
         ({"workers": 0}, "workers is 0"),
         ({"action_noise": -1.0}, "action_noise is -1.0"),
         ({"policies": "none"}, "none: no card of a policy"),
+        (
+            {"name": "walker2d-random-v2", "sampled": True, "action_noise": 0.2},
+            "sampled and action_noise: walker2d-random-v2 is of uniform actions",
+        ),
         ({"name": "hopper-medium-v2"}, "policies of gymnasium:Walker2d-v5, hopper"),
         (
             {"name": "walker2d-gravity-source"},
@@ -259,7 +263,5 @@ def test_samples_of_the_policies_own_distributions(tmp_path):
     assert attrs["action_noise"] == 0
     with pytest.raises(InputError, match="holds another collection"):
         collect_d4rl(MEDIUM, 500, 0, policies=folder)
-    with pytest.raises(
-        InputError, match="walker2d-random-v2 has no policies to sample"
-    ):
-        collect_d4rl("walker2d-random-v2", 50, 0, sampled=True)
+    with pytest.raises(InputError, match="takes no action noise, it is random already"):
+        collect_d4rl(MEDIUM, 500, 0, 0.1, folder, overwrite=True, sampled=True)

@@ -19,7 +19,8 @@ for each shifted one. RECIPES says which of them play:
   random         none; actions are uniform
 
 in the order of their training, each the same number of transitions, with Gaussian noise
-of --action_noise on every action, or with --sampled by samples of their distributions.
+on every action (--action_noise, 0.1 by default), or with --sampled by samples of their
+distributions.
 A policy plays whole episodes until it has its part, and its last trajectory is cut
 there, which is marked as a timeout. The same arguments give the same content, whatever
 the number of processes.
@@ -50,6 +51,7 @@ from psec_jax.workflows.collection import (
 )
 
 LONGEST = 1000  # steps of an episode
+NOISE = 0.1  # of actions that are not sampled
 SET_HELP = "A set's name, such as halfcheetah-medium-v2."
 
 
@@ -154,7 +156,7 @@ def collect_d4rl(
     name: str,
     transitions: int,
     seed: int,
-    action_noise: float = 0.1,
+    action_noise: float | None = None,
     policies: str | Path | None = None,
     workers: int | None = None,
     overwrite: bool = False,
@@ -166,13 +168,13 @@ def collect_d4rl(
       name: a set, such as halfcheetah-medium-v2.
       transitions: in all, in equal parts of every policy.
       seed: of initial states and noise, with the episode's number.
-      action_noise: standard deviation of Gaussian noise on every action; a random set
-        has none.
+      action_noise: standard deviation of Gaussian noise on every action; default 0.1;
+        not of random or sampled actions.
       policies: directory of expert files and their cards; default the package's.
       workers: processes; default one for every core.
       overwrite: collect again, and replace the file.
-      sampled: actions are samples of the policies' own distributions instead, as those
-        of D4RL are.
+      sampled: actions are samples of the policies' own distributions, as those of D4RL
+        are.
 
     Returns:
       The file's path.
@@ -184,14 +186,18 @@ def collect_d4rl(
     task = d4rl_sets.task(name)
     check_numbers(seed, workers, transitions=transitions)
     if task.quality == "random":
-        if sampled:
-            raise InputError(f"sampled: {name} has no policies to sample from")
+        given = {"sampled": sampled, "action_noise": action_noise is not None}
+        if wrong := [flag for flag, is_given in given.items() if is_given]:
+            raise InputError(
+                f"{' and '.join(wrong)}: {name} is of uniform actions, no policy plays"
+            )
         actors, chosen = [Actor("random")], []
         definition = {}
     else:
         known = snapshots(name, Path(policies) if policies else None)
         chosen = RECIPES[task.quality](known)
-        form, noise = (SAMPLED, 0.0) if sampled else ("", action_noise)
+        form, noise = (SAMPLED, 0.0) if sampled else ("", NOISE)
+        noise = noise if action_noise is None else action_noise
         actors = [Actor(f"{form}{policy.path}", noise) for policy in chosen]
         definition = {"expert_score": expert(known).score}
         if task.quality.startswith("medium"):
