@@ -289,7 +289,7 @@ def _neighbour(params: Params, obs: Float[Array, " S"]) -> Float[Array, " K"]:
 
 
 def _nearest(params: Params, obs: Float[Array, " S"]) -> Float[Array, " K"]:
-    """softmax(-(d / tau)^2): the skills of the nearest demonstrations share 1."""
+    """softmax(-d^2): the skills of the nearest demonstrations share 1."""
 
     def enough(so_far: Array) -> Array:
         return jnp.sqrt(jnp.min(so_far) ** 2 + NO_SHARE)

@@ -123,22 +123,49 @@ def fit_neighbour(
       InputError: fewer than two demonstrations of a skill, or copies of one.
     """
     del background
-    scales = [np.maximum(np.concatenate(t).std(0), MIN_SCALE) for t in skills]
-    scaled = [[t / scale for t in ts] for ts, scale in zip(skills, scales, strict=True)]
+    searched, scaled = _searched(config, skills)
     tau = [np.quantile(leave_one_out_distances(ts), config.quantile) for ts in scaled]
     if min(tau) < MIN_TAU:
         raise InputError(
             f"the demonstrations of skill {int(np.argmin(tau))} all visit the same "
             f"states: their distance, tau = {min(tau):.2g}, gives a support no scale"
         )
+    return searched | {"tau": jnp.asarray(tau, jnp.float32)}
+
+
+def fit_nearest(
+    config: SupportConfig, skills: Sequence[Trajectories], background: np.ndarray
+) -> Params:
+    """The same demonstrations and scales with tau 1: skills are compared by distance,
+    and one whose demonstrations differ much from one another gets no more for that.
+
+    Args:
+      config: how many states are kept.
+      skills: for each of K skills its demonstrations.
+      background: unused; see `fit_learned`.
+
+    Returns:
+      As `fit_neighbour`.
+    """
+    del background
+    searched, _ = _searched(config, skills)
+    return searched | {"tau": jnp.ones(len(skills))}
+
+
+def _searched(
+    config: SupportConfig, skills: Sequence[Trajectories]
+) -> tuple[Params, list[list[np.ndarray]]]:
+    """ "demos", "valid" and "scale" of a support by search, and the scaled skills."""
+    scales = [np.maximum(np.concatenate(t).std(0), MIN_SCALE) for t in skills]
+    scaled = [[t / scale for t in ts] for ts, scale in zip(skills, scales, strict=True)]
     demos = [_thin(np.concatenate(ts), config.max_demos) for ts in scaled]
     most = max(len(d) for d in demos)
-    return {
+    searched = {
         "demos": jnp.stack([np.pad(d, ((0, most - len(d)), (0, 0))) for d in demos]),
         "valid": jnp.stack([np.arange(most) < len(d) for d in demos]),
-        "tau": jnp.asarray(tau, jnp.float32),
         "scale": jnp.asarray(np.stack(scales), jnp.float32),
     }
+    return searched, scaled
 
 
 def _thin(rows: np.ndarray, most: int) -> np.ndarray:
@@ -276,4 +303,4 @@ def append(kept: Params, new: Params) -> Params:
     return tree.unflatten({p: jnp.concatenate([left[p], right[p]]) for p in left})
 
 
-FITS = {"neighbour": fit_neighbour, "nearest": fit_neighbour, "learned": fit_learned}
+FITS = {"neighbour": fit_neighbour, "nearest": fit_nearest, "learned": fit_learned}
