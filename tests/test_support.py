@@ -19,6 +19,7 @@ from psec_jax.gating import (
 from psec_jax.support import (
     FITS,
     SupportConfig,
+    fit_nearest,
     fit_neighbour,
     leave_one_out_distances,
     nearest,
@@ -114,12 +115,25 @@ def test_nearest_support_shares_one_by_distance():
         brute_distance(states / fit["scale"][k], np.concatenate(t) / fit["scale"][k])
         for k, t in enumerate(SKILLS)
     ]
-    logits = -((np.stack(scaled, axis=1) / fit["tau"]) ** 2)
+    np.testing.assert_array_equal(fit["tau"], 1)
+    logits = -(np.stack(scaled, axis=1) ** 2)
     weights = np.exp(logits - logits.max(1, keepdims=True))
     expected = weights / weights.sum(1, keepdims=True)
     assert 0.05 < expected[:, 0].mean() < 0.95
     np.testing.assert_allclose(got, expected, atol=3e-3)
     np.testing.assert_allclose(got.sum(1), 1, rtol=1e-6)
+
+
+def test_scattered_demonstrations_are_no_nearer():
+    """A state between those of one skill, close together, and of one, far apart."""
+    line = [np.linspace(0, 6, 50)[:, None] + [i / 100, 0] for i in range(3)]
+    apart = [cloud(c, i, 1)[0] * 0.1 for i, c in enumerate([(80, 80), (140, 80)])]
+    skills = [[np.float32(t) for t in ts] for ts in (line, apart)]
+    state = jnp.asarray([6.5, 6.5])
+    near = fit_nearest(SMALL, skills, BACKGROUND)
+    in_tau = fit_neighbour(SMALL, skills, BACKGROUND)
+    assert SUPPORTS["nearest"](near, state)[0] > 0.6
+    assert SUPPORTS["nearest"](in_tau, state)[1] > 0.9
 
 
 @pytest.mark.parametrize("distance", [1e3, 1e5, 1e8, 1e18, 1e25])
