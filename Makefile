@@ -8,13 +8,14 @@
 # make setup-safe  set-up and the safe simulators, Bullet-Safety-Gym and MetaDrive; their
 #              tests, skipped without them, then run in make test
 # make setup-metaworld  the same for Meta-World
+# make setup-ogbench  the same for OGBench
 # make setup-mjx  set-up and MJX, dm_control's tasks on the device; its tests, skipped
 #              without it, then run in make test and make test-slow
 # make setup-onnx  set-up and the packages that write and run policies as ONNX, likewise
 # make clean   remove .venv and caches; results, runs and data stay
 .POSIX:
 .PHONY: test test-slow demo bench faults fuzz lint install setup-safe setup-metaworld \
-  setup-mjx setup-onnx clean
+  setup-ogbench setup-mjx setup-onnx clean
 
 # The first of these that is 3.11 or newer makes the environment.
 PYTHON = python3.11 python3 python3.12 python3.13
@@ -22,6 +23,7 @@ VENV = .venv
 STAMP = $(VENV)/.installed
 SAFE_STAMP = $(VENV)/.installed-safe
 METAWORLD_STAMP = $(VENV)/.installed-metaworld
+OGBENCH_STAMP = $(VENV)/.installed-ogbench
 MJX_STAMP = $(VENV)/.installed-mjx
 ONNX_STAMP = $(VENV)/.installed-onnx
 PIP_ARGS = --disable-pip-version-check -qq
@@ -60,6 +62,8 @@ setup-safe: $(SAFE_STAMP)
 
 setup-metaworld: $(METAWORLD_STAMP)
 
+setup-ogbench: $(OGBENCH_STAMP)
+
 # Without dependencies: these packages ask for old versions of what is already there.
 $(SAFE_STAMP): $(STAMP) requirements-safe.txt
 	$(VENV)/bin/python -m pip install $(PIP_ARGS) --no-deps -r requirements-safe.txt
@@ -68,6 +72,10 @@ $(SAFE_STAMP): $(STAMP) requirements-safe.txt
 $(METAWORLD_STAMP): $(STAMP) requirements-metaworld.txt
 	$(VENV)/bin/python -m pip install $(PIP_ARGS) --no-deps -r requirements-metaworld.txt
 	@touch $(METAWORLD_STAMP)
+
+$(OGBENCH_STAMP): $(STAMP) requirements-ogbench.txt
+	$(VENV)/bin/python -m pip install $(PIP_ARGS) --no-deps -r requirements-ogbench.txt
+	@touch $(OGBENCH_STAMP)
 
 setup-mjx: $(MJX_STAMP)
 

@@ -3,8 +3,8 @@ r"""Many tasks, one after the other: performance, forgetting and forward transfe
     make setup-metaworld
     python -m experiments.continual --sequence=cw10 --preset=standard
 
-learns the tasks of a sequence (cw10, cw20, cw3, unseen12, walker or a file) in order on
-a base that was pretrained on others, from demonstrations that are made on the spot, and
+learns the tasks of a sequence (docs/continual.md lists them, or a file) in order on a
+base that was pretrained on others, from demonstrations that are made on the spot, and
 after every task plays all tasks so far: R[i, j] is the score after task i on task j. It
 writes to results/continual/ the raw results (SEQUENCE.jsonl), tables and figures made
 of them. Finished runs and results are kept: start it again after a stop.

@@ -302,6 +302,8 @@ def test_packaged_sequences():
     unseen = tasks.read("unseen12")
     assert (len(unseen.base), len(unseen.tasks)) == (18, 12)
     assert tasks.read("walker").full_return == 1000
+    cube = tasks.read("cube")
+    assert not {t.env for t in cube.tasks} & {t.env for t in cube.base}
     walking, mixed = tasks.read("walker12"), tasks.read("walker12_mixed")
     assert len(walking.until(11)) == 12 and walking.tasks != mixed.tasks
     assert set(walking.tasks) == set(mixed.tasks) and walking.base == mixed.base

@@ -59,6 +59,7 @@ SIMULATORS = [
     "pybullet",
     "metadrive",
     "metaworld",
+    "ogbench",
     "panda3d",
 ]
 RIM = ["absl", "ml_collections"]

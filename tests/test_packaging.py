@@ -14,7 +14,8 @@ from packaging.utils import canonicalize_name
 import psec_jax
 
 ROOT = Path(__file__).parents[1]
-ON_TOP = [f"requirements-{name}.txt" for name in ("safe", "metaworld", "mjx", "onnx")]
+EXTRAS = ("safe", "metaworld", "ogbench", "mjx", "onnx")
+ON_TOP = [f"requirements-{name}.txt" for name in EXTRAS]
 
 
 def pins(file: str = "requirements.txt") -> dict[str, str]:

@@ -11,11 +11,14 @@ import numpy as np
 from psec_jax.data.actions import ActionBox
 from psec_jax.data.keywords import join
 from psec_jax.data.spaces import order
-from psec_jax.envs import gl, shifts
+from psec_jax.envs import gl, ogbench, shifts
 from psec_jax.envs.base import Step, number
+from psec_jax.envs.experts import Policy
 from psec_jax.errors import InputError
 
 FRAMES = 50  # a second, where an environment does not say it
+# Packages that need preparation, and have experts of their own.
+KNOWN = {"ogbench": ogbench}
 # What constructors raise for a file that is not there or arguments that do not fit.
 FAILURES = (OSError, ImportError, TypeError, ValueError, AttributeError, LookupError)
 
@@ -25,7 +28,13 @@ class GymnasiumEnv:
     `info["success"]` or `info["is_success"]` says whether its goal is reached.
 
     Observations are flattened as `psec_jax.data.spaces` says.
+
+    Attributes:
+      drivers: experts of the environment's package by name, see
+        `workflows.collection`.
     """
+
+    drivers: dict[str, Policy]
 
     def __init__(self, spec: str, env: Any) -> None:
         """Wrap a made environment.
@@ -36,7 +45,7 @@ class GymnasiumEnv:
         """
         from gymnasium import spaces
 
-        self.spec, self._env = spec, env
+        self.spec, self._env, self.drivers = spec, env, {}
         action_space = env.action_space
         if not isinstance(action_space, spaces.Box) or not action_space.is_bounded():
             raise InputError(
@@ -208,8 +217,10 @@ def make(
         raise InputError(
             f"{spec}: {error.name} is not installed; pip install 'psec_jax[gymnasium]'"
         ) from error
+    package, _, registered_name = name.rpartition(":")
+    if package in KNOWN:
+        KNOWN[package].prepare(spec)
     try:
-        package, _, registered_name = name.rpartition(":")
         if package:  # registers its environments when it is imported
             importlib.import_module(package)
         registered = gymnasium.spec(registered_name)
@@ -235,7 +246,10 @@ def make(
         else:
             env.close()
             env = drawn
-    return GymnasiumEnv(spec, env)
+    made = GymnasiumEnv(spec, env)
+    if package in KNOWN:
+        made.drivers = KNOWN[package].drivers(env)
+    return made
 
 
 def _short(value: Any) -> str:

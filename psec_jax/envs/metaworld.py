@@ -22,16 +22,12 @@ WELD = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 5.0)
 
 
 class MetaWorldEnv(GymnasiumEnv):
-    """One task; the observation ends with the position of the goal.
-
-    Attributes:
-      drivers: the package's expert for this task as "scripted", see
-        `workflows.collection`.
-    """
+    """One task, with the package's expert for it as "scripted"; the observation ends
+    with the position of the goal."""
 
     def __init__(self, spec: str, env: Any, expert: Any) -> None:
         super().__init__(spec, env)
-        self.drivers: dict[str, Policy] = {"scripted": _scripted(expert)}
+        self.drivers = {"scripted": _scripted(expert)}
 
 
 def _scripted(expert: Any) -> Policy:

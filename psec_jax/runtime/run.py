@@ -34,6 +34,7 @@ _PACKAGES = (
     "pybullet",
     "metadrive-simulator",
     "metaworld",
+    "ogbench",
     "panda3d",
 )
 _ABSENT = "(absent)"

@@ -44,6 +44,7 @@ PACKAGES = (
     "pybullet",
     "metadrive-simulator",
     "metaworld",
+    "ogbench",
     "mujoco-mjx",
 )
 
@@ -96,8 +97,8 @@ def collect(
     Args:
       env: "dm_control:walker-walk", "gymnasium:ID"; it may be shifted.
       policy: "expert", "medium", "random", "scripted" where the simulator has experts
-        of its own (metaworld), or the path of an expert file; after "sampled:" an
-        expert's actions are samples of its own distribution.
+        of its own (metaworld, ogbench), or the path of an expert file; after "sampled:"
+        an expert's actions are samples of its own distribution.
       episodes: whole episodes to collect.
       seed: of initial states and noise, with the episode's number.
       action_noise: standard deviation of Gaussian noise on every action.
