@@ -334,7 +334,10 @@ def test_two_steps_in_meta_world(tmp_path):
 @pytest.mark.parametrize(
     ("sequence", "message"),
     [
-        ("cw11", "unknown sequence (or a path ending in .json) 'cw11'; choose from cw"),
+        (
+            "cw11",
+            "unknown sequence (or a path ending in .json) 'cw11'; choose from cube, cw",
+        ),
         ("none.json", "cannot read none.json: No such file"),
     ],
 )
