@@ -57,6 +57,7 @@ CHANGES = {
     "wider support": Change(job={"support.quantile": 1.0}),
     "skills held 5 steps": Change(hold=5),
     "skills held 25 steps": Change(hold=25),
+    "demonstrations with noise": Change(job={"data.action_noise": 0.2}, anew="skills"),
     "rank 64": Change(job={"skill.rank": 64}, anew="skills"),
     "twice the steps": Change(job={"skill.steps": 24_000}, anew="skills"),
     "chunks of 4": Change(
