@@ -48,16 +48,19 @@ class Change(NamedTuple):
     hold: int = 1
 
 
+QUIET = {"temperature": 0.0, "start_scale": 0.0}
+NOISY = {"data.action_noise": 0.2}
 CHANGES = {
     "as it is": Change(),
     "temperature 0": Change({"temperature": 0.0}),
     "start 0": Change({"start_scale": 0.0}),
-    "no noise": Change({"temperature": 0.0, "start_scale": 0.0}),
+    "no noise": Change(QUIET),
     "narrower support": Change(job={"support.quantile": 0.9}),
     "wider support": Change(job={"support.quantile": 1.0}),
     "skills held 5 steps": Change(hold=5),
     "skills held 25 steps": Change(hold=25),
-    "demonstrations with noise": Change(job={"data.action_noise": 0.2}, anew="skills"),
+    "demonstrations with noise": Change(job=NOISY, anew="base"),
+    "noise in demonstrations alone": Change(QUIET, NOISY, "base"),
     "rank 64": Change(job={"skill.rank": 64}, anew="skills"),
     "twice the steps": Change(job={"skill.steps": 24_000}, anew="skills"),
     "chunks of 4": Change(
@@ -110,7 +113,7 @@ def _act_held(config, params, keys, obs, alpha, left, steps):
 
 def make(change: Change, cell: Cell) -> list[Made]:
     """The row "Support" of Table 2 with one change."""
-    place = cell.method.replace(" ", "-")
+    place = "-".join(f"{name}-{value}" for name, value in change.job.items())
     cell = dataclasses.replace(cell, job=cell.job.changed(change.job))
     if change.anew == "base":
         cell = cell.within(place)

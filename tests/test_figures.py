@@ -123,7 +123,7 @@ def test_each_change_of_the_walker_alone(place, quick_starts, monkeypatch):
     assert "return: no noise > as it is" in text
     libraries = {
         place: SkillLibrary.open(root / place / "library")
-        for place in ("seed0", "seed0/rank-64")
+        for place in ("seed0", "seed0/skill.rank-64")
     }
     ranks = [one.card("skill", "walk")["rank"] for one in libraries.values()]
     assert ranks == [job.skill.rank, 64]
