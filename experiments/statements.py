@@ -35,6 +35,7 @@ WORDS = (
 TABLES = {
     "walker": "dmc_walker/table2",
     "demo": "demo/table2",
+    "changes": "walker_changes/walker_changes",
     "bullet": "dsrl/table1_bullet",
     "bullet5": "dsrl/table1_bullet_limit5",
     "metadrive": "dsrl/table1_metadrive",

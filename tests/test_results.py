@@ -202,7 +202,7 @@ FINISHED = {
     ),
     "walker_changes/walker_changes": (
         walker_changes.TABLE,
-        dmc_walker.job("quick").changed(walker_changes.STARTS),
+        dmc_walker.job("standard").changed(walker_changes.STARTS),
     ),
     "dynamics/dynamics_shift": (dynamics_shift.TABLE, d4rl.job("standard")),
     "dynamics_1000/dynamics_shift": (
