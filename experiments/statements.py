@@ -46,6 +46,7 @@ TABLES = {
     "cw10": "continual/cw10",
     "cw20": "continual/cw20",
     "unseen12": "continual/unseen12",
+    "cube": "continual/cube",
 }
 FIGURES = ("interpolation", "rank", "sample_efficiency", "training_efficiency")
 
