@@ -1,6 +1,7 @@
 """Figures: one end to end in the real simulator, the others from raw files."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import jax
@@ -212,13 +213,25 @@ def test_every_figure_is_drawn_from_raw_results(name, tmp_path):
     assert drawn.read_bytes().startswith(PNG)
 
 
+def parts_of(svg):
+    """Text and numbers of a drawing, without its identifiers: those are digests of
+    numbers, of which processors round the last place otherwise."""
+    text = re.sub(r"\b[a-z][0-9a-f]{10}\b", "id", svg.read_text())
+    number = r"-?\d+\.\d+"
+    return re.sub(number, "number", text), np.array(re.findall(number, text), float)
+
+
 @pytest.mark.parametrize("name", sorted(set(figures.FIGURES) - {"table2"}))
 def test_committed_figures_follow_from_the_committed_lines(name, tmp_path):
     folder = Path(__file__).parents[1] / "results/dmc_walker"
     for file in folder.glob("*.jsonl"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     svg = figures.draw(name, tmp_path).with_suffix(".svg")
-    assert svg.read_bytes() == (folder / "figures" / f"{name}.svg").read_bytes()
+    (words, numbers), (their_words, their_numbers) = map(
+        parts_of, (svg, folder / "figures" / svg.name)
+    )
+    assert words == their_words
+    np.testing.assert_allclose(numbers, their_numbers, atol=1e-3)
 
 
 def test_every_preset_has_a_budget():
