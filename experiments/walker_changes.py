@@ -4,9 +4,8 @@
 
 rolls out the row "Support" of Table 2 as it is and with one thing changed at a time, on
 start states of its own (those that tables report stay unseen), and writes raw results
-and tables to results/walker_changes/. Changes of sampling share the skills of the first
-row; the others train their own. Finished runs and results are kept: start it again
-after a stop.
+and tables to results/walker_changes/. Rows share what they train where its job is
+equal. Finished runs and results are kept: start it again after a stop.
 """
 
 import dataclasses
@@ -25,8 +24,11 @@ from experiments.style import Style
 from experiments.table2 import SKILL, Composition
 from psec_jax.cli import no_arguments
 from psec_jax.composition import act, weights
+from psec_jax.errors import InputError
+from psec_jax.evaluation import MAX_WIDTH
 from psec_jax.gating import GateConfig
 from psec_jax.policy import Policy
+from psec_jax.runtime import platform
 from psec_jax.workflows import Job
 
 STARTS = {"evaluation.seed": Job().evaluation.seed + 1}
@@ -81,7 +83,7 @@ class Held:
         self.left: Any = None
 
     def __call__(self, keys: Any, obs: Any) -> jax.Array:
-        """Actions [B, A]."""
+        """Actions [B, A] for keys [B] and raw observations [B, S]."""
         if self.left is None:
             self.left = jnp.zeros(len(obs), jnp.int32)
             self.alpha = jnp.zeros((len(obs), len(self.policy.skills)))
@@ -123,6 +125,11 @@ def make(change: Change, cell: Cell) -> list[Made]:
     made = table2.make_composition(form, cell)
     if change.hold == 1:
         return made
+    if platform.current().overlap or cell.job.evaluation.episodes > MAX_WIDTH:
+        raise InputError(
+            f"{cell.method}: expected a CPU, where the policy is called once a step, "
+            f"and at most {MAX_WIDTH} episodes, which begin together"
+        )
     policies = [cast(Any, one.act).__self__ for one in made]
     return [Made(Held(policy, change.hold)) for policy in policies]
 

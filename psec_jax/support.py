@@ -32,7 +32,8 @@ class SupportConfig:
     """How a support is fitted.
 
     Attributes:
-      quantile: of the leave-one-trajectory-out distances that tau is.
+      quantile: of the leave-one-trajectory-out distances that tau is; "nearest" has no
+        tau.
       max_demos: states kept per skill by the nearest-neighbour form, evenly spaced.
       queries: states the learned form is fitted on, per skill.
       steps: gradient steps of the learned form.
@@ -155,7 +156,7 @@ def fit_nearest(
 def _searched(
     config: SupportConfig, skills: Sequence[Trajectories]
 ) -> tuple[Params, list[list[np.ndarray]]]:
-    """ "demos", "valid" and "scale" of a support by search, and the scaled skills."""
+    """A support by search without its tau, and the skills in units of their scales."""
     scales = [np.maximum(np.concatenate(t).std(0), MIN_SCALE) for t in skills]
     scaled = [[t / scale for t in ts] for ts, scale in zip(skills, scales, strict=True)]
     demos = [_thin(np.concatenate(ts), config.max_demos) for ts in scaled]

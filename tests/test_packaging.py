@@ -39,6 +39,13 @@ def test_simulators_come_on_top(file):
     assert not pins().keys() & pins(file).keys()
 
 
+def test_ci_installs_every_simulator_and_tests():
+    script = (ROOT / ".ci/run").read_text()
+    *_, setup, last = script.splitlines()
+    assert setup.split() == ["make", *(f"setup-{name}" for name in EXTRAS)]
+    assert last == "make test"
+
+
 def test_mjx_is_of_mujocos_version():
     assert pins("requirements-mjx.txt")["mujoco-mjx"] == pins()["mujoco"]
 
