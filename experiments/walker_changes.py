@@ -50,11 +50,16 @@ class Change(NamedTuple):
     hold: int = 1
 
 
+COLD = {"temperature": 0.0}
 QUIET = {"temperature": 0.0, "start_scale": 0.0}
 NOISY = {"data.action_noise": 0.2}
+RANK = {"skill.rank": 64}
+LONGER = {"skill.steps": 24_000}
+CHUNKS = {"process.horizon": 4, "process.execute": 4}
+WIDER_BASE = {"base.episodes": 1000}
 CHANGES = {
     "as it is": Change(),
-    "temperature 0": Change({"temperature": 0.0}),
+    "temperature 0": Change(COLD),
     "start 0": Change({"start_scale": 0.0}),
     "no noise": Change(QUIET),
     "narrower support": Change(job={"support.quantile": 0.9}),
@@ -62,13 +67,16 @@ CHANGES = {
     "skills held 5 steps": Change(hold=5),
     "skills held 25 steps": Change(hold=25),
     "demonstrations with noise": Change(job=NOISY, anew="base"),
+    "demonstrations with noise at temperature 0": Change(COLD, NOISY, "base"),
     "noise in demonstrations alone": Change(QUIET, NOISY, "base"),
-    "rank 64": Change(job={"skill.rank": 64}, anew="skills"),
-    "twice the steps": Change(job={"skill.steps": 24_000}, anew="skills"),
-    "chunks of 4": Change(
-        job={"process.horizon": 4, "process.execute": 4}, anew="base"
-    ),
-    "base of 1000": Change(job={"base.episodes": 1000}, anew="base"),
+    "rank 64": Change(job=RANK, anew="skills"),
+    "rank 64 at temperature 0": Change(COLD, RANK, "skills"),
+    "twice the steps": Change(job=LONGER, anew="skills"),
+    "twice the steps at temperature 0": Change(COLD, LONGER, "skills"),
+    "chunks of 4": Change(job=CHUNKS, anew="base"),
+    "chunks of 4 at temperature 0": Change(COLD, CHUNKS, "base"),
+    "base of 1000": Change(job=WIDER_BASE, anew="base"),
+    "base of 1000 at temperature 0": Change(COLD, WIDER_BASE, "base"),
 }
 
 
