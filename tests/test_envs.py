@@ -124,6 +124,10 @@ def test_demonstrators_keep_a_target_speed(monkeypatch, tmp_path):
     assert 2 < ds.obs[80:, index].mean() < 4 < faster.obs[80:, index].mean() < 7
     still, _ = d4rl.load(collect(f"{WALKER}?speed=0&time_limit=5", "scripted", 1, 0))
     assert np.abs(still.obs[80:, index].mean()) < 0.3
+    for speed in (-1, -2):
+        name = f"{WALKER}?speed={speed}&time_limit=5"
+        back, _ = d4rl.load(collect(name, "scripted", 1, 0))
+        assert np.abs(back.obs[120:, index].mean() - speed) < 0.4
     for speed, message in (
         ("'fast'", "speed: got 'fast', expected a number"),
         ("11", "speed: got 11, expected -10 to 10 m/s"),
@@ -131,7 +135,7 @@ def test_demonstrators_keep_a_target_speed(monkeypatch, tmp_path):
         with pytest.raises(InputError, match=message):
             envs.make(f"{WALKER}?speed={speed}")
     with pytest.raises(InputError, match="unknown policy 'scripted'"):
-        collect(f"{WALKER}?speed=-2", "scripted", 1, 0)
+        collect(f"{WALKER}?speed=-3", "scripted", 1, 0)
 
 
 def test_dm_control_episode_is_cut_at_the_limit():
@@ -299,7 +303,10 @@ def test_default_workers():
     assert 1 <= default_workers(10_000) <= (os.cpu_count() or 1)
 
 
-@pytest.mark.parametrize(("task", "least"), [("stand", 850), ("walk", 850)])
+@pytest.mark.parametrize(
+    ("task", "least"),
+    [("stand", 850), ("walk", 850), ("walk?speed=-1", 850), ("walk?speed=-2", 850)],
+)
 def test_packaged_experts_do_their_task(task, least):
     spec = f"dm_control:walker-{task}"
     env = envs.make(spec)
@@ -313,7 +320,8 @@ def test_packaged_experts_do_their_task(task, least):
 
 def test_cards_say_where_experts_come_from():
     cards = experts.cards()
-    assert sorted(cards) == [f"dm_control:walker-{t}" for t in ("run", "stand", "walk")]
+    tasks = ("run", "stand", "walk", "walk?speed=-1", "walk?speed=-2")
+    assert sorted(cards) == [f"dm_control:walker-{task}" for task in tasks]
     for spec, card in cards.items():
         needed = {"source", "algorithm", "steps", "returns", "licence", "medium"}
         assert needed <= card.keys()

@@ -21,6 +21,8 @@ MAX_SPEED = 10.0  # m/s
 # the rest of the walk expert's. Measured over 900 steps of one episode each.
 SHARES = (0.0, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1.0)
 SPEEDS = (1.81, 2.04, 2.61, 3.76, 4.87, 6.08, 6.60)
+# Target speeds in m/s with one packaged expert.
+ALONE = {0: "stand", -1: "walk?speed=-1", -2: "walk?speed=-2"}
 
 
 class DmControlEnv:
@@ -173,8 +175,8 @@ class TargetSpeedEnv(DmControlEnv):
             return standing.get_reward(physics) * (5 * met + 1) / 6
 
         self._env.task.get_reward = reward
-        if speed == 0:
-            self.drivers = {"scripted": _mixed({"stand": 1.0}, self.action_dim)}
+        if speed in ALONE:
+            self.drivers = {"scripted": _mixed({ALONE[speed]: 1.0}, self.action_dim)}
         elif SPEEDS[0] <= speed <= SPEEDS[-1]:
             share = float(np.interp(speed, SPEEDS, SHARES))
             shares = {"walk": 1 - share, "run": share}
