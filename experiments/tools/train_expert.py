@@ -20,10 +20,10 @@ Measured on walker stand, seed 0, one core of a busy machine: evaluations of two
 episodes returned 228 after 10,000 steps, 199 after 20,000, 648 after 30,000 and 874
 after 40,000, which took 7 minutes (about 100 steps/s). Four fresh episodes of the last
 gave 647, from 266 to 1000: the best of several short evaluations flatters, and 40,000
-steps are too few. Walking backward took 140,000 and 270,000 steps, 11 and 22 minutes, until
-it returned 952 and 876 (`--env='dm_control:walker-walk?speed=-1'` and -2, packaged).
-Walk and run have not been tried with these settings. The packaged experts of the
-suite's own tasks were trained otherwise; see the cards of all.
+steps are too few. Walking backward (`--env='dm_control:walker-walk?speed=-1'` and -2,
+the packaged experts of these) returned 952 and 876 over 100 episodes after 130,000 and
+270,000 steps, 10 and 22 minutes. Walk and run have not been tried with these settings.
+The packaged experts of the suite's own tasks were trained otherwise; see their cards.
 """
 
 import io
