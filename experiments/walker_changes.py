@@ -57,18 +57,22 @@ RANK = {"skill.rank": 64}
 LONGER = {"skill.steps": 24_000}
 CHUNKS = {"process.horizon": 4, "process.execute": 4}
 WIDER_BASE = {"base.episodes": 1000}
+WIDER = {"support.quantile": 1.0}
 CHANGES = {
     "as it is": Change(),
     "temperature 0": Change(COLD),
     "start 0": Change({"start_scale": 0.0}),
     "no noise": Change(QUIET),
     "narrower support": Change(job={"support.quantile": 0.9}),
-    "wider support": Change(job={"support.quantile": 1.0}),
+    "wider support": Change(job=WIDER),
+    "wider support at temperature 0": Change(COLD, WIDER),
     "skills held 5 steps": Change(hold=5),
     "skills held 25 steps": Change(hold=25),
     "demonstrations with noise": Change(job=NOISY, anew="base"),
     "demonstrations with noise at temperature 0": Change(COLD, NOISY, "base"),
     "noise in demonstrations alone": Change(QUIET, NOISY, "base"),
+    "noisy demonstrations with wider support": Change(job=NOISY | WIDER, anew="base"),
+    "noisy and wider at temperature 0": Change(COLD, NOISY | WIDER, "base"),
     "rank 64": Change(job=RANK, anew="skills"),
     "rank 64 at temperature 0": Change(COLD, RANK, "skills"),
     "twice the steps": Change(job=LONGER, anew="skills"),
@@ -123,7 +127,11 @@ def _act_held(config, params, keys, obs, alpha, left, steps):
 
 def make(change: Change, cell: Cell) -> list[Made]:
     """The row "Support" of Table 2 with one change."""
-    place = "-".join(f"{name}-{value}" for name, value in change.job.items())
+    place = "-".join(
+        f"{name}-{value}"
+        for name, value in change.job.items()
+        if not name.startswith("support.")  # nothing but the gate is made with these
+    )
     cell = dataclasses.replace(cell, job=cell.job.changed(change.job))
     if change.anew == "base":
         cell = cell.within(place)
