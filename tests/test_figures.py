@@ -122,6 +122,12 @@ def test_each_change_of_the_walker_alone(place, quick_starts, monkeypatch):
     assert len({tuple(raw["returns"]) for raw in raws.values()}) == len(names)
     text = walker_changes.write_table(folder)
     assert "return: no noise > as it is" in text
+    reported = walker_changes.REPORTED
+    grid.run(reported, job, root, folder, print, **chosen | {"methods": names[:1]})
+    [raw] = results.read_all(reported.path(folder))
+    assert raw["evaluation_seed"] == job.evaluation.seed
+    text = walker_changes.write_table(folder, reported)
+    assert "start states those of Table 2" in text
     libraries = {
         place: SkillLibrary.open(root / place / "library")
         for place in ("seed0", "seed0/skill.rank-64")
