@@ -43,13 +43,11 @@ class Change(NamedTuple):
     Attributes:
       sampling: of the composed policy, see `policy.compose`.
       job: of what is made, by dotted name.
-      anew: what is trained anew for it: "" (only the gate), "skills", or "base".
       hold: steps for which a skill keeps acting once the support has chosen it.
     """
 
     sampling: Mapping[str, Any] = {}
     job: Mapping[str, Any] = {}
-    anew: str = ""
     hold: int = 1
 
 
@@ -71,20 +69,25 @@ CHANGES = {
     "wider support at temperature 0": Change(COLD, WIDER),
     "skills held 5 steps": Change(hold=5),
     "skills held 25 steps": Change(hold=25),
-    "demonstrations with noise": Change(job=NOISY, anew="base"),
-    "demonstrations with noise at temperature 0": Change(COLD, NOISY, "base"),
-    "noise in demonstrations alone": Change(QUIET, NOISY, "base"),
-    "noisy demonstrations with wider support": Change(job=NOISY | WIDER, anew="base"),
-    "noisy and wider at temperature 0": Change(COLD, NOISY | WIDER, "base"),
-    "rank 64": Change(job=RANK, anew="skills"),
-    "rank 64 at temperature 0": Change(COLD, RANK, "skills"),
-    "twice the steps": Change(job=LONGER, anew="skills"),
-    "twice the steps at temperature 0": Change(COLD, LONGER, "skills"),
-    "chunks of 4": Change(job=CHUNKS, anew="base"),
-    "chunks of 4 at temperature 0": Change(COLD, CHUNKS, "base"),
-    "base of 1000": Change(job=WIDER_BASE, anew="base"),
-    "base of 1000 at temperature 0": Change(COLD, WIDER_BASE, "base"),
+    "demonstrations with noise": Change(job=NOISY),
+    "demonstrations with noise at temperature 0": Change(COLD, NOISY),
+    "noise in demonstrations alone": Change(QUIET, NOISY),
+    "noisy demonstrations with wider support": Change(job=NOISY | WIDER),
+    "noisy and wider at temperature 0": Change(COLD, NOISY | WIDER),
+    "rank 64": Change(job=RANK),
+    "rank 64 at temperature 0": Change(COLD, RANK),
+    "twice the steps": Change(job=LONGER),
+    "twice the steps at temperature 0": Change(COLD, LONGER),
+    "chunks of 4": Change(job=CHUNKS),
+    "chunks of 4 at temperature 0": Change(COLD, CHUNKS),
+    "base of 1000": Change(job=WIDER_BASE),
+    "base of 1000 at temperature 0": Change(COLD, WIDER_BASE),
+    "base of 1000 and twice the steps": Change(job=WIDER_BASE | LONGER),
+    "both at temperature 0": Change(COLD, WIDER_BASE | LONGER),
 }
+
+# What is made anew with a field of a section; with others everything.
+ANEW = {"skill": "skill", "support": "gate"}
 
 
 class Held:
@@ -130,16 +133,16 @@ def _act_held(config, params, keys, obs, alpha, left, steps):
 
 def make(change: Change, cell: Cell) -> list[Made]:
     """The row "Support" of Table 2 with one change."""
-    place = "-".join(
-        f"{name}-{value}"
-        for name, value in change.job.items()
-        if not name.startswith("support.")  # nothing but the gate is made with these
-    )
+
+    def place(level: str) -> str:
+        return "-".join(
+            f"{name}-{value}"
+            for name, value in change.job.items()
+            if ANEW.get(name.partition(".")[0], "base") == level
+        )
+
     cell = dataclasses.replace(cell, job=cell.job.changed(change.job))
-    if change.anew == "base":
-        cell = cell.within(place)
-    elif change.anew == "skills":
-        cell = dataclasses.replace(cell, variant=place)
+    cell = dataclasses.replace(cell.within(place("base")), variant=place("skill"))
     form = Composition(head="constant", support="neighbour", sampling=change.sampling)
     made = table2.make_composition(form, cell)
     if change.hold == 1:
