@@ -36,6 +36,7 @@ TABLES = {
     "walker": "dmc_walker/table2",
     "demo": "demo/table2",
     "changes": "walker_changes/walker_changes",
+    "reported": "walker_changes/walker_reported",
     "bullet": "dsrl/table1_bullet",
     "bullet5": "dsrl/table1_bullet_limit5",
     "metadrive": "dsrl/table1_metadrive",
@@ -47,6 +48,9 @@ TABLES = {
     "cw20": "continual/cw20",
     "unseen12": "continual/unseen12",
     "cube": "continual/cube",
+    "back_and_forth": "continual/walker",
+    "walker12": "continual/walker12",
+    "mixed": "continual/walker12_mixed",
 }
 FIGURES = ("interpolation", "rank", "sample_efficiency", "training_efficiency")
 

@@ -178,6 +178,10 @@ def test_every_committed_line_is_a_cell_of_its_table(name):
         ),
         ("dynamics_1000/dynamics_shift", dynamics_shift.write_table),
         ("walker_changes/walker_changes", walker_changes.write_table),
+        (
+            "walker_changes/walker_reported",
+            lambda folder: walker_changes.write_table(folder, walker_changes.REPORTED),
+        ),
     ],
 )
 def test_committed_tables_follow_from_the_committed_lines(name, write, tmp_path):
@@ -203,6 +207,10 @@ FINISHED = {
     "walker_changes/walker_changes": (
         walker_changes.TABLE,
         dmc_walker.job("standard").changed(walker_changes.STARTS),
+    ),
+    "walker_changes/walker_reported": (
+        walker_changes.REPORTED,
+        dmc_walker.job("standard"),
     ),
     "dynamics/dynamics_shift": (dynamics_shift.TABLE, d4rl.job("standard")),
     "dynamics_1000/dynamics_shift": (
