@@ -245,13 +245,12 @@ def test_committed_lines_are_finished_results_of_their_preset(
     path = tmp_path / Path(name).with_suffix(".jsonl").name
     path.write_bytes((RESULTS / f"{name}.jsonl").read_bytes())
     table = dataclasses.replace(table, known=lambda *_: {})  # sets are not in git
-    measured = {results.key(line)[:2] for line in results.read(path)}
-    chosen = job.changed(
-        {"table.seeds": sorted({r["seed"] for r in results.read(path)})}
-    )
-    for setting in {key[0] for key in measured}:
-        rows = [method for name, method in measured if name == setting]
+    measured: dict[tuple[str, int], list[str]] = {}
+    for setting, method, seed in map(results.key, results.read(path)):
+        measured.setdefault((setting, seed), []).append(method)
+    for (setting, seed), rows in measured.items():
         options = {"settings": [setting], "methods": rows}
+        chosen = job.changed({"table.seeds": [seed]})
         grid.run(table, chosen, tmp_path / "runs", tmp_path, print, **options)
     assert path.read_bytes() == (RESULTS / f"{name}.jsonl").read_bytes()
 
