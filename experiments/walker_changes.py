@@ -73,7 +73,9 @@ CHANGES = {
     "demonstrations with noise at temperature 0": Change(COLD, NOISY),
     "noise in demonstrations alone": Change(QUIET, NOISY),
     "noisy demonstrations with wider support": Change(job=NOISY | WIDER),
-    "noisy and wider at temperature 0": Change(COLD, NOISY | WIDER),
+    "noisy demonstrations with wider support at temperature 0": Change(
+        COLD, NOISY | WIDER
+    ),
     "rank 64": Change(job=RANK),
     "rank 64 at temperature 0": Change(COLD, RANK),
     "twice the steps": Change(job=LONGER),
@@ -83,7 +85,9 @@ CHANGES = {
     "base of 1000": Change(job=WIDER_BASE),
     "base of 1000 at temperature 0": Change(COLD, WIDER_BASE),
     "base of 1000 and twice the steps": Change(job=WIDER_BASE | LONGER),
-    "both at temperature 0": Change(COLD, WIDER_BASE | LONGER),
+    "base of 1000 and twice the steps at temperature 0": Change(
+        COLD, WIDER_BASE | LONGER
+    ),
 }
 
 # What is made anew with a field of a section; with others everything.
@@ -211,7 +215,7 @@ if __name__ == "__main__":
     FLAGS: Mapping[str, Any] = {
         **grid.define_flags("results/walker_changes", table2.RUNS),
         "reported": flags.DEFINE_bool(
-            "reported", False, "Play from the start states that tables report."
+            "reported", False, "Play from the start states of Table 2."
         ),
     }
     run(main)
