@@ -146,7 +146,8 @@ def descend(
     )
     params = optax.apply_updates(state.params, updates)
     ema = optax.incremental_update(params, state.ema, config.ema)
-    metrics["grad/norm"] = optax.tree.norm(grads)
+    # Without the barrier XLA writes the squares to memory, for the second moments too.
+    metrics["grad/norm"] = optax.tree.norm(jax.lax.optimization_barrier(grads))
     return TrainState(params, ema, opt_state, state.step + 1), metrics
 
 
