@@ -88,7 +88,7 @@ def td_target(
     signal: Float[Array, ""],
     mask: Float[Array, ""],
     next_v: Float[Array, ""],
-    discount: float,
+    discount: float | Float[Array, ""],
 ) -> Float[Array, ""]:
     """r + gamma mask V(s'), of rewards or costs; the mask is 0 where the task ended."""
     return signal + discount * mask * next_v

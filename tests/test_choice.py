@@ -236,8 +236,8 @@ def test_estimates_of_policies_whose_cost_is_known():
 
 
 def test_no_estimate_is_beyond_what_any_policy_can_have():
-    assert fitted_q.bounds(np.array([0.0, 2.0]), 0.75) == (0, 8)
-    assert fitted_q.bounds(np.array([-1.0, -0.5]), 0.75) == (-4, 0)
+    assert fitted_q.sum_of(np.array([0.0, 2.0]), 0.75) == (0.75, 0, 8)
+    assert fitted_q.sum_of(np.array([-1.0, -0.5]), 0.75) == (0.75, -4, 0)
     # Targets from a Q far below 0, as one that is extrapolated may be, are costs alone.
     config = FittedQConfig(batch_size=8, learning_rate=1e-2, target_rate=1.0)
     q = init_q((4,), jax.random.key(0), 1, 1)
@@ -246,7 +246,8 @@ def test_no_estimate_is_beyond_what_any_policy_can_have():
     zero = jnp.zeros((8, 1))
     batch = fitted_q.Steps(zero, zero, jnp.ones(8), zero, zero[:, None], jnp.ones(8))
     now = q_value(q, zero[0], zero[0])
-    _, metrics = fitted_q.update(config, 0.9, state, batch, (0.0, 10.0))
+    summed = fitted_q.Sum(0.9, 0.0, 10.0)
+    _, metrics = fitted_q.update(config, state, batch, summed, jax.random.key(1))
     np.testing.assert_allclose(metrics["loss/fitted_q"], (now - 1) ** 2, rtol=1e-5)
 
 

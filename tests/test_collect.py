@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import h5py
@@ -14,6 +15,7 @@ from tiny_env import SPEC
 from psec_jax import data, envs
 from psec_jax.data import d4rl, dataset
 from psec_jax.errors import InputError
+from psec_jax.runtime import console
 from psec_jax.workflows.collection import collect
 from psec_jax.workflows.config import DataConfig
 from psec_jax.workflows.demonstrations import load_demos
@@ -162,3 +164,14 @@ def test_command_refuses_in_one_line(flags, message):
     run = command(*flags)
     assert run.returncode == 2
     assert message in run.stderr and run.stderr.count("\n") == 1, run.stderr
+
+
+def test_a_long_collection_says_how_far_it_is(monkeypatch, capsys):
+    clock = iter([0.0, 30.0, 61.0, 90.0])
+    fake = types.SimpleNamespace(perf_counter=lambda: next(clock))
+    monkeypatch.setattr(console, "time", fake)
+    progress = console.Progress("episode", 10)
+    for done in (1, 2, 3):
+        progress(done)
+    progress.end()
+    assert capsys.readouterr().err == "episode 2/10  4m04s left\n"

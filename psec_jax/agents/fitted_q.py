@@ -1,13 +1,12 @@
 """Fitted Q evaluation: what fixed policies will earn or cost, from logged data alone.
 
 Q of a policy pi is drawn to c + gamma mask Q(s', pi(s')) on the transitions of the data
-(Le et al. 2019), with Q(s', pi(s')) kept within what any policy can have, `bounds`; P
+(Le et al. 2019), with Q(s', pi(s')) kept within what any policy can have, `Sum`; P
 policies train in one program, leaves [P, ...].
 """
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +65,20 @@ class FittedQConfig:
         )
 
 
+class Sum(NamedTuple):
+    """How a signal is summed.
+
+    Attributes:
+      discount: gamma.
+      low: the least discounted sum that any policy can have.
+      high: the largest.
+    """
+
+    discount: float | Float[Array, ""]
+    low: float | Float[Array, ""]
+    high: float | Float[Array, ""]
+
+
 class Steps(NamedTuple):
     """What is learned from: N rows, or a batch of B of them.
 
@@ -86,14 +99,14 @@ class Steps(NamedTuple):
     mask: Float[Rows, " N"]
 
 
-def bounds(signal: Float[np.ndarray, " N"], discount: float) -> tuple[float, float]:
-    """The least and the largest discounted sum of a signal, of its values in the data.
+def sum_of(signal: Float[np.ndarray, " N"], discount: float) -> Sum:
+    """The discounted sum of a signal, of which data have these values.
 
     A policy that ends at once has 0. Costs are never below it, but a Q that is
     extrapolated to actions of another policy soon is, and its errors add up.
     """
     low, high = min(float(signal.min()), 0.0), max(float(signal.max()), 0.0)
-    return low / (1 - discount), high / (1 - discount)
+    return Sum(discount, low / (1 - discount), high / (1 - discount))
 
 
 def init(config: FittedQConfig, q: Params, policies: int) -> TrainState:
@@ -113,17 +126,17 @@ def values(
 
 def update(
     config: FittedQConfig,
-    discount: float,
     state: TrainState,
     batch: Steps,
-    limits: tuple[Any, Any],
+    frozen: Sum,
+    key: Key[Array, ""],
 ) -> tuple[TrainState, Metrics]:
-    """One step of every Q towards its target, from values within the limits."""
+    """One step of every Q towards its target; nothing in it is drawn by the key."""
     next_q = values(state.ema, batch.next_obs, batch.next_action)
-    next_q = jnp.clip(next_q, *limits)
+    next_q = jnp.clip(next_q, frozen.low, frozen.high)
     of_rows = jax.vmap(td_target, (0, 0, 0, None))
     of_policies = jax.vmap(of_rows, (None, None, 0, None))
-    target = of_policies(batch.signal, batch.mask, next_q, discount)
+    target = of_policies(batch.signal, batch.mask, next_q, frozen.discount)
 
     def loss_fn(params: Params) -> tuple[Array, Metrics]:
         q = jax.vmap(q_value, (0, None, None))(params, batch.obs, batch.action)
@@ -131,25 +144,3 @@ def update(
         return jnp.sum(losses), {"loss/fitted_q": jnp.mean(losses)}
 
     return descend(config.optimiser, state, loss_fn)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
-def updates(
-    config: FittedQConfig,
-    discount: float,
-    count: int,
-    state: TrainState,
-    rows: Steps,
-    limits: tuple[Any, Any],
-    key: Key[Array, ""],
-) -> TrainState:
-    """`count` updates on batches drawn with replacement."""
-
-    def body(_: Array, state: TrainState) -> TrainState:
-        draw = jax.random.fold_in(key, state.step)
-        size = (config.batch_size,)
-        batch = jax.random.randint(draw, size, 0, len(rows.obs))
-        chosen = jax.tree.map(lambda column: column[batch], rows)
-        return update(config, discount, state, chosen, limits)[0]
-
-    return jax.lax.fori_loop(0, count, body, state)

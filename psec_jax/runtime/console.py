@@ -1,6 +1,7 @@
-"""The progress line of a training."""
+"""The progress line of a training, or of a count."""
 
 import sys
+import time
 
 
 class Line:
@@ -29,6 +30,28 @@ class Line:
         if self._open:
             print(file=sys.stderr, flush=True)
             self._open = False
+
+
+class Progress:
+    """How far a count is: a line a second on a terminal, else one a minute."""
+
+    def __init__(self, name: str, total: int) -> None:
+        self._name, self._total = name, total
+        self._line = Line(True)
+        self._began = self._shown = time.perf_counter()
+
+    def __call__(self, done: int) -> None:
+        """Say that `done` of the total are done, where it is time to."""
+        now = time.perf_counter()
+        if now - self._shown < (1 if self._line.live else 60):
+            return
+        self._shown = now
+        left = duration((self._total - done) * (now - self._began) / done)
+        self._line.put(f"{self._name} {done}/{self._total}  {left} left", True)
+
+    def end(self) -> None:
+        """Leave the line."""
+        self._line.end()
 
 
 def duration(seconds: float) -> str:

@@ -33,6 +33,7 @@ from psec_jax.envs.experts import (
 )
 from psec_jax.envs.workers import Worker, default_workers
 from psec_jax.errors import InputError
+from psec_jax.runtime.console import Progress
 from psec_jax.types import Dataset
 
 PACKAGES = (
@@ -234,15 +235,20 @@ def play(
     """
     count = min(workers or default_workers(len(actors)), len(actors))
     numbers = range(len(actors)) if numbers is None else numbers
-    pool = []
+    pool, progress = [], Progress("episode", len(actors))
     try:
         for i in range(count):
             share = [(numbers[e], *actors[e]) for e in range(i, len(actors), count)]
             name = f"collection worker {i + 1} of {count}"
             target = "psec_jax.workflows.collection:serve"
             pool.append(Worker(target, env, seed, share, name=name))
-        return [pool[e % count].recv() for e in range(len(actors))]
+        played = []
+        for e in range(len(actors)):
+            played.append(pool[e % count].recv())
+            progress(len(played))
+        return played
     finally:
+        progress.end()
         for worker in pool:
             worker.close()
 

@@ -29,7 +29,10 @@ from psec_jax.composition import (
 )
 from psec_jax.data import dataset
 from psec_jax.data.recording import say
-from psec_jax.errors import TrainingError
+from psec_jax.runtime import loop
+from psec_jax.runtime.batches import Data, Drawn
+from psec_jax.runtime.loop import LoopConfig
+from psec_jax.runtime.runs import Training
 from psec_jax.types import Dataset, Normaliser, Params
 from psec_jax.workflows.config import Job
 from psec_jax.workflows.critics import transitions
@@ -39,7 +42,6 @@ from psec_jax.workflows.demonstrations import Demos
 Draw = Callable[[Key[Array, ""], Float[Array, " S"]], Float[Array, "P A"]]
 
 CHUNK = 1024  # states in which the policies act in one call
-UPDATES = 500  # updates in one call, after which a signal is heard
 
 
 class Logged(NamedTuple):
@@ -127,23 +129,23 @@ def discounted(
         next_action=actions,
         mask=data.rows.mask,
     )
-    limits = fitted_q.bounds(np.asarray(rows.signal), discount)
-    rows = jax.device_put(rows)
+    summed = fitted_q.sum_of(np.asarray(rows.signal), discount)
     first = jax.tree.map(lambda leaf: leaf[0], q)
-    state = fitted_q.init(config, first, actions.shape[1])
-    while (done := int(state.step)) < config.steps:
-        count = min(UPDATES, config.steps - done)
-        state = fitted_q.updates(
-            config, discount, count, state, rows, limits, train_key
-        )
+    training = Training(
+        fitted_q.init(config, first, actions.shape[1]), Data(rows, summed), train_key
+    )
+    [(state, _)] = loop.train(
+        Drawn(fitted_q.update, config, config.batch_size),
+        [training],
+        steps=config.steps,
+        config=LoopConfig(),
+        stage=f"{kind} by fitted Q",
+    )
     starts = jnp.asarray(data.starts)
     at_start = jnp.asarray(_act(draw, start_key, data.starts))
-    said = jnp.clip(fitted_q.values(state.ema, starts, at_start), *limits)
+    said = fitted_q.values(state.ema, starts, at_start)
+    said = jnp.clip(said, summed.low, summed.high)
     means = np.asarray(jnp.mean(said, axis=1))
-    if not np.isfinite(means).all():
-        raise TrainingError(
-            f"fitted Q evaluation of {kind}: the estimates are not finite"
-        )
     return Evaluated(means, state.ema)
 
 
