@@ -154,7 +154,10 @@ class GateSection(GateForm, Budget):
     start: str = "strength"
     fallback: str = ""
     alphas: tuple[tuple[float, ...], ...] = ()
-    cost_weights: tuple[float, ...] = (0.3, 0.6, 1.0, 1.5, 2.5, 4.0, 6.0, 10.0)
+    cost_weights: tuple[float, ...] = (
+        *(0.3, 0.6, 1.0, 1.5, 2.5, 4.0, 6.0, 10.0),
+        *(16.0, 25.0, 40.0, 60.0, 100.0),
+    )
     budget_share: float = 1.0
     learning_rate: float = 3e-4
 
