@@ -42,6 +42,7 @@ TABLES = {
     "metadrive": "dsrl/table1_metadrive",
     "softmax": "dsrl_softmax/table1_bullet",
     "select": "dsrl_select/table1_bullet",
+    "select_metadrive": "dsrl_select/table1_metadrive",
     "shift": "dynamics/dynamics_shift",
     "thousand": "dynamics_1000/dynamics_shift",
     "cw10": "continual/cw10",
@@ -219,10 +220,11 @@ def _wins(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
 def _tasks(shown: Mapping[str, Any], chosen: Any) -> dict[str, dict[str, Names]]:
     """{suite or "all": {method: tasks whose entry is chosen}}."""
     found: dict[str, dict[str, Names]] = {}
-    for suite in ("bullet", "metadrive", "bullet5"):
+    of_all = ("bullet", "metadrive")
+    for suite in (*of_all, "bullet5", "select"):
         for task, entries in shown[suite].items():
             for method, entry in entries.items() if task != "mean" else ():
-                for name in (suite, "all")[: 1 + (suite != "bullet5")]:
+                for name in (suite, "all") if suite in of_all else (suite,):
                     names = found.setdefault(name, {}).setdefault(method, Names())
                     names.extend([task] if chosen(entry) else [])
     return found

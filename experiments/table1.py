@@ -438,6 +438,11 @@ TABLE = Table(
         ),
         *(Order(other, "PSEC", "cost") for other in ("BC", "ASEC", "NSEC")),
         Order("PSEC", "PSEC fixed", "cost"),
+        *(
+            Order("PSEC select", other, "reward")
+            for other in ("FISOR", "BC-Safe", "PSEC fixed offline")
+        ),
+        Order("PSEC", "PSEC select", "cost"),
     ],
     paper=grid.paper("table1"),
     identity=("config_fingerprint", "data_fingerprint", "data", "cost_limit"),

@@ -93,6 +93,8 @@ EXEMPT = (
     Exempt(REPRODUCING, "| 2 GB: met", "", "an aim"),
     Exempt(REPRODUCING, "| 2x on a CPU", "", "an aim"),
     Exempt(REPRODUCING, "Timed in turns", "0.4 ms", CLOCK),
+    Exempt(SAFE, "task and seed took about 20", "half of them", CLOCK),
+    Exempt(SAFE, "no weight up to 10,", "weights up to 100", TRIAL),
     Exempt(SAFE, "(10, as in the code of", "", DEFINITION),
     Exempt(SAFE, "within 0.3 of the budget", "", DEFINITION),
     Exempt(SAFE, "The share 0.3 was chosen", "2.5 and was", TRIAL),

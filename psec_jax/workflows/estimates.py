@@ -31,6 +31,7 @@ from psec_jax.data import dataset
 from psec_jax.data.recording import say
 from psec_jax.runtime import loop
 from psec_jax.runtime.batches import Data, Drawn
+from psec_jax.runtime.console import Progress
 from psec_jax.runtime.loop import LoopConfig
 from psec_jax.runtime.runs import Training
 from psec_jax.types import Dataset, Normaliser, Params
@@ -154,12 +155,14 @@ def _act(draw: Draw, key: Key[Array, ""], obs: np.ndarray) -> np.ndarray:
     count = len(obs)
     size = min(CHUNK, count)
     batch = jax.jit(jax.vmap(draw))
-    parts = []
+    parts, progress = [], Progress("state", count)
     for first in range(0, count, size):
         # The last chunk is as long as the others, so that one program serves them all.
         rows = np.minimum(np.arange(first, first + size), count - 1)
         keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(rows))
         parts.append(np.asarray(batch(keys, obs[rows]))[: count - first])
+        progress(min(first + size, count))
+    progress.end()
     return np.concatenate(parts)
 
 
