@@ -221,7 +221,7 @@ def _tasks(shown: Mapping[str, Any], chosen: Any) -> dict[str, dict[str, Names]]
     """{suite or "all": {method: tasks whose entry is chosen}}."""
     found: dict[str, dict[str, Names]] = {}
     of_all = ("bullet", "metadrive")
-    for suite in (*of_all, "bullet5", "select"):
+    for suite in (*of_all, "bullet5", "select", "select_metadrive"):
         for task, entries in shown[suite].items():
             for method, entry in entries.items() if task != "mean" else ():
                 for name in (suite, "all") if suite in of_all else (suite,):
