@@ -244,7 +244,7 @@ def make_guided(shift: str, cell: Cell) -> list[Made]:
     changes = {
         "gate.head": "select",
         "gate.rule": "reward",
-        "gate.values": "own",
+        "gate.q_of": "own",
         "gate.candidates": 1,
         "gate.alphas": tuple((strength * part / 4,) for part in range(4, -1, -1)),
     }

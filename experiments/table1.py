@@ -251,7 +251,7 @@ def make_composition(form: Composition, cell: Cell) -> list[Made]:
 
 
 # How critics choose among weights; they know what keeping each of them is worth.
-SELECT = {"gate.head": "select", "gate.values": "own", "gate.budget_share": 0.3}
+SELECT = {"gate.head": "select", "gate.q_of": "own", "gate.budget_share": 0.3}
 
 
 def make_guided(changes: Mapping[str, Any], cell: Cell) -> list[Made]:
@@ -353,7 +353,7 @@ METHODS = {
     "PSEC imitated": guided(
         Style("sky", "s", DOTTED),
         GUIDED,
-        {"gate.head": "sigmoid", "gate.loss": "selected", "gate.values": "own"},
+        {"gate.head": "sigmoid", "gate.loss": "selected", "gate.q_of": "own"},
     ),
     "PSEC fixed offline": Method(make_fixed_offline, SKILL, Style("sky", "o", FIXED)),
     "Support or safety": Method(make_supported, SKILL, Style("green", "D", DOTTED)),

@@ -368,7 +368,7 @@ def choose_scaled(
 
 def judges_own(config: PolicyConfig) -> bool:
     """Whether each of the gate's weights has critics of its own."""
-    return config.gate is not None and config.gate.values == "own"
+    return config.gate is not None and config.gate.q_of == "own"
 
 
 def score(config: PolicyConfig, params: PolicyParams, values: Judged) -> Array:

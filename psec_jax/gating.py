@@ -41,8 +41,8 @@ class GateForm:
         logits are divided by it.
       candidates: actions that the "select" head samples with each of its weights.
       rule: how critics choose one of them, a key of `choice.RULES`.
-      values: what the critics predict: "data", what they were trained on; "own", for
-        each of the weights the value of keeping them from there on.
+      q_of: the policy whose Q the critics are: "data", what they were trained on;
+        "own", for each of the weights that of keeping them from there on.
     """
 
     head: str = "linear"
@@ -54,12 +54,12 @@ class GateForm:
     temperature: float = 1.0
     candidates: int = 4
     rule: str = "reward_cost"
-    values: str = "data"
+    q_of: str = "data"
 
     def __post_init__(self) -> None:
         lookup(HEADS, self.head, "head")
         lookup(RULES, self.rule, "rule")
-        lookup(dict.fromkeys(VALUES), self.values, "values")
+        lookup(dict.fromkeys(Q_OF), self.q_of, "q_of")
         lookup(SUPPORTS, self.support, "support")
         for field in ("top_k", "candidates"):
             if getattr(self, field) < 1:
@@ -106,7 +106,7 @@ class GateConfig(GateForm):
             )
 
 
-VALUES = ("data", "own")
+Q_OF = ("data", "own")
 # Who reads a field; elsewhere it has to stay at its default.
 _READ_BY = {"top_p": ("topp",), "temperature": ("softmax", "topk", "topp")}
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(GateForm)}
@@ -483,7 +483,7 @@ def check_gate(
     if config.head == "select":
         shape = got.get("head/alphas", ((), "f"))[0]
         expected["head/alphas"] = ((shape[0] if shape else 1, outputs), "f")
-        count = (shape[0] if shape else 1, 1) if config.values == "own" else (2,)
+        count = (shape[0] if shape else 1, 1) if config.q_of == "own" else (2,)
         expected |= _critic_shapes(config.rule, count, got, obs_dim, action_dim)
     elif config.head != "linear":
         start = "alpha" if config.head == "constant" else "strength"

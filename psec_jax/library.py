@@ -782,9 +782,17 @@ def _check_base(source: str, tensors: Params, card: Mapping[str, Any]) -> None:
         raise InputError(f"{source}: the normaliser's std is not above 0")
 
 
+def gate_config(card: Mapping[str, Any], source: str = "gate") -> GateConfig:
+    """The form of gate a gate's card describes; older cards say "values" for "q_of"."""
+    fields = card["gate"]
+    if isinstance(fields, dict) and "values" in fields:
+        fields = {"q_of" if n == "values" else n: v for n, v in fields.items()}
+    return form_of(GateConfig, fields, f"{source}: gate")
+
+
 def _check_gate(source: str, params: Params, card: Mapping[str, Any]) -> None:
     check_finite(source, params)
-    form = form_of(GateConfig, card["gate"], f"{source}: gate")
+    form = gate_config(card, source)
     sizes = (card["obs_dim"], card["action_dim"], len(card["skills"]))
     check_gate(form, params, *sizes, source)
 

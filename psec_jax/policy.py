@@ -34,7 +34,7 @@ from psec_jax.data.actions import ActionBox
 from psec_jax.data.recording import box_of_card
 from psec_jax.errors import InputError, lookup
 from psec_jax.gating import SEARCHED, GateConfig, index_boxes
-from psec_jax.library import SkillLibrary
+from psec_jax.library import SkillLibrary, gate_config
 from psec_jax.lora import adapter_of, inputs_first, layers_of, merge, stack_skills
 from psec_jax.networks.denoiser import NetworkConfig, init_base
 from psec_jax.process import ProcessConfig
@@ -402,11 +402,6 @@ def process_config(card: dict[str, Any]) -> ProcessConfig:
     """The generative process a base's card describes; older cards say "diffusion"."""
     fields = card.get("process") or card.get("diffusion")
     return form_of(ProcessConfig, fields, "base: process")
-
-
-def gate_config(card: dict[str, Any]) -> GateConfig:
-    """The form of gate a gate's card describes."""
-    return form_of(GateConfig, card["gate"], "gate: gate")
 
 
 def load_base(root: str | Path) -> Policy:

@@ -6,10 +6,12 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ml_collections import ConfigDict
 from shell import call
 
 from experiments.configs import d4rl, dmc_walker, dsrl
 from psec_jax.errors import InputError
+from psec_jax.library import gate_config
 from psec_jax.workflows import Job
 
 FILES = {"dmc_walker": dmc_walker, "dsrl": dsrl, "d4rl": d4rl}
@@ -49,6 +51,15 @@ def test_names_of_the_first_edition():
     assert job.process.steps == 7 and job.critics.kinds == ("reward",)
     both = Job.from_dict({"critics": {"safety": True}}).critics
     assert both.kinds == ("reward", "safety")
+    gate = {"head": "select", "values": "own"}
+    assert Job.from_dict({"gate": gate}).gate.q_of == "own"
+    assert gate_config({"gate": gate}).q_of == "own"
+
+
+def test_every_field_can_be_a_flag():
+    """What is an attribute of every config hides the field of that name."""
+    parts = {part for name in FIELDS for part in name.split(".")}
+    assert not parts & set(dir(ConfigDict()))
 
 
 @given(st.sampled_from(sorted(FIELDS)), st.sampled_from([None, [None], object(), b""]))

@@ -275,7 +275,7 @@ def test_a_gate_that_critics_train(loss):
 )
 def test_a_gate_that_knows_what_keeping_each_of_its_weights_is_worth(rule, kinds):
     two_skills()
-    form = {"gate.head": "select", "gate.rule": rule, "gate.values": "own"}
+    form = {"gate.head": "select", "gate.rule": rule, "gate.q_of": "own"}
     guided(f"own-{rule}", **form)
     library = SkillLibrary.open("lib")
     gate, card = library.load_gate(f"own-{rule}")
@@ -331,11 +331,11 @@ def test_bad_input_of_gates_that_critics_guide():
         ("critics", select | {"gate.budget_share": 0.0}, "budget_share: got 0.0, exp"),
         ("critics", select | {"gate.rule": "luck"}, "unknown rule 'luck'"),
         ("critics", select | {"gate.candidates": 0}, "candidates: got 0"),
-        ("critics", select | {"gate.values": "hers"}, "unknown values 'hers'"),
-        ("critics", {"gate.values": "own"}, "only the head 'select' and the loss"),
+        ("critics", select | {"gate.q_of": "hers"}, "unknown q_of 'hers'"),
+        ("critics", {"gate.q_of": "own"}, "only the head 'select' and the loss"),
         (
             "critics",
-            select | {"gate.values": "own", "gate.rule": "feasible"},
+            select | {"gate.q_of": "own", "gate.rule": "feasible"},
             "the rule 'feasible', expected 'data': the values of weights are of cost",
         ),
         (

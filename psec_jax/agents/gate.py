@@ -102,7 +102,7 @@ def selecting(
         "select",
         candidates=form.candidates,
         rule=form.rule,
-        values=form.values,
+        q_of=form.q_of,
         base_member=form.base_member,
     )
     config = dataclasses.replace(config, gate=form, candidates=form.candidates)

@@ -187,15 +187,15 @@ class GateSection(GateForm, Budget):
             raise InputError(
                 f"budget_share: got {self.budget_share}, expected in (0, 1]"
             )
-        if self.values == "own" and self.head != "select" and self.loss != "selected":
+        if self.q_of == "own" and self.head != "select" and self.loss != "selected":
             raise InputError(
-                f"values: got 'own' with the head {self.head!r} and the loss "
+                f"q_of: got 'own' with the head {self.head!r} and the loss "
                 f"{self.loss!r}, expected 'data': only the head 'select' and the loss "
                 "'selected' choose among weights"
             )
-        if self.values == "own" and not FITTED.issuperset(RULES[self.rule].critics):
+        if self.q_of == "own" and not FITTED.issuperset(RULES[self.rule].critics):
             raise InputError(
-                f"values: got 'own' with the rule {self.rule!r}, expected 'data': the "
+                f"q_of: got 'own' with the rule {self.rule!r}, expected 'data': the "
                 f"values of weights are of {' and '.join(sorted(FITTED))} alone"
             )
         self.optimiser  # noqa: B018 (its own checks)
@@ -465,6 +465,9 @@ def _migrated(values: Mapping[str, Any]) -> dict[str, Any]:
         safety = critics.pop("safety")
         critics["kinds"] = ("reward", "safety") if safety else ("reward",)
         values["critics"] = critics
+    gate = values.get("gate")
+    if isinstance(gate, Mapping) and "values" in gate:
+        values["gate"] = {"q_of" if n == "values" else n: v for n, v in gate.items()}
     return values
 
 

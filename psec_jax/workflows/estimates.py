@@ -29,6 +29,7 @@ from psec_jax.composition import (
 )
 from psec_jax.data import dataset
 from psec_jax.data.recording import say
+from psec_jax.errors import TrainingError
 from psec_jax.runtime import loop
 from psec_jax.runtime.batches import Data, Drawn
 from psec_jax.runtime.console import Progress
@@ -118,7 +119,8 @@ def discounted(
       key: of actions and batches.
 
     Raises:
-      TrainingError: the evaluation diverged.
+      TrainingError: a loss or an estimate is not finite.
+      Stopped: by a signal; nothing of an evaluation is kept.
     """
     act_key, start_key, train_key = jax.random.split(key, 3)
     actions = _act(draw, act_key, data.rows.next_obs)
@@ -147,6 +149,8 @@ def discounted(
     said = fitted_q.values(state.ema, starts, at_start)
     said = jnp.clip(said, summed.low, summed.high)
     means = np.asarray(jnp.mean(said, axis=1))
+    if not np.isfinite(means).all():  # by the last update, whose loss none follows
+        raise TrainingError(f"{kind} by fitted Q: the estimates are not finite")
     return Evaluated(means, state.ema)
 
 

@@ -33,13 +33,12 @@ from psec_jax.gating import (
     grow_head,
     init_gate,
 )
-from psec_jax.library import SkillLibrary
+from psec_jax.library import SkillLibrary, gate_config
 from psec_jax.lora import layers_of
 from psec_jax.policy import (
     Policy,
     check_critics,
     compose,
-    gate_config,
     load_skills,
     twins_of,
 )
@@ -191,7 +190,7 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
     guide = _guide(section, request, policy)
     estimated = guide is not None and _estimated(section)
     signals = RULES[section.rule].critics if estimated else ()
-    valued = section.values == "own" and "reward" in signals
+    valued = section.q_of == "own" and "reward" in signals
     wanted = Wanted(compare=compare, box=box, costs="cost" in signals, rewards=valued)
     demos = load(env, job.skill.episodes, request.data, request.selection, wanted)
     check_fit(demos, policy)
@@ -239,7 +238,7 @@ def plan(job: Job, request: Request, load: Load) -> Plan:
             return Fresh(gate, params._replace(gate=gate))
         twins: Critics = twins_of(guide.source, guide.finished, form.rule)
         critics, fitted_card = twins, {}
-        if form.values == "own":
+        if form.q_of == "own":
             fixed = estimates.value_fixed(
                 job, config.policy, params, alphas, twins, demos, fixed_key
             )
@@ -455,7 +454,7 @@ def _older(request: Request, form: GateConfig, level: str) -> Older:
 
 
 # Fields that came later are recorded where they are used, so that older runs resume.
-_LATER = ("top_p", "temperature", "per_layer", "values")
+_LATER = ("top_p", "temperature", "per_layer", "q_of")
 
 
 def _recorded(section: GateSection) -> dict[str, Any]:
@@ -565,7 +564,7 @@ def _guide(section: GateSection, request: Request, policy: Policy) -> Guide | No
 def _estimated(section: GateSection) -> bool:
     """Whether anything is estimated: values of weights, or the cost weight."""
     several = section.rule == "reward_cost" and len(section.cost_weights) > 1
-    return several or section.values == "own"
+    return several or section.q_of == "own"
 
 
 def _within(limit: float, demos: Demos) -> Demos:
