@@ -106,6 +106,13 @@ class GateConfig(GateForm):
             )
 
 
+def of_today(fields: Any) -> Any:
+    """The fields of a form by today's names: older ones say "values" for "q_of"."""
+    if not isinstance(fields, Mapping):
+        return fields  # whoever reads it refuses it
+    return {"q_of" if name == "values" else name: fields[name] for name in fields}
+
+
 Q_OF = ("data", "own")
 # Who reads a field; elsewhere it has to stay at its default.
 _READ_BY = {"top_p": ("topp",), "temperature": ("softmax", "topk", "topp")}

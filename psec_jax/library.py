@@ -45,7 +45,7 @@ from psec_jax.files import (
     write_atomic,
     write_json,
 )
-from psec_jax.gating import GateConfig, check_gate
+from psec_jax.gating import GateConfig, check_gate, of_today
 from psec_jax.lora import adapter_of, check_skill, rank_of
 from psec_jax.types import Normaliser, Params
 
@@ -783,11 +783,8 @@ def _check_base(source: str, tensors: Params, card: Mapping[str, Any]) -> None:
 
 
 def gate_config(card: Mapping[str, Any], source: str = "gate") -> GateConfig:
-    """The form of gate a gate's card describes; older cards say "values" for "q_of"."""
-    fields = card["gate"]
-    if isinstance(fields, dict) and "values" in fields:
-        fields = {"q_of" if n == "values" else n: v for n, v in fields.items()}
-    return form_of(GateConfig, fields, f"{source}: gate")
+    """The form of gate a gate's card describes, an older one too."""
+    return form_of(GateConfig, of_today(card["gate"]), f"{source}: gate")
 
 
 def _check_gate(source: str, params: Params, card: Mapping[str, Any]) -> None:

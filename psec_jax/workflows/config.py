@@ -24,7 +24,7 @@ from psec_jax.composition import LEVELS
 from psec_jax.data import ENDS, UNITS
 from psec_jax.data.normalise import NORMALISERS
 from psec_jax.errors import InputError, at_least, lookup
-from psec_jax.gating import UNTRAINED_HEADS, GateForm
+from psec_jax.gating import UNTRAINED_HEADS, GateForm, of_today
 from psec_jax.losses import OBJECTIVES, WeightConfig
 from psec_jax.networks.denoiser import NetworkConfig
 from psec_jax.process import ProcessConfig
@@ -465,9 +465,8 @@ def _migrated(values: Mapping[str, Any]) -> dict[str, Any]:
         safety = critics.pop("safety")
         critics["kinds"] = ("reward", "safety") if safety else ("reward",)
         values["critics"] = critics
-    gate = values.get("gate")
-    if isinstance(gate, Mapping) and "values" in gate:
-        values["gate"] = {"q_of" if n == "values" else n: v for n, v in gate.items()}
+    if "gate" in values:
+        values["gate"] = of_today(values["gate"])
     return values
 
 
