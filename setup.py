@@ -52,7 +52,7 @@ EXTRAS = {
     "hub": ["huggingface_hub>=2.4,<3"],
     # Skills in PEFT's format are read and written without it; its tests load them.
     "peft": ["peft>=0.21.2,<1", "torch>=2.13,<3"],
-    "experts": ["stable-baselines3>=2.9,<3"],
+    "experts": ["sbx-rl>=0.28,<0.29"],
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
     "dev": [

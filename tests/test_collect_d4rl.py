@@ -16,16 +16,20 @@ from psec_jax.errors import InputError
 WALKER, MEDIUM = "gymnasium:Walker2d-v5", "walker2d-medium-v2"
 # Steps and evaluation returns of six snapshots: scores 0, 11, 33, 22, 100 and 55.
 CURVE = {100: 0, 200: 500, 300: 1500, 400: 1000, 500: 4592, 600: 2500}
+PARTS = ("kernel", "bias")
+STD = 0.1  # of the policies' distributions
 
 
 def write_policy(path: Path, push: float, sizes=(17, 6)) -> None:
     """A policy that always gives the same push."""
     obs_dim, action_dim = sizes
+    push = np.full(action_dim, np.arctanh(push))
     arrays = {
         "layer_0/kernel": np.zeros((obs_dim, 4)),
         "layer_0/bias": np.zeros(4),
-        "head/kernel": np.zeros((4, action_dim)),
-        "head/bias": np.full(action_dim, np.arctanh(push)),
+        "head/kernel": np.zeros((4, 2 * action_dim)),
+        "head/bias": np.concatenate([push, np.full(action_dim, np.log(STD))]),
+        "log_std_clip": np.array([-20, 2]),
         "obs_mean": np.zeros(obs_dim),
         "obs_std": np.ones(obs_dim),
     }
@@ -86,16 +90,16 @@ def test_medium_is_sought_before_the_expert(tmp_path):
 def test_medium_replay(tmp_path):
     folder = write_snapshots(tmp_path / "walker")
     name = "walker2d-medium-replay-v2"
-    path = collect_d4rl(name, 200, seed=3, policies=folder)
+    path = collect_d4rl(name, 601, seed=3, policies=folder)
     assert path.name == "walker2d-medium-replay-made.hdf5"
     ds, attrs = data.read(name, offline=True)
-    assert len(ds.obs) == 200
+    assert len(ds.obs) == 601
     # Three policies, each with its part of the transitions, in whole trajectories but
     # for the last of each.
     of_policy = attrs["policy_of_trajectory"]
     slices = dataset.episode_slices(ds)
     sizes = [r.stop - r.start for r in slices]
-    assert [sum(np.array(sizes)[of_policy == k]) for k in range(3)] == [66, 67, 67]
+    assert [sum(np.array(sizes)[of_policy == k]) for k in range(3)] == [200, 200, 201]
     last = np.flatnonzero(np.diff(of_policy, append=3))
     cut = [i for i, rows in enumerate(slices) if ds.timeout[rows.stop - 1]]
     assert set(cut) <= set(last) and len(slices) > 3
@@ -103,15 +107,16 @@ def test_medium_replay(tmp_path):
         inside = slice(rows.start, rows.stop - 1)
         after = slice(rows.start + 1, rows.stop)
         np.testing.assert_array_equal(ds.next_obs[inside], ds.obs[after])
-    # The policies push 0, 0.1 and 0.2, with noise.
-    means = [ds.action[66 * k : 66 * (k + 1)].mean() for k in range(3)]
+    # The policies push 0, 0.1 and 0.2, by samples of their distributions.
+    means = [ds.action[200 * k : 200 * (k + 1)].mean() for k in range(3)]
     np.testing.assert_allclose(means, [0, 0.1, 0.2], atol=0.02)
-    assert 0.08 < ds.action[:66].std() < 0.12
-    assert json.loads(attrs["policies"]) == [f"sac_{n}00.npz" for n in (1, 2, 3)]
+    assert 0.08 < ds.action[:200].std() < 0.12
+    names = [f"sampled:sac_{n}00.npz" for n in (1, 2, 3)]
+    assert json.loads(attrs["policies"]) == names
     assert len(set(json.loads(attrs["policies_sha256"]))) == 3
     assert (attrs["made_by"], attrs["task"]) == ("psec_jax", name)
     assert (attrs["environment"], attrs["d4rl_environment"]) == (WALKER, "Walker2d-v2")
-    assert attrs["action_noise"] == 0.1 and attrs["medium_score"] > 30
+    assert attrs["action_noise"] == 0 and attrs["medium_score"] > 30
     assert list(attrs["policy_steps"]) == [100, 200, 300]
     returns = dataset.episode_returns(ds)
     np.testing.assert_allclose(attrs["returns"], returns)
@@ -184,8 +189,8 @@ def test_random_set_needs_no_policy():
         ({"action_noise": -1.0}, "action_noise is -1.0"),
         ({"policies": "none"}, "none: no card of a policy"),
         (
-            {"name": "walker2d-random-v2", "sampled": True, "action_noise": 0.2},
-            "sampled and action_noise: walker2d-random-v2 is of uniform actions",
+            {"name": "walker2d-random-v2", "action_noise": 0.2},
+            "action_noise is 0.2: walker2d-random-v2 is of uniform actions",
         ),
         ({"name": "hopper-medium-v2"}, "policies of gymnasium:Walker2d-v5, hopper"),
         (
@@ -246,22 +251,22 @@ def test_packaged_policies_are_whole():
     assert folders == set(D4RL_ASSETS.iterdir()) and folders
 
 
-def test_samples_of_the_policies_own_distributions(tmp_path):
+def test_samples_of_the_policies_own_distributions_or_means_with_noise(tmp_path):
     folder = write_snapshots(tmp_path / "walker")
-    with pytest.raises(InputError, match="expected the expert or a file with a standa"):
-        collect_d4rl(MEDIUM, 50, 0, policies=folder, sampled=True)
-    arrays = dict(np.load(folder / "sac_300.npz"))
-    arrays["head/kernel"] = np.zeros((4, 12), np.float32)
-    # tanh(0.5 z), not the 0.2 + 0.1 z that the noise of the default gives
-    arrays["head/bias"] = np.float32([0] * 6 + [np.log(0.5)] * 6)
-    arrays["log_std_clip"] = np.float32([-20, 2])
-    np.savez(folder / "sac_300.npz", **arrays)
-    path = collect_d4rl(MEDIUM, 500, 0, policies=folder, sampled=True)
+    path = collect_d4rl(MEDIUM, 500, 0, policies=folder)
     ds, attrs = data.read(path)
-    assert np.arctanh(ds.action).std() == pytest.approx(0.5, rel=0.05)
+    assert np.arctanh(ds.action).std() == pytest.approx(STD, rel=0.05)
     assert json.loads(attrs["policies"]) == ["sampled:sac_300.npz"]
-    assert attrs["action_noise"] == 0
     with pytest.raises(InputError, match="holds another collection"):
-        collect_d4rl(MEDIUM, 500, 0, policies=folder)
-    with pytest.raises(InputError, match="takes no action noise, it is random already"):
-        collect_d4rl(MEDIUM, 500, 0, 0.1, folder, overwrite=True, sampled=True)
+        collect_d4rl(MEDIUM, 500, 0, 0.3, folder)
+    collect_d4rl(MEDIUM, 500, 0, 0.3, folder, overwrite=True)
+    ds, attrs = data.read(path)
+    assert ds.action.std() == pytest.approx(0.3, rel=0.05)
+    assert json.loads(attrs["policies"]) == ["sac_300.npz"]
+    assert attrs["action_noise"] == 0.3
+    arrays = dict(np.load(folder / "sac_300.npz"))
+    del arrays["log_std_clip"]
+    arrays |= {f"head/{part}": arrays[f"head/{part}"][..., :6] for part in PARTS}
+    np.savez(folder / "sac_300.npz", **arrays)
+    with pytest.raises(InputError, match="expected the expert or a file with a standa"):
+        collect_d4rl(MEDIUM, 500, 0, policies=folder, overwrite=True)

@@ -12,15 +12,14 @@ for each shifted one. RECIPES says which of them play:
 
   expert         the one of highest return
   medium         of those before the expert, the one whose normalised score is nearest
-                 to a third of the expert's
+                 to 40
   medium-replay  all up to the medium one
   medium-expert  the medium one, then the expert
   full-replay, and the source sets of shifted simulators: all
   random         none; actions are uniform
 
-in the order of their training, each the same number of transitions, with Gaussian noise
-on every action (--action_noise, 0.1 by default), or with --sampled by samples of their
-distributions.
+in the order of their training, each the same number of transitions, by samples of their
+own distributions, as D4RL's do; with --action_noise by their means with Gaussian noise.
 A policy plays whole episodes until it has its part, and its last trajectory is cut
 there, which is marked as a timeout. The same arguments give the same content, whatever
 the number of processes.
@@ -51,7 +50,7 @@ from psec_jax.workflows.collection import (
 )
 
 LONGEST = 1000  # steps of an episode
-NOISE = 0.1  # of actions that are not sampled
+MEDIUM = 40.0  # D4RL's score of its medium HalfCheetah is 42
 SET_HELP = "A set's name, such as halfcheetah-medium-v2."
 
 
@@ -123,8 +122,7 @@ def expert(policies: Sequence[Snapshot]) -> Snapshot:
 
 
 def medium(policies: Sequence[Snapshot]) -> Snapshot:
-    """Of the snapshots before the expert, the one whose score is nearest to a third of
-    the expert's.
+    """Of the snapshots before the expert, the one whose score is nearest to MEDIUM.
 
     Raises:
       InputError: no snapshot before the expert.
@@ -136,7 +134,7 @@ def medium(policies: Sequence[Snapshot]) -> Snapshot:
             f"{best.path.parent}: no snapshot before the best, {best.path.name}, that "
             "could be the medium one"
         )
-    return min(before, key=lambda snapshot: abs(snapshot.score - best.score / 3))
+    return min(before, key=lambda snapshot: abs(snapshot.score - MEDIUM))
 
 
 # Each: snapshots in the order of their training -> those that play, in their order.
@@ -160,7 +158,6 @@ def collect_d4rl(
     policies: str | Path | None = None,
     workers: int | None = None,
     overwrite: bool = False,
-    sampled: bool = False,
 ) -> Path:
     """Play until a set has this many transitions, and write its file.
 
@@ -168,13 +165,11 @@ def collect_d4rl(
       name: a set, such as halfcheetah-medium-v2.
       transitions: in all, in equal parts of every policy.
       seed: of initial states and noise, with the episode's number.
-      action_noise: standard deviation of Gaussian noise on every action; default 0.1;
-        not of random or sampled actions.
+      action_noise: act by the policies' means, with Gaussian noise of this standard
+        deviation on every action; default None: by samples of their own distributions.
       policies: directory of expert files and their cards; default the package's.
       workers: processes; default one for every core.
       overwrite: collect again, and replace the file.
-      sampled: actions are samples of the policies' own distributions, as those of D4RL
-        are.
 
     Returns:
       The file's path.
@@ -186,24 +181,23 @@ def collect_d4rl(
     task = d4rl_sets.task(name)
     check_numbers(seed, workers, transitions=transitions)
     if task.quality == "random":
-        given = {"sampled": sampled, "action_noise": action_noise is not None}
-        if wrong := [flag for flag, is_given in given.items() if is_given]:
+        if action_noise is not None:
             raise InputError(
-                f"{' and '.join(wrong)}: {name} is of uniform actions, no policy plays"
+                f"action_noise is {action_noise}: {name} is of uniform actions, no "
+                "policy plays"
             )
         actors, chosen = [Actor("random")], []
         definition = {}
     else:
         known = snapshots(name, Path(policies) if policies else None)
         chosen = RECIPES[task.quality](known)
-        form, noise = (SAMPLED, 0.0) if sampled else ("", NOISE)
-        noise = noise if action_noise is None else action_noise
+        form, noise = (SAMPLED, 0.0) if action_noise is None else ("", action_noise)
         actors = [Actor(f"{form}{policy.path}", noise) for policy in chosen]
         definition = {"expert_score": expert(known).score}
         if task.quality.startswith("medium"):
             definition |= {
                 "medium": "of the snapshots before the expert, the one whose score is "
-                "nearest to a third of the expert's",
+                f"nearest to {MEDIUM:g}",
                 "medium_score": medium(known).score,
             }
     if transitions < len(actors):

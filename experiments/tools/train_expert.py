@@ -1,4 +1,4 @@
-r"""Train an expert from nothing, with SAC from stable-baselines3.
+r"""Train an expert from nothing, with SAC from SBX (stable-baselines3 in JAX).
 
     pip install 'psec_jax[experts]'
     python -m experiments.tools.train_expert --env=dm_control:walker-stand \
@@ -44,7 +44,7 @@ from psec_jax.workflows.collection import rollout
 
 EVAL_SEED = 1_000_003  # far from the seeds data are collected with
 VAR_FLOOR = 1e-4
-LOG_STD_CLIP = (-20.0, 2.0)  # of stable-baselines3
+LOG_STD_CLIP = (-20.0, 2.0)  # of SBX
 SETTINGS = {
     "learning_rate": 5e-4,
     "batch_size": 128,
@@ -52,8 +52,9 @@ SETTINGS = {
     "tau": 0.005,
     "ent_coef": "auto_0.1",
     "learning_starts": 4000,
-    "train_freq": 2,  # one update for two environment steps
-    "gradient_steps": 1,
+    # One update for two environment steps, eight of them in one compiled call.
+    "train_freq": 16,
+    "gradient_steps": 8,
 }
 
 
@@ -109,8 +110,8 @@ def train_expert(
     if out.exists() and not overwrite:
         raise InputError(f"{out} exists already; give another name, or --overwrite")
     try:
+        import sbx
         import stable_baselines3 as sb3
-        import torch
     except ModuleNotFoundError as error:
         raise InputError(
             f"{error.name} is not installed; pip install 'psec_jax[experts]'"
@@ -118,7 +119,6 @@ def train_expert(
     with files.reported(f"make the folder {out.parent}"):
         out.parent.mkdir(parents=True, exist_ok=True)
 
-    torch.set_num_threads(1)  # the networks are too small to share
     judge = envs.make(env)
     vector = sb3.common.vec_env.VecNormalize(
         sb3.common.vec_env.DummyVecEnv([lambda: _gymnasium_env(env, cost_penalty)]),
@@ -127,13 +127,13 @@ def train_expert(
         epsilon=VAR_FLOOR,
     )
     settings = SETTINGS | {"policy_kwargs": {"net_arch": [width, width]}}
-    model = sb3.SAC("MlpPolicy", vector, seed=seed, device="cpu", **deepcopy(settings))
+    model = sbx.SAC("MlpPolicy", vector, seed=seed, **deepcopy(settings))
     start, curve, best = time.monotonic(), [], -np.inf
     while model.num_timesteps < steps:
         chunk = min(eval_every, steps - model.num_timesteps)
         model.learn(chunk, reset_num_timesteps=False)
-        state = {k: v.numpy() for k, v in model.policy.actor.state_dict().items()}
-        arrays = export(state, vector.obs_rms.mean, vector.obs_rms.var)
+        actor = model.policy.actor_state.params["params"]
+        arrays = export(actor, vector.obs_rms.mean, vector.obs_rms.var)
         returns, costs = _judge(judge, arrays, out, eval_episodes)
         minutes = (time.monotonic() - start) / 60
         point = {
@@ -167,27 +167,28 @@ def train_expert(
 
 
 def export(
-    state: Mapping[str, np.ndarray], mean: np.ndarray, var: np.ndarray
+    actor: Mapping[str, Mapping[str, Any]], mean: np.ndarray, var: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """An actor of stable-baselines3's SAC as the arrays of an expert file.
+    """An actor of SBX's SAC as the arrays of an expert file.
 
     Args:
-      state: its state dict: latent_pi.{0, 2, ...}, mu and log_std, weights [out, in].
+      actor: its parameters: Dense_0 and so on, each a kernel [in, out] and a bias; the
+        last two give the mean and the log standard deviation.
       mean: [S], of the observations.
       var: [S].
 
     Returns:
       float32 arrays; there are no layer norms.
     """
-    indices = sorted({int(name.split(".")[1]) for name in state if "latent_pi" in name})
-    names = {f"latent_pi.{j}": f"layer_{i}" for i, j in enumerate(indices)}
-    arrays = {}
-    for source, target in names.items():
-        arrays[f"{target}/kernel"] = state[f"{source}.weight"].T
-        arrays[f"{target}/bias"] = state[f"{source}.bias"]
-    for part in ("weight", "bias"):
-        both = np.concatenate([state[f"mu.{part}"], state[f"log_std.{part}"]])
-        arrays["head/kernel" if part == "weight" else "head/bias"] = both.T
+    count = len(actor) - 2
+    arrays = {
+        f"layer_{i}/{part}": actor[f"Dense_{i}"][part]
+        for i in range(count)
+        for part in ("kernel", "bias")
+    }
+    for part in ("kernel", "bias"):
+        both = [actor[f"Dense_{i}"][part] for i in (count, count + 1)]
+        arrays[f"head/{part}"] = np.concatenate(both, axis=-1)
     arrays |= {"obs_mean": mean, "obs_std": np.sqrt(var + VAR_FLOOR)}
     arrays["log_std_clip"] = np.array(LOG_STD_CLIP)
     return {k: np.ascontiguousarray(v, dtype=np.float32) for k, v in arrays.items()}
@@ -228,12 +229,12 @@ def _card(
     steps: int,
 ) -> dict[str, Any]:
     returns = point["returns"]
-    packages = ("stable-baselines3", "torch", "gymnasium", "numpy")
+    packages = ("sbx-rl", "stable-baselines3", "jax", "gymnasium", "numpy")
     return {
         "environment": env,
         "file": out.name,
         "source": "experiments.tools.train_expert",
-        "algorithm": "SAC (stable-baselines3), running observation normalisation",
+        "algorithm": "SAC (SBX), running observation normalisation",
         "settings": settings,
         "seed": seed,
         "steps": point["steps"],
