@@ -98,6 +98,7 @@ EXEMPT = (
     Exempt(SAFE, "(10, as in the code of", "", DEFINITION),
     Exempt(SAFE, "within 0.3 of the budget", "", DEFINITION),
     Exempt(SAFE, "The share 0.3 was chosen", "2.5 and was", TRIAL),
+    Exempt(SAFE, "gate of seed 1 has lambda 4", "would have chosen 2.5", TRIAL),
     Exempt(SAFE, "It took 12 to 20 minutes", "DroneRun 9", CLOCK),
     Exempt(SAFE, "It also varies with", "sigmoid head 12)", TRIAL),
     Exempt(SAFE, "20 to 25 minutes", "", CLOCK),
