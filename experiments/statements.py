@@ -45,6 +45,8 @@ TABLES = {
     "select_metadrive": "dsrl_select/table1_metadrive",
     "shift": "dynamics/dynamics_shift",
     "thousand": "dynamics_1000/dynamics_shift",
+    "sampled": "dynamics_sampled/dynamics_shift",
+    "sampled_thousand": "dynamics_sampled_1000/dynamics_shift",
     "cw10": "continual/cw10",
     "cw20": "continual/cw20",
     "unseen12": "continual/unseen12",
@@ -129,7 +131,8 @@ def known() -> dict[str, Any]:
         "strength": _means(
             results.read_all(RESULTS / "dynamics/shift_strength.jsonl"), "scores"
         ),
-        "data": _data("dynamics") | {"thousand": _data("dynamics_1000")},
+        "data": _data("dynamics")
+        | {"thousand": _data("dynamics_1000"), "sampled": _data("dynamics_sampled")},
         "bfloat16": {
             name: read_json(RESULTS / f"bfloat16/bf16_{name}_S-W.json")["mean"]
             for name in ("Support", "PSEC")

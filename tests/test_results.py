@@ -146,6 +146,8 @@ TABLES = {
     "dsrl_softmax/table1": table1.TABLE,
     "dynamics/dynamics_shift": dynamics_shift.TABLE,
     "dynamics_1000/dynamics_shift": dynamics_shift.TABLE,
+    "dynamics_sampled/dynamics_shift": dynamics_shift.TABLE,
+    "dynamics_sampled_1000/dynamics_shift": dynamics_shift.TABLE,
 }
 
 
@@ -177,6 +179,7 @@ def test_every_committed_line_is_a_cell_of_its_table(name):
             lambda folder: table1.write_table(folder, "bullet", 5.0),
         ),
         ("dynamics_1000/dynamics_shift", dynamics_shift.write_table),
+        ("dynamics_sampled_1000/dynamics_shift", dynamics_shift.write_table),
         ("walker_changes/walker_changes", walker_changes.write_table),
         (
             "walker_changes/walker_reported",
@@ -214,6 +217,11 @@ FINISHED = {
     ),
     "dynamics/dynamics_shift": (dynamics_shift.TABLE, d4rl.job("standard")),
     "dynamics_1000/dynamics_shift": (
+        dynamics_shift.TABLE,
+        d4rl.job("standard").changed({"table.transitions": 1000}),
+    ),
+    "dynamics_sampled/dynamics_shift": (dynamics_shift.TABLE, d4rl.job("standard")),
+    "dynamics_sampled_1000/dynamics_shift": (
         dynamics_shift.TABLE,
         d4rl.job("standard").changed({"table.transitions": 1000}),
     ),

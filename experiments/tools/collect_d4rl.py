@@ -50,7 +50,7 @@ from psec_jax.workflows.collection import (
 )
 
 LONGEST = 1000  # steps of an episode
-MEDIUM = 40.0  # D4RL's score of its medium HalfCheetah is 42
+MEDIUM = 40.0  # about the score of D4RL's medium HalfCheetah
 SET_HELP = "A set's name, such as halfcheetah-medium-v2."
 
 
