@@ -166,7 +166,7 @@ def collect_d4rl(
       transitions: in all, in equal parts of every policy.
       seed: of initial states and noise, with the episode's number.
       action_noise: act by the policies' means, with Gaussian noise of this standard
-        deviation on every action; default None: by samples of their own distributions.
+        deviation on every action; without it by samples of their own distributions.
       policies: directory of expert files and their cards; default the package's.
       workers: processes; default one for every core.
       overwrite: collect again, and replace the file.
